@@ -1,0 +1,84 @@
+"""AsynDBT for DSPy: optimize a program's instructions and demos over asynchronous, distributed workers.
+
+    from asyndbt_dspy import AsynDBT
+
+    optimized = AsynDBT(metric=metric, auto="light").compile(program, trainset=trainset)
+
+Importing the package opens no connection and loads neither DSPy nor torch nor any optional library: each public
+name is imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+# LiteLLM fetches a price table from the network when it is imported, unless told to use the one it ships.
+os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+
+if TYPE_CHECKING:
+    from asyndbt_dspy.core.budget import Budget
+    from asyndbt_dspy.engines.local import LocalEngine
+    from asyndbt_dspy.engines.simulated import SimulatedEngine
+    from asyndbt_dspy.errors import (
+        ArtifactError,
+        AsynDBTError,
+        BudgetExceededError,
+        ConfigurationError,
+        ExportError,
+        MetricError,
+        NoLiveWorkersError,
+        ProtocolError,
+        WorkerFailedError,
+    )
+    from asyndbt_dspy.lms.local import local_lm
+    from asyndbt_dspy.optimizer import AsynDBT
+    from asyndbt_dspy.runs.result import Result
+    from asyndbt_dspy.workers import Worker
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArtifactError",
+    "AsynDBT",
+    "AsynDBTError",
+    "Budget",
+    "BudgetExceededError",
+    "ConfigurationError",
+    "ExportError",
+    "LocalEngine",
+    "MetricError",
+    "NoLiveWorkersError",
+    "ProtocolError",
+    "Result",
+    "SimulatedEngine",
+    "Worker",
+    "WorkerFailedError",
+    "local_lm",
+]
+
+# Public name -> the module that defines it; a name that is not listed is an error.
+_HOMES = {
+    "AsynDBT": "asyndbt_dspy.optimizer",
+    "Budget": "asyndbt_dspy.core.budget",
+    "LocalEngine": "asyndbt_dspy.engines.local",
+    "Result": "asyndbt_dspy.runs.result",
+    "SimulatedEngine": "asyndbt_dspy.engines.simulated",
+    "Worker": "asyndbt_dspy.workers",
+    "local_lm": "asyndbt_dspy.lms.local",
+    **{name: "asyndbt_dspy.errors" for name in __all__ if name.endswith("Error")},
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(__all__)}"
+        )
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

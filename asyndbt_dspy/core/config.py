@@ -1,0 +1,220 @@
+"""Every constant of the algorithm: symbol, range, unit, source. ``docs/notation.md`` is the table.
+
+Two presets: ``PAPER`` is faithful to arXiv:2602.17694, ``DEFAULT`` has our own improvements on (the ``[O]`` parts of the
+design; each is one field here, so that an ablation can turn it off).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from asyndbt_dspy.errors import ConfigurationError
+
+Aggregator = Literal["sign", "mean", "trimmed_mean", "median"]
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """Constants of one run. Immutable; ``dataclasses.replace`` makes a variant.
+
+    Attributes:
+        active_workers: S >= 1. The server updates once so many workers have answered.
+        max_staleness: tau >= 1. A message is at most ``tau - 1`` updates of z late; 1 is synchronous.
+        iterations: T >= 1, the largest number of server iterations.
+        draws: I >= 1 (>= 2 for score functions). Candidates that a worker scores per step.
+        minibatch: B >= 1. Examples per candidate and step.
+        policy: How a worker's distributions learn. ``score_function``: policy gradient (BDPL). ``posterior``: Bayesian
+            model of arm effects with Thompson sampling [O 7.5].
+        geometry: ``euclidean``: projected step (paper). ``exponentiated``: mirror descent [O 7.4].
+        floor: In [0, 1). With ``exponentiated`` every arm keeps ``floor / N``.
+        adam: Wrap the whole bracket in Adam before the projection (paper).
+        gradient_clip: Largest Euclidean norm of an estimate (BDPL: 3); ``inf`` turns it off.
+        normalise: Scale each estimate to unit largest advantage, so that steps do not depend on the metric's unit [O 7.4].
+        example_baseline: Per-example running mean of losses as control variate [O 7.3].
+        common_examples: Candidates meet the shard's examples in one common order, so that comparisons are paired and a
+            candidate drawn again goes on where it stopped [O 7.3]; else a random minibatch per step.
+        split_levels: Score the lower level on one half of the shard and the upper level on the other [O 7.1].
+        hypergradient: Planes carry the q-part ``d[v] = -(d phi / d q_v)^T s`` [O 7.1].
+        buffered_lower: The server computes phi from estimates that workers already paid for, without a barrier [O 7.2];
+            else K communication rounds in which every worker is asked (paper).
+        rekey_planes: One plane per sign pattern, refreshed in place [O 5]; else planes pile up (paper).
+        share_credit: A demo's worth is shared over the slots of a predictor [O 7.5].
+        share_effects: Workers exchange what they learned about shared arms (partitioned variational inference) [O 7.5].
+        effect_trust: In [0, 1]. Weight of what other workers learned.
+        stale_step: Scale a late worker's next step by ``1 / sqrt(1 + staleness)`` [O 7.9].
+        importance_limit: >= 1. Clip of importance weights for earlier samples [O 7.9]; 0 turns the buffer off.
+        clip_consensus: Clip theta, rho and mu (p - z) to [-psi, psi] [O 7.10].
+        aggregator: How z follows the workers' p: ``sign`` is the paper's subgradient, the others are [O 7.10].
+        trim: >= 0. Workers cut from each end by ``trimmed_mean``.
+        share_demos: Race programs built from the union of the demos that workers nominate [O 7.8].
+        race: Compare final candidates and the student on held-out data [O 7.7]; else return ``argmax z, argmax q``.
+        missing_is_zero: Score a failed LM call 0, as other optimizers do; the default leaves it out [O 7.12].
+        lower_step, upper_step, consensus_step, plane_step, dual_step: eta_p, eta_q, eta_z, eta_lambda, eta_theta >= 0.
+        lower_rounds: K >= 1, rounds of the lower-level estimate.
+        round_step, round_consensus_step, round_dual_step: step sizes of the rounds for p, z and rho.
+        proximal: mu >= 0.
+        penalty: psi >= 0, weight of the consensus penalty ``|p - z|_1``.
+        plane_damping, dual_damping: c1, c2 >= 0.
+        plane_tolerance: epsilon >= 0 of ``h <= epsilon``.
+        plane_period: delta >= 1, iterations between refreshes of the planes.
+        plane_iterations: T1 >= 0, no plane is added from iteration T1 on.
+        plane_drop: gamma >= 0, a plane below it twice in a row is dropped.
+        stationarity: epsilon of the stop criterion on the squared norm of the scaled step of ``(p, z)``; 0 turns it off.
+        patience: >= 1, iterations in a row below ``stationarity``.
+        race_fraction: In [0, 1), part of the calls kept back for the final race.
+        race_candidates: >= 1, largest number of final candidates besides the student.
+        accept_z: >= 0. The winner replaces the student if its paired advantage exceeds so many standard errors.
+        race_soft: In [0, 1]. Weight of the LM's probability of the right answer in a race value, where it is reported.
+    """
+
+    active_workers: int = 1
+    max_staleness: int = 15
+    iterations: int = 10_000
+    draws: int = 2
+    minibatch: int = 6
+    policy: Literal["score_function", "posterior"] = "posterior"
+    geometry: Literal["euclidean", "exponentiated"] = "exponentiated"
+    floor: float = 0.01
+    adam: bool = False
+    gradient_clip: float = math.inf
+    normalise: bool = True
+    example_baseline: bool = True
+    common_examples: bool = True
+    split_levels: bool = False
+    hypergradient: bool = False
+    buffered_lower: bool = True
+    rekey_planes: bool = True
+    share_credit: bool = True
+    share_effects: bool = True
+    effect_trust: float = 1.0
+    stale_step: bool = True
+    importance_limit: float = 10.0
+    clip_consensus: bool = True
+    aggregator: Aggregator = "mean"
+    trim: int = 0
+    share_demos: bool = True
+    race: bool = True
+    missing_is_zero: bool = False
+    lower_step: float = 0.7
+    upper_step: float = 0.7
+    consensus_step: float = 0.1
+    plane_step: float = 0.5
+    dual_step: float = 0.1
+    lower_rounds: int = 5
+    round_step: float = 0.1
+    round_consensus_step: float = 0.1
+    round_dual_step: float = 0.1
+    proximal: float = 1.0
+    penalty: float = 0.1
+    plane_damping: float = 0.04
+    dual_damping: float = 0.002
+    plane_tolerance: float = 0.1
+    plane_period: int = 1
+    plane_iterations: int = 1_000_000
+    plane_drop: float = 1e-3
+    stationarity: float = 0.0
+    patience: int = 3
+    race_fraction: float = 0.3
+    race_candidates: int = 7
+    accept_z: float = 0.0
+    race_soft: float = 0.5
+
+    def __post_init__(self) -> None:
+        at_least_one = ("active_workers", "max_staleness", "iterations", "draws", "minibatch", "lower_rounds")
+        for name in (*at_least_one, "plane_period", "patience", "race_candidates"):
+            self._check(name, getattr(self, name) >= 1, ">= 1")
+        for name in _NON_NEGATIVE:
+            self._check(name, getattr(self, name) >= 0, ">= 0")
+        for name in ("floor", "race_fraction"):
+            self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        for name in ("effect_trust", "race_soft"):
+            self._check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        if self.policy == "score_function" and not self.example_baseline:
+            self._check("draws", self.draws >= 2, ">= 2 for a score-function estimate without example_baseline")
+
+    def _check(self, name: str, holds: bool, bound: str) -> None:
+        if not holds:
+            raise ConfigurationError(f"{name}={getattr(self, name)!r} must be {bound}; set {name} accordingly")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> AlgorithmConfig:
+        return cls(**state)
+
+
+_NON_NEGATIVE = (
+    "gradient_clip",
+    "importance_limit",
+    "trim",
+    "lower_step",
+    "upper_step",
+    "consensus_step",
+    "plane_step",
+    "dual_step",
+    "round_step",
+    "round_consensus_step",
+    "round_dual_step",
+    "proximal",
+    "penalty",
+    "plane_damping",
+    "dual_damping",
+    "plane_tolerance",
+    "plane_iterations",
+    "plane_drop",
+    "stationarity",
+    "accept_z",
+)
+
+DEFAULT = AlgorithmConfig()
+"""Our improvements on. What a user gets."""
+
+PAPER = AlgorithmConfig(
+    draws=4,
+    minibatch=4,
+    policy="score_function",
+    geometry="euclidean",
+    floor=0.0,
+    adam=True,
+    gradient_clip=3.0,
+    normalise=False,
+    example_baseline=False,
+    common_examples=False,
+    buffered_lower=False,
+    rekey_planes=False,
+    share_credit=False,
+    share_effects=False,
+    stale_step=False,
+    importance_limit=0.0,
+    clip_consensus=False,
+    aggregator="sign",
+    share_demos=False,
+    race=False,
+    lower_step=1e-4,
+    upper_step=1e-4,
+    consensus_step=1e-4,
+    plane_step=1e-1,
+    dual_step=1e-1,
+    lower_rounds=1,
+    round_step=1e-4,
+    round_consensus_step=1e-4,
+    round_dual_step=1e-1,
+    penalty=0.1,
+    plane_tolerance=1e-6,
+    plane_period=5,
+    plane_drop=1e-9,
+    race_fraction=0.0,
+)
+"""Faithful to the paper: score functions, Euclidean projection, Adam at 1e-4, barrier rounds, argmax decoding."""
+
+CENTRALISED = dataclasses.replace(
+    PAPER, max_staleness=1, aggregator="mean", consensus_step=0.0, dual_step=0.0, plane_iterations=0, penalty=0.0
+)
+"""cenDBT: the paper's method with one worker and no z, theta or rho."""
+
+PRESETS: dict[str, AlgorithmConfig] = {"default": DEFAULT, "paper": PAPER, "cendbt": CENTRALISED}

@@ -1,0 +1,148 @@
+"""Cutting planes of ``h_i(x) = |x_i - phi_i|_1 <= epsilon`` (``algorithm.md`` 5, eqs 28-33; scheme from ADBO).
+
+    sum_v a[v]^T p[v] + b^T z + sum_v d[v]^T q[v] + c <= 0,    a[v] = s_p[v],  b = s_z,  s = sign(x - phi)
+
+with ``c = -s^T phi - epsilon`` (``- sum_v d[v]^T q[v]`` when planes carry the q-part).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from asyndbt_dspy.core.config import AlgorithmConfig
+from asyndbt_dspy.core.lower_level import LowerEstimate
+from asyndbt_dspy.core.simplex import FloatArray, Layout
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One plane of one lower-level block; arrays span the whole lower level and are zero outside the block.
+
+    Attributes:
+        block: Number of the block.
+        a: Shape ``[R, D]``.
+        b: Shape ``[D]``.
+        d: Shape ``[Q_1 + .. + Q_R]``, zero without the q-part.
+        offsets: Shape ``[R]``: each worker's part of ``c``, so that an evicted worker's part can leave.
+        offset: The rest of ``c``.
+        multiplier: lambda >= 0.
+        low: Updates in a row with ``lambda < gamma``; the iteration that created the plane is none.
+    """
+
+    block: int
+    a: FloatArray
+    b: FloatArray
+    d: FloatArray
+    offsets: FloatArray
+    offset: float
+    multiplier: float = 0.0
+    low: int = 0
+
+    def value(self, p: FloatArray, z: FloatArray, q: FloatArray, live: FloatArray, q_live: FloatArray) -> float:
+        """Left-hand side at ``p [R, D]``, ``z [D]``, ``q``; masks ``live [R]`` and ``q_live`` are 1 for live workers."""
+        constant = float(np.dot(self.offsets, live)) + self.offset
+        workers = float(np.sum(self.a * p * live[:, None]))
+        return workers + float(np.dot(self.b, z)) + float(np.dot(self.d * q_live, q)) + constant
+
+    def sign_key(self) -> bytes:
+        return np.concatenate([self.a.ravel(), self.b]).astype(np.int8).tobytes()
+
+
+def violation(layout: Layout, p: FloatArray, z: FloatArray, phi: LowerEstimate, live: FloatArray) -> FloatArray:
+    """``h_i = |x_i - phi_i|_1`` over live workers and z, shape ``[blocks]``."""
+    total = np.sum(np.abs(p - phi.p) * live[:, None], axis=0) + np.abs(z - phi.z)
+    return np.array([float(total[part].sum()) for part in layout.slices])
+
+
+def make_plane(
+    layout: Layout,
+    config: AlgorithmConfig,
+    block: int,
+    signs: tuple[FloatArray, FloatArray],
+    phi: LowerEstimate,
+    q: FloatArray,
+    q_owner: FloatArray,
+) -> Plane:
+    """The plane of ``block`` with sign pattern ``signs = (a, b)`` at the present phi.
+
+    Args:
+        q: All workers' q in one vector, shape ``[Q_1 + .. + Q_R]``.
+        q_owner: Worker number of each entry of ``q``.
+    """
+    part = layout.slices[block]
+    a, b = np.zeros_like(signs[0]), np.zeros_like(signs[1])
+    a[:, part], b[part] = signs[0][:, part], signs[1][part]
+    offsets = -np.sum(a * phi.p, axis=1)
+    d = np.zeros_like(q)
+    if phi.p_by_q is not None and phi.z_by_q is not None:
+        d = -(np.einsum("rd,rdq->q", a, phi.p_by_q) + b @ phi.z_by_q)
+        np.subtract.at(offsets, q_owner.astype(np.int64), d * q)
+    return Plane(block, a, b, d, offsets, -float(np.dot(b, phi.z)) - config.plane_tolerance)
+
+
+def refresh(
+    layout: Layout,
+    config: AlgorithmConfig,
+    planes: tuple[Plane, ...],
+    iteration: int,
+    p: FloatArray,
+    z: FloatArray,
+    phi: LowerEstimate,
+    q: FloatArray,
+    q_owner: FloatArray,
+    live: FloatArray,
+) -> tuple[Plane, ...]:
+    """Move known planes to the new phi (``rekey_planes``) and add one for each violated block while ``t < T1``."""
+    kept = list(planes)
+    if config.rekey_planes:
+        kept = _without_twins([_moved(layout, config, plane, phi, q, q_owner, live) for plane in kept])
+    if iteration >= config.plane_iterations:
+        return tuple(kept)
+    signs = (np.sign(p - phi.p) * live[:, None], np.sign(z - phi.z))
+    known = {plane.sign_key() for plane in kept} if config.rekey_planes else set()
+    for block, amount in enumerate(violation(layout, p, z, phi, live)):
+        if amount > config.plane_tolerance:
+            plane = make_plane(layout, config, block, signs, phi, q, q_owner)
+            if plane.sign_key() not in known:
+                kept.append(plane)
+    return tuple(kept)
+
+
+def _moved(
+    layout: Layout,
+    config: AlgorithmConfig,
+    plane: Plane,
+    phi: LowerEstimate,
+    q: FloatArray,
+    q_owner: FloatArray,
+    live: FloatArray,
+) -> Plane:
+    signs = (plane.a * live[:, None], plane.b)
+    fresh = make_plane(layout, config, plane.block, signs, phi, q, q_owner)
+    return dataclasses.replace(fresh, multiplier=plane.multiplier, low=plane.low)
+
+
+def _without_twins(planes: list[Plane]) -> list[Plane]:
+    """Planes that differed only in a lost worker's signs become one, with the sum of their multipliers."""
+    kept: dict[bytes, Plane] = {}
+    for plane in planes:
+        twin = kept.get(plane.sign_key())
+        if twin is not None:
+            plane = dataclasses.replace(twin, multiplier=twin.multiplier + plane.multiplier)
+        kept[plane.sign_key()] = plane
+    return list(kept.values())
+
+
+def update_multiplier(config: AlgorithmConfig, plane: Plane, value: float) -> Plane:
+    """``lambda <- max(0, lambda + eta_lambda (value - c1 lambda))`` and the count of low values in a row."""
+    multiplier = max(0.0, plane.multiplier + config.plane_step * (value - config.plane_damping * plane.multiplier))
+    low = plane.low + 1 if multiplier < config.plane_drop else 0
+    return dataclasses.replace(plane, multiplier=multiplier, low=low)
+
+
+def drop_idle(planes: tuple[Plane, ...]) -> tuple[Plane, ...]:
+    """Drop planes whose multiplier was below gamma after two updates in a row."""
+    return tuple(plane for plane in planes if plane.low < 2)

@@ -1,0 +1,122 @@
+"""From what was learned to final candidates: merging of effects and of demos (``algorithm.md`` 7.5, 7.7, 7.8)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from asyndbt_dspy.core.config import AlgorithmConfig
+from asyndbt_dspy.core.effects import EffectKeys
+from asyndbt_dspy.core.policies import Nomination
+from asyndbt_dspy.core.simplex import FloatArray
+from asyndbt_dspy.core.space import Candidate, Space
+
+_PRIOR_PRECISION = 20.0
+"""Prior precision of a merged effect: losses have variances of about a quarter, arms a tenth of their deviation."""
+
+
+def pool_factors(config: AlgorithmConfig, factors: FloatArray) -> FloatArray:
+    """Add up natural parameters ``[R, 2, K]`` of several senders, shape ``[2, K]``.
+
+    With a robust aggregator the pooled mean of an effect that at least three senders know is their median mean.
+    """
+    total = np.asarray(factors.sum(axis=0))
+    if config.aggregator not in ("median", "trimmed_mean") or len(factors) < 3:
+        return total
+    known = factors[:, 0] > 0
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = np.where(known, factors[:, 1] / factors[:, 0], np.nan)
+    for column in np.flatnonzero(known.sum(axis=0) >= 3):
+        total[1, column] = total[0, column] * float(np.nanmedian(means[:, column]))
+    return total
+
+
+def merge_factors(config: AlgorithmConfig, factors: FloatArray, live: FloatArray) -> FloatArray:
+    """For each worker the pooled factors of all *other* live workers, times ``effect_trust``; shape ``[R, 2, K]``."""
+    if not factors.shape[2]:
+        return factors
+    masked = factors * live[:, None, None]
+    if config.aggregator in ("median", "trimmed_mean"):
+        others = [pool_factors(config, np.delete(masked, number, axis=0)) for number in range(len(factors))]
+        return np.stack(others) * config.effect_trust
+    merged = (masked.sum(axis=0)[None] - masked) * config.effect_trust
+    # What is left of a sum minus its only term is rounding, not knowledge.
+    return np.where(merged[:, :1] > 1e-9, merged, 0.0)
+
+
+def finalists(
+    space: Space,
+    config: AlgorithmConfig,
+    keys: EffectKeys,
+    consensus: Candidate,
+    nominated: Sequence[Sequence[Nomination]],
+    factors: FloatArray,
+    allowed: Sequence[Sequence[Sequence[int]]],
+) -> tuple[Candidate, ...]:
+    """Candidates for the race, most promising first.
+
+    Args:
+        consensus: ``argmax z``, one arm per lower-level block.
+        nominated: Per live worker its nominations, its decoded candidate first.
+        factors: Of live workers, shape ``[R, 2, K]``.
+        allowed: Per live worker the arms it may draw; the union is what the merged program may use.
+    """
+    rated = sorted(
+        (one.value - 0.5 * one.deviation, place, one.candidate)
+        for place, rows in enumerate(nominated)
+        for one in rows
+    )
+    best = [candidate for _, _, candidate in rated]
+    width = len(consensus)
+    swapped = [consensus + candidate[width:] for candidate in best[:3]]
+    if not config.share_demos:
+        return tuple(dict.fromkeys([*swapped, *best]))
+    merged: list[Candidate] = []
+    if factors.shape[2]:
+        merged = [consensus + _merged_demos(space, keys, pool_factors(config, factors), allowed)]
+    interleaved = [one for pair in zip(best[:3], swapped, strict=True) for one in pair]
+    return tuple(dict.fromkeys([*merged, *interleaved, *best]))
+
+
+def decode(
+    space: Space,
+    config: AlgorithmConfig,
+    keys: EffectKeys,
+    consensus: Candidate,
+    nominated: Sequence[Sequence[Nomination]],
+    factors: FloatArray,
+    allowed: Sequence[Sequence[Sequence[int]]],
+) -> Candidate:
+    """The program without a race: ``argmax z`` with the merged demos, or with ``argmax q`` of the best worker (paper).
+
+    Args: as of ``finalists``.
+    """
+    if config.share_demos and factors.shape[2]:
+        return consensus + _merged_demos(space, keys, pool_factors(config, factors), allowed)
+    decoded = [rows[0] for rows in nominated if rows]
+    if not decoded:
+        return consensus + (0,) * len(space.upper)
+    best = min(decoded, key=lambda one: one.value)
+    return consensus + best.candidate[len(consensus) :]
+
+
+def _merged_demos(
+    space: Space, keys: EffectKeys, pooled: FloatArray, allowed: Sequence[Sequence[Sequence[int]]]
+) -> Candidate:
+    """Each slot's best shared arm under the pooled effects; no demo twice."""
+    means = dict(zip(keys.shared, (pooled[1] / (pooled[0] + _PRIOR_PRECISION)).tolist(), strict=True))
+    chosen: list[int] = []
+    used: set[str] = set()
+    first = len(space.lower)
+    for slot, block in enumerate(space.upper):
+        usable = sorted({arm for rows in allowed for arm in rows[slot]})
+        rated = [
+            (sum(means[name] for name in keys.arms[first + slot][arm]), arm)
+            for arm in usable
+            if arm and block.arms[arm].shared and block.arms[arm].key not in used
+        ]
+        worth, arm = min(rated, default=(0.0, 0))
+        chosen.append(arm if worth < 0 else 0)
+        used.add(block.arms[chosen[-1]].key)
+    return tuple(chosen)

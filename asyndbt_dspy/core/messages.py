@@ -1,0 +1,303 @@
+"""Frozen, versioned messages between server and workers, events, instructions, and their dict codec.
+
+Directions::
+
+    server -> worker   StepRequest, RoundRequest, RaceRequest, Stop
+    worker -> server   StepReply, RoundReply, RaceReply
+    engine -> server   WorkerLost, StopSearch              (events of the outside world)
+    engine -> worker   Scored                              (what an Evaluate instruction came to)
+    machine -> engine  Send, Wait, Finish, Evaluate        (instructions; never ``None``)
+
+Arrays are float64 and read-only by convention. ``encode``/``decode`` round-trip every message exactly through JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from asyndbt_dspy.core.policies import Nomination
+from asyndbt_dspy.core.simplex import FloatArray
+from asyndbt_dspy.core.space import Candidate
+from asyndbt_dspy.errors import ProtocolError
+
+FORMAT = 1
+"""Version of the codec. A decoder reads its own and older formats."""
+
+
+@dataclass(frozen=True)
+class StepRequest:
+    """Do one step of the main loop with these variables.
+
+    Attributes:
+        worker: Name of the addressee.
+        version: Updates of z so far.
+        consensus: z, shape ``[D]``.
+        duals: theta[v], shape ``[D]``.
+        plane_push: ``sum_l lambda_l a_l[v]``, shape ``[D]``.
+        plane_push_upper: ``sum_l lambda_l d_l[v]``, shape ``[Q_v]``.
+        effects: What the other workers learned, shape ``[2, shared]`` (``[2, 0]`` if nothing is exchanged).
+        staleness: Updates of z by which this worker's previous message was late.
+    """
+
+    worker: str
+    version: int
+    consensus: FloatArray
+    duals: FloatArray
+    plane_push: FloatArray
+    plane_push_upper: FloatArray
+    effects: FloatArray
+    staleness: int = 0
+
+
+@dataclass(frozen=True)
+class StepReply:
+    """One step's result.
+
+    Attributes:
+        version: That of the request it answers.
+        lower: p[v], shape ``[D]``.
+        upper: q[v], shape ``[Q_v]`` where planes carry the q-part, else ``None``: q stays with its worker.
+        gradient: Lower-level estimate for the server's rounds, shape ``[D]``.
+        curvature: Shape ``[D, D]`` or ``None``.
+        cross: Shape ``[D, Q_v]`` or ``None``.
+        effects: This worker's factor over shared arms, shape ``[2, shared]``.
+        nominations: Candidates proposed for the race. Only shared arms.
+        calls: Rollouts paid for in this step.
+        missing: Rollouts that failed for reasons outside the program.
+        loss: Mean loss of the step's rollouts, NaN if all are missing.
+    """
+
+    worker: str
+    version: int
+    lower: FloatArray
+    upper: FloatArray | None
+    gradient: FloatArray
+    curvature: FloatArray | None
+    cross: FloatArray | None
+    effects: FloatArray
+    nominations: tuple[Nomination, ...]
+    calls: int
+    missing: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class RoundRequest:
+    """One communication round of the lower-level estimate (barrier form): ``z`` and ``rho[v]``, shapes ``[D]``."""
+
+    worker: str
+    version: int
+    number: int
+    start: FloatArray
+    consensus: FloatArray
+    rho: FloatArray
+
+
+@dataclass(frozen=True)
+class RoundReply:
+    """The worker's p after round ``number``, shape ``[D]``."""
+
+    worker: str
+    version: int
+    number: int
+    lower: FloatArray
+    calls: int
+
+
+@dataclass(frozen=True)
+class RaceRequest:
+    """Score ``candidates`` on the worker's held-out examples numbered ``examples``."""
+
+    worker: str
+    unit: int
+    candidates: tuple[Candidate, ...]
+    examples: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RaceReply:
+    """Held-out results.
+
+    Attributes:
+        scores: Per candidate and example; ``None`` where missing.
+        soft_scores: ``P(right answer)`` in [0, 1] where the LM reports it, else ``None``; same shape.
+    """
+
+    worker: str
+    unit: int
+    scores: tuple[tuple[float | None, ...], ...]
+    soft_scores: tuple[tuple[float | None, ...], ...]
+    calls: int
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Nothing more to do for this worker."""
+
+    worker: str
+
+
+@dataclass(frozen=True)
+class WorkerLost:
+    """The engine set a worker aside: no answer in time, or an LM that fails again and again."""
+
+    worker: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class StopSearch:
+    """The outside world ends the search (deadline, interrupt, spent dollars): go on to the race.
+
+    Attributes:
+        race: False ends the run at once, with the best candidate so far.
+    """
+
+    reason: str
+    race: bool = True
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One rollout's result as the algorithm sees it; ``score`` is ``None`` where it is missing."""
+
+    score: float | None
+    cross_entropy: float | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What ``Evaluate`` number ``task`` came to.
+
+    Attributes:
+        outcomes: Per candidate, per example.
+        calls: Rollouts paid for (cached ones are free).
+    """
+
+    worker: str
+    task: int
+    outcomes: tuple[tuple[Outcome, ...], ...]
+    calls: int
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Instruction of a worker: score ``candidates[i]`` on examples ``examples[i]``.
+
+    Attributes:
+        held_out: Whether the numbers are of the race examples instead of the estimate examples.
+    """
+
+    worker: str
+    task: int
+    candidates: tuple[Candidate, ...]
+    examples: tuple[tuple[int, ...], ...]
+    held_out: bool
+
+
+@dataclass(frozen=True)
+class Send:
+    """Instruction: carry ``message`` to the other side."""
+
+    message: ToWorker | ToServer
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Instruction: nothing to do until the next event. ``reason`` is for people."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Instruction: the run is over. ``reason`` says which stopping rule held."""
+
+    reason: str
+
+
+ToWorker = StepRequest | RoundRequest | RaceRequest | Stop
+ToServer = StepReply | RoundReply | RaceReply
+ServerEvent = StepReply | RoundReply | RaceReply | WorkerLost | StopSearch
+WorkerEvent = StepRequest | RoundRequest | RaceRequest | Stop | Scored
+Instruction = Send | Wait | Finish | Evaluate
+
+_CODEC = {
+    kind.__name__: kind
+    for kind in (
+        StepRequest,
+        StepReply,
+        RoundRequest,
+        RoundReply,
+        RaceRequest,
+        RaceReply,
+        Stop,
+        WorkerLost,
+        StopSearch,
+        Outcome,
+        Scored,
+        Evaluate,
+        Nomination,
+    )
+}
+
+
+def encode(message: Any) -> Any:
+    """Plain strict JSON data: ``{"format": 1, "type": …, …}``.
+
+    Dataclasses become ``{"type": …, …}``, arrays ``{"array": …, "shape": …}``, tuples lists, and numbers that are not
+    finite ``{"float": "nan"}``.
+    """
+    return {"format": FORMAT, **_encode(message)}
+
+
+def _encode(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: _encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, np.ndarray):
+        return {"array": [_encode(item) for item in value.ravel().tolist()], "shape": list(value.shape)}
+    if isinstance(value, tuple):
+        return [_encode(item) for item in value]
+    if isinstance(value, np.generic):
+        return _encode(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    return value
+
+
+def decode(state: Any) -> Any:
+    """Inverse of ``encode``; reads this format and older ones.
+
+    Raises:
+        ProtocolError: no message, a newer format, an unknown type, or a field that does not belong to it.
+    """
+    if not isinstance(state, Mapping) or not isinstance(state.get("format"), int):
+        raise ProtocolError(f"no encoded message: {str(state)[:80]!r} has no format number")
+    if not 1 <= state["format"] <= FORMAT:
+        raise ProtocolError(f"format {state['format']} is not known here (1..{FORMAT}); update asyndbt-dspy to read it")
+    try:
+        return _decode({name: value for name, value in state.items() if name != "format"})
+    except (TypeError, ValueError, KeyError) as error:
+        raise ProtocolError(f"message {state.get('type')!r} does not fit format {state['format']}: {error}") from error
+
+
+def _decode(state: Any) -> Any:
+    if isinstance(state, list):
+        return tuple(_decode(item) for item in state)
+    if not isinstance(state, Mapping):
+        return state
+    if "float" in state:
+        return float(state["float"])
+    if "array" in state:
+        return np.array([_decode(item) for item in state["array"]], dtype=np.float64).reshape(state["shape"])
+    kind = _CODEC.get(str(state.get("type")))
+    if kind is None:
+        raise ProtocolError(f"unknown message type {state.get('type')!r}; known: {sorted(_CODEC)}")
+    return kind(**{name: _decode(value) for name, value in state.items() if name != "type"})

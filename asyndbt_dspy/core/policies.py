@@ -1,0 +1,422 @@
+"""How a worker's distributions over arms learn, behind one Protocol, since the default changes by measurement.
+
+``GradientPolicy`` draws candidates from ``p x q`` and estimates gradients by score functions (paper, BDPL).
+``PosteriorPolicy`` keeps a Bayesian model of arm effects, draws demo sets by Thompson sampling and reads the gradient
+off the posterior, for every arm at once. The step itself (Euclidean or exponentiated) is the worker's.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from asyndbt_dspy.core import estimators
+from asyndbt_dspy.core.config import AlgorithmConfig
+from asyndbt_dspy.core.effects import EffectKeys, EffectModel
+from asyndbt_dspy.core.lower_level import Surrogate
+from asyndbt_dspy.core.simplex import FloatArray, IntArray, Layout
+from asyndbt_dspy.core.space import Candidate, Space
+
+
+@dataclass(frozen=True)
+class WorkerSpace:
+    """The part of the space that one worker may use.
+
+    Attributes:
+        space: All blocks.
+        allowed: Per upper-level block the arm numbers this worker may draw; arm 0 is always among them.
+    """
+
+    space: Space
+    allowed: tuple[tuple[int, ...], ...]
+
+    @functools.cached_property
+    def lower(self) -> Layout:
+        return Layout(tuple(len(block.arms) for block in self.space.lower))
+
+    @functools.cached_property
+    def upper(self) -> Layout:
+        return Layout(tuple(len(arms) for arms in self.allowed))
+
+    def candidate(self, lower_arms: Sequence[int], upper_places: Sequence[int]) -> Candidate:
+        """Candidate of arm numbers ``lower_arms`` and of places ``upper_places`` within ``allowed``."""
+        demos = tuple(arms[place] for arms, place in zip(self.allowed, upper_places, strict=True))
+        return tuple(int(arm) for arm in lower_arms) + demos
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step scores.
+
+    Attributes:
+        candidates: The draws.
+        examples: Per draw, numbers of examples of the worker's estimate set.
+        lower_arms, upper_places: Shapes ``[draws, blocks]``; empty for policies that do not need them.
+        lower_examples: Examples whose losses may inform the lower level (all of them unless levels are split).
+        upper_examples: The same for the upper level.
+    """
+
+    candidates: tuple[Candidate, ...]
+    examples: tuple[tuple[int, ...], ...]
+    lower_arms: IntArray
+    upper_places: IntArray
+    lower_examples: frozenset[int]
+    upper_examples: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Gradient estimates at the present ``p [D]`` and ``q [Q]``, and the surrogate that the server may reuse."""
+
+    lower: FloatArray
+    upper: FloatArray
+    surrogate: Surrogate
+
+
+@dataclass(frozen=True)
+class Nomination:
+    """A candidate that a worker proposes for the final race.
+
+    Attributes:
+        candidate: One arm per block.
+        value: Estimated loss relative to the student's (lower is better).
+        deviation: Standard deviation of ``value``.
+        count: Rollouts behind it.
+    """
+
+    candidate: Candidate
+    value: float
+    deviation: float
+    count: int
+
+
+class Policy(Protocol):
+    """How a worker's distributions learn: what to draw, what was learned, what is shared, how it merges."""
+
+    def draw(self, p: FloatArray, q: FloatArray, rng: np.random.Generator) -> Batch: ...
+
+    def update(self, p: FloatArray, q: FloatArray, batch: Batch, losses: Sequence[FloatArray]) -> Estimate:
+        """Learn from ``losses`` (per draw, shape ``[its examples]``, NaN where missing) and estimate both gradients."""
+        ...
+
+    def share(self) -> FloatArray:
+        """Natural parameters ``[2, shared]`` of what this worker learned about shared arms."""
+        ...
+
+    def merge(self, outside: FloatArray) -> None:
+        """Take over what the other workers learned; replaces what was merged before."""
+        ...
+
+    def nominate(self, p: FloatArray, q: FloatArray) -> tuple[Nomination, ...]: ...
+
+
+class ExampleOrder:
+    """Which examples a draw meets: one common order of the shard, or a random minibatch (``common_examples`` off)."""
+
+    def __init__(self, count: int, config: AlgorithmConfig, rng: np.random.Generator) -> None:
+        self.order = [int(number) for number in rng.permutation(count)]
+        half = max(1, count // 2) if config.split_levels else count
+        self.lower = tuple(self.order[:half])
+        self.upper = tuple(self.order[half:] or self.order) if config.split_levels else self.lower
+        self._config = config
+        self._cursor: dict[Candidate | None, int] = {}
+
+    def next_for(self, key: Candidate | None, rng: np.random.Generator) -> tuple[int, ...]:
+        """The next minibatch of ``key`` (a candidate, or ``None`` for all draws of a step together)."""
+        size = self._config.minibatch
+        if not self._config.split_levels:
+            return self._take(self.order, key, size, rng)
+        first = self._take(self.lower, key, (size + 1) // 2, rng)
+        second = self._take(self.upper, key, size // 2, rng)
+        self._cursor[key] = self._cursor.get(key, 0) + (size + 1) // 2
+        return first + second
+
+    def _take(
+        self, pool: Sequence[int], key: Candidate | None, size: int, rng: np.random.Generator
+    ) -> tuple[int, ...]:
+        size = min(size, len(pool))
+        if not self._config.common_examples:
+            return tuple(int(pool[place]) for place in rng.choice(len(pool), size=size, replace=False))
+        start = self._cursor.get(key, 0)
+        if not self._config.split_levels:
+            self._cursor[key] = start + size
+        return tuple(pool[(start + step) % len(pool)] for step in range(size))
+
+
+class GradientPolicy:
+    """Score functions on draws from ``p x q``, all on one minibatch (``algorithm.md`` 2)."""
+
+    def __init__(
+        self, spaces: WorkerSpace, config: AlgorithmConfig, examples: int, rng: np.random.Generator
+    ) -> None:
+        self.spaces = spaces
+        self.config = config
+        self.order = ExampleOrder(examples, config, rng)
+        self.totals: dict[int, tuple[float, int]] = {}
+        self.seen: dict[Candidate, tuple[float, int]] = {}
+        self.buffer: list[tuple[FloatArray, IntArray, FloatArray, float]] = []
+
+    def draw(self, p: FloatArray, q: FloatArray, rng: np.random.Generator) -> Batch:
+        lower = estimators.draw_arms(rng, self.spaces.lower, p, self.config.draws)
+        upper = estimators.draw_arms(rng, self.spaces.upper, q, self.config.draws)
+        examples = self.order.next_for(None, rng)
+        candidates = tuple(self.spaces.candidate(low, up) for low, up in zip(lower, upper, strict=True))
+        sets = frozenset(self.order.lower), frozenset(self.order.upper)
+        return Batch(candidates, (examples,) * len(candidates), lower, upper, *sets)
+
+    def update(self, p: FloatArray, q: FloatArray, batch: Batch, losses: Sequence[FloatArray]) -> Estimate:
+        table = np.stack(list(losses))
+        examples = batch.examples[0]
+        baselines = self._baselines(examples)
+        low_columns = [column for column, number in enumerate(examples) if number in batch.lower_examples]
+        up_columns = [column for column, number in enumerate(examples) if number in batch.upper_examples]
+        centred, divisor = self._centred(table, baselines, low_columns)
+        up_centred, up_divisor = self._centred(table, baselines, up_columns)
+        self._remember(batch, table, examples)
+        lower = estimators.score_function_estimate(self.spaces.lower, p, batch.lower_arms, centred, divisor)
+        upper = estimators.score_function_estimate(
+            self.spaces.upper, q, batch.upper_places, up_centred, up_divisor
+        )
+        cross = None
+        if self.config.hypergradient:
+            cross = estimators.cross_estimate(
+                self.spaces.lower,
+                self.spaces.upper,
+                p,
+                q,
+                batch.lower_arms,
+                batch.upper_places,
+                centred,
+                divisor,
+            )
+        surrogate = Surrogate(self._buffered(p, batch.lower_arms, centred, divisor, lower), p, None, cross)
+        return Estimate(self._scaled(lower), self._scaled(upper), surrogate)
+
+    def _centred(
+        self, table: FloatArray, baselines: FloatArray | None, columns: list[int]
+    ) -> tuple[FloatArray, float]:
+        part = None if baselines is None else baselines[columns]
+        return estimators.advantages(table[:, columns], part)
+
+    def _baselines(self, examples: Sequence[int]) -> FloatArray | None:
+        if not self.config.example_baseline:
+            return None
+        known = [self.totals.get(number, (math.nan, 1)) for number in examples]
+        return np.array([total / count for total, count in known])
+
+    def _remember(self, batch: Batch, table: FloatArray, examples: Sequence[int]) -> None:
+        centred, _ = estimators.advantages(table)
+        for row, candidate in enumerate(batch.candidates):
+            total, count = self.seen.get(candidate, (0.0, 0))
+            answered = int(np.sum(np.isfinite(table[row])))
+            self.seen[candidate] = (total + centred[row] * answered, count + answered)
+        for column, number in enumerate(examples):
+            present = table[np.isfinite(table[:, column]), column]
+            total, count = self.totals.get(number, (0.0, 0))
+            if count + len(present):
+                self.totals[number] = (total + float(present.sum()), count + len(present))
+
+    def _buffered(
+        self, p: FloatArray, arms: IntArray, centred: FloatArray, divisor: float, now: FloatArray
+    ) -> FloatArray:
+        """Mean of this step's estimate and of earlier ones, weighted to the present p (``algorithm.md`` 7.9)."""
+        if not self.config.importance_limit:
+            return now
+        old = [
+            estimators.reweighted_estimate(self.spaces.lower, p, *entry, self.config.importance_limit)
+            for entry in self.buffer
+        ]
+        self.buffer = [*self.buffer[-7:], (p, arms, centred, divisor)]
+        return np.asarray(np.mean([*old, now], axis=0))
+
+    def _scaled(self, estimate: FloatArray) -> FloatArray:
+        if self.config.normalise and estimate.size:
+            largest = float(np.max(np.abs(estimate)))
+            estimate = estimate / largest if largest > 0 else estimate
+        return estimators.clip_norm(estimate, self.config.gradient_clip)
+
+    def share(self) -> FloatArray:
+        return np.zeros((2, 0))
+
+    def merge(self, outside: FloatArray) -> None:
+        """Score functions exchange nothing beyond p."""
+
+    def nominate(self, p: FloatArray, q: FloatArray) -> tuple[Nomination, ...]:
+        decoded = self.spaces.candidate(self.spaces.lower.argmax(p), self.spaces.upper.argmax(q))
+        rated = [(total / count, count, one) for one, (total, count) in self.seen.items() if count]
+        values = {one: (value, count) for value, count, one in rated}
+        best = [one for _, _, one in sorted(rated)[:2]]
+        result = []
+        for candidate in dict.fromkeys([decoded, *best]):
+            value, count = values.get(candidate, (0.0, 0))
+            result.append(Nomination(candidate, float(value), 1.0 / math.sqrt(count + 1.0), count))
+        return tuple(result)
+
+
+class PosteriorPolicy:
+    """Thompson sampling on a Bayesian model of arm effects (``algorithm.md`` 7.5).
+
+    The model is additive, so the mixed derivative of its lower-level loss by q is zero: with ``hypergradient`` its planes
+    carry no q-part.
+    """
+
+    def __init__(
+        self, spaces: WorkerSpace, config: AlgorithmConfig, examples: int, rng: np.random.Generator
+    ) -> None:
+        self.spaces = spaces
+        self.config = config
+        self.order = ExampleOrder(examples, config, rng)
+        self.keys = EffectKeys.of(spaces.space, config.share_credit)
+        self.upper_model = EffectModel(self.keys)
+        self.lower_model = EffectModel(self.keys) if config.split_levels else self.upper_model
+        self.seen: dict[Candidate, int] = {}
+        self.observed: set[tuple[Candidate, int]] = set()
+
+    def draw(self, p: FloatArray, q: FloatArray, rng: np.random.Generator) -> Batch:
+        lower = estimators.draw_arms(rng, self.spaces.lower, p, self.config.draws)
+        candidates: list[Candidate] = []
+        for row in lower:
+            arms = tuple(int(arm) for arm in row)
+            found = self._thompson(arms, rng, exclude=candidates)
+            if found in candidates:  # one more draw of the posterior; a small space may hold nothing else
+                found = self._thompson(arms, rng, exclude=candidates)
+            candidates.append(found)
+        examples = tuple(self.order.next_for(candidate, rng) for candidate in candidates)
+        empty = np.zeros((0, 0), dtype=np.int64)
+        sets = frozenset(self.order.lower), frozenset(self.order.upper)
+        return Batch(tuple(candidates), examples, lower, empty, *sets)
+
+    def _thompson(self, lower: Candidate, rng: np.random.Generator, exclude: list[Candidate]) -> Candidate:
+        """The best of one new set and all sets seen, under one draw of the posterior."""
+        model = self.upper_model
+        drawn = model.sample(rng)
+        fresh: dict[str, float] = {}
+
+        def worth(name: str) -> float:
+            place = model.names.get(name)
+            if place is not None and place < len(drawn):
+                return float(drawn[place])
+            if name not in fresh:
+                fresh[name] = float(rng.normal(0.0, model.prior_variance(name) ** 0.5))
+            return fresh[name]
+
+        best = lower + self._best_demos(worth, rng)
+        best_worth = sum(worth(name) for name in (f"set:{best}", *self.keys.of_candidate(best)))
+        for candidate, count in self.seen.items():
+            if candidate not in exclude and count < len(self.order.order):
+                total = sum(worth(name) for name in (f"set:{candidate}", *self.keys.of_candidate(candidate)))
+                if total < best_worth:
+                    best, best_worth = candidate, total
+        return best
+
+    def _best_demos(self, worth: _Worth, rng: np.random.Generator | None) -> Candidate:
+        """Each slot's best arm under ``worth``; no demo twice. Slots choose in random order, or in order without rng."""
+        start = len(self.spaces.space.lower)
+        chosen = [0] * len(self.spaces.allowed)
+        used: set[str] = set()
+        slots = list(range(len(chosen)))
+        for slot in slots if rng is None else rng.permutation(slots).tolist():
+            block = self.spaces.space.blocks[start + slot]
+            best_worth = 0.0
+            for arm in self.spaces.allowed[slot]:
+                if arm and block.arms[arm].key not in used:
+                    total = sum(worth(name) for name in self.keys.arms[start + slot][arm])
+                    if total < best_worth:
+                        chosen[slot], best_worth = arm, total
+            if chosen[slot]:
+                used.add(block.arms[chosen[slot]].key)
+        return tuple(chosen)
+
+    def update(self, p: FloatArray, q: FloatArray, batch: Batch, losses: Sequence[FloatArray]) -> Estimate:
+        for candidate, examples, row in zip(batch.candidates, batch.examples, losses, strict=True):
+            self.seen.setdefault(candidate, 0)
+            for example, loss in zip(examples, row, strict=True):
+                if math.isfinite(loss):
+                    self._observe(candidate, example, float(loss), batch)
+        sweeps = 2 if self.upper_model.count < 150 else 1
+        self.upper_model.fit(sweeps)
+        if self.lower_model is not self.upper_model:
+            self.lower_model.fit(sweeps)
+        lower, upper = self._lower_advantages(p), self._upper_advantages(q)
+        return Estimate(lower, upper, Surrogate(lower, p))
+
+    def _observe(self, candidate: Candidate, example: int, loss: float, batch: Batch) -> None:
+        # A candidate that has met the whole shard meets it again: a cached loss is no new evidence.
+        if (candidate, example) in self.observed:
+            return
+        self.observed.add((candidate, example))
+        self.seen[candidate] += 1
+        if self.lower_model is self.upper_model or example in batch.upper_examples:
+            self.upper_model.observe(candidate, example, loss)
+        if self.lower_model is not self.upper_model and example in batch.lower_examples:
+            self.lower_model.observe(candidate, example, loss)
+
+    def _lower_advantages(self, p: FloatArray) -> FloatArray:
+        values = [
+            self._standardized(self.lower_model, names)
+            for block in range(len(self.spaces.space.lower))
+            for names in self.keys.arms[block]
+        ]
+        return self._scaled(self.spaces.lower, np.array(values, dtype=np.float64), p)
+
+    def _upper_advantages(self, q: FloatArray) -> FloatArray:
+        start = len(self.spaces.space.lower)
+        values = [
+            self._standardized(self.upper_model, self.keys.arms[start + slot][arm])
+            for slot, arms in enumerate(self.spaces.allowed)
+            for arm in arms
+        ]
+        return self._scaled(self.spaces.upper, np.array(values, dtype=np.float64), q)
+
+    def _standardized(self, model: EffectModel, names: Sequence[str]) -> float:
+        """An arm's effect; with ``normalise`` in units of its own uncertainty, so that noise moves nothing."""
+        pairs = [model.effect(name) for name in names]
+        mean = sum(pair[0] for pair in pairs)
+        if not self.config.normalise or not pairs:
+            return mean
+        return mean / math.sqrt(sum(pair[1] ** 2 for pair in pairs))
+
+    def _scaled(self, layout: Layout, values: FloatArray, probabilities: FloatArray) -> FloatArray:
+        centred = estimators.centre_blocks(layout, values, probabilities)
+        if self.config.normalise:
+            centred = np.clip(centred, -3.0, 3.0)
+        return estimators.clip_norm(centred, self.config.gradient_clip)
+
+    def share(self) -> FloatArray:
+        if not self.config.share_effects:
+            return np.zeros((2, 0))
+        return self.upper_model.factor()
+
+    def merge(self, outside: FloatArray) -> None:
+        if outside.shape[1]:
+            self.upper_model.merge(outside)
+            self.upper_model.fit(0)
+
+    def nominate(self, p: FloatArray, q: FloatArray) -> tuple[Nomination, ...]:
+        """The decoded candidate (best posterior means) and the most promising ones seen, by lower bound of their loss."""
+        model = self.upper_model
+        lower = self.spaces.lower.argmax(p)
+        decoded = lower + self._best_demos(lambda name: model.effect(name)[0], None)
+        rated = {one: model.value(one) for one in dict.fromkeys([decoded, *self.seen])}
+        seen = sorted(self.seen, key=lambda one: rated[one][0] - 0.5 * rated[one][1])[:3]
+        return tuple(
+            Nomination(one, rated[one][0], rated[one][1], self.seen.get(one, 0))
+            for one in dict.fromkeys([decoded, *seen])
+        )
+
+
+class _Worth(Protocol):
+    def __call__(self, name: str, /) -> float: ...
+
+
+def make_policy(
+    spaces: WorkerSpace, config: AlgorithmConfig, examples: int, rng: np.random.Generator
+) -> GradientPolicy | PosteriorPolicy:
+    """The policy that ``config.policy`` names, for a worker with so many estimate examples."""
+    kind = GradientPolicy if config.policy == "score_function" else PosteriorPolicy
+    return kind(spaces, config, examples, rng)

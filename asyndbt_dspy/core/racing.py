@@ -1,0 +1,239 @@
+"""The final race: paired successive halving of candidates on held-out examples under a budget (``algorithm.md`` 7.7).
+
+Every candidate of a heat meets the same examples, so that differences are paired and an example's difficulty cancels.
+The student runs in every heat and is returned unless something beats it. Examples stay with the workers that hold them;
+a heat closes without its stragglers once three quarters of its examples are in, and late results still count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from asyndbt_dspy.core.config import AlgorithmConfig
+from asyndbt_dspy.core.messages import RaceReply, RaceRequest
+from asyndbt_dspy.core.simplex import FloatArray
+from asyndbt_dspy.core.space import Candidate
+from asyndbt_dspy.core.validation import check_race_reply
+from asyndbt_dspy.errors import ProtocolError
+
+_QUORUM = 0.75
+_FIRST_HEAT = 10
+"""Examples that the first heat should have; with less budget fewer candidates run."""
+_INTERVAL_Z = 1.96
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How one candidate stands.
+
+    Attributes:
+        candidate: One arm per block.
+        mean: Mean score over its examples, NaN before the first.
+        low, high: 95 % interval of ``mean`` (normal approximation).
+        count: Examples scored.
+        advantage: Mean paired difference of race values to the student, 0 for the student.
+        error: Standard error of ``advantage``, ``inf`` below two pairs.
+        in_race: Whether it was still running when the race ended.
+    """
+
+    candidate: Candidate
+    mean: float
+    low: float
+    high: float
+    count: int
+    advantage: float
+    error: float
+    in_race: bool
+
+
+class RaceState:
+    """Units of work handed to workers, and what came back. Pure: the server drives it.
+
+    Args:
+        student: The candidate that changes nothing.
+        candidates: Challengers, best first; as many as the budget can tell apart will run.
+        holdings: Held-out examples per worker.
+        calls: Rollouts the race may spend.
+        chunk: Largest number of rollouts per unit of work.
+    """
+
+    def __init__(
+        self,
+        student: Candidate,
+        candidates: Sequence[Candidate],
+        holdings: Mapping[str, int],
+        calls: int,
+        config: AlgorithmConfig,
+        seed: int = 0,
+        chunk: int = 48,
+    ) -> None:
+        self.config = config
+        self.chunk = chunk
+        rng = np.random.default_rng([seed, 7])
+        self.unused = {name: [int(one) for one in rng.permutation(count)] for name, count in holdings.items()}
+        examples = sum(holdings.values())
+        challengers = [one for one in dict.fromkeys(candidates) if one != student]
+        affordable = calls // max(1, 2 * min(_FIRST_HEAT, examples)) - 1
+        challengers = challengers[: max(1, min(config.race_candidates, affordable))]
+        self.candidates: tuple[Candidate, ...] = (student, *challengers)
+        self.running = list(range(len(self.candidates)))
+        self.calls_left = calls if len(self.candidates) * min(1, examples) <= calls else 0
+        self.heat = 0
+        self.outstanding: dict[int, RaceRequest] = {}
+        self.results: dict[tuple[int, str, int], tuple[float | None, float | None]] = {}
+        self.quota: dict[str, int] = {}
+        self.units = 0
+        self.done = False
+        self._heat_units: dict[int, int] = {}
+        self._heat_size = 0
+        self._last_units = False
+        self._open_heat()
+
+    def _open_heat(self) -> None:
+        left = {name: len(numbers) for name, numbers in self.unused.items() if numbers}
+        heats_left = max(1, math.ceil(math.log2(max(2, len(self.running)))) if len(self.running) > 2 else 1)
+        affordable = self.calls_left // heats_left // max(1, len(self.running))
+        size = min(affordable, sum(left.values()))
+        if size < 1 or len(self.running) < 2:
+            self._last_units = True
+            self.done = not self.outstanding  # what is paid for is waited for
+            return
+        self.heat += 1
+        self.quota = _apportion(left, size)
+        self._heat_size = size
+        self._heat_units = {}
+
+    def assign(self, worker: str) -> RaceRequest | None:
+        """The next unit for an idle worker, ``None`` if there is nothing for it now."""
+        quota = 0 if self.done else self.quota.get(worker, 0)
+        if not quota:
+            return None
+        count = max(1, min(quota, self.chunk // len(self.running)))
+        examples = tuple(self.unused[worker][:count])
+        self.unused[worker] = self.unused[worker][count:]
+        self.quota[worker] -= count
+        self.calls_left -= count * len(self.running)
+        self.units += 1
+        request = RaceRequest(worker, self.units, tuple(self.candidates[one] for one in self.running), examples)
+        self.outstanding[self.units] = request
+        self._heat_units[self.units] = count
+        return request
+
+    def receive(self, reply: RaceReply) -> None:
+        """Take a unit's results.
+
+        Raises:
+            ProtocolError: a unit that this worker does not have in hand, or rows that do not fit it.
+        """
+        request = self.outstanding.get(reply.unit) if isinstance(reply.unit, int) else None
+        if request is None or request.worker != reply.worker:
+            raise ProtocolError(f"worker {reply.worker!r} has no race unit {reply.unit} in hand")
+        check_race_reply(request, reply)
+        del self.outstanding[reply.unit]
+        self.calls_left += len(request.candidates) * len(request.examples) - reply.calls
+        for candidate, scores, soft in zip(request.candidates, reply.scores, reply.soft_scores, strict=True):
+            number = self.candidates.index(candidate)
+            for example, score, probability in zip(request.examples, scores, soft, strict=True):
+                self.results[number, reply.worker, example] = (score, probability)
+        self._advance()
+
+    def lose(self, worker: str) -> int:
+        """A worker is gone: its units and its examples leave the race. Returns the rollouts it had in hand."""
+        held = [one for one in self.outstanding.values() if one.worker == worker]
+        self.outstanding = {unit: one for unit, one in self.outstanding.items() if one.worker != worker}
+        self.quota.pop(worker, None)
+        self.unused.pop(worker, None)
+        self._advance()
+        return sum(len(one.candidates) * len(one.examples) for one in held)
+
+    def _advance(self) -> None:
+        if self._last_units:
+            self.done = not self.outstanding
+            return
+        waiting = sum(self._heat_units[unit] for unit in self.outstanding if unit in self._heat_units)
+        waiting += sum(self.quota.values())
+        if waiting > (1.0 - _QUORUM) * self._heat_size:
+            return
+        if not waiting or not self._is_last_heat():
+            self._halve()
+
+    def _is_last_heat(self) -> bool:
+        return len(self.running) <= 2
+
+    def _halve(self) -> None:
+        challengers = sorted(self.running[1:], key=lambda one: -self._paired(one)[0])
+        keep = challengers if self._is_last_heat() else challengers[: math.ceil(len(challengers) / 2)]
+        self.running = [0, *sorted(keep)]
+        self.quota = {}
+        self._open_heat()
+
+    def _value(self, result: tuple[float | None, float | None]) -> float:
+        score, soft = result
+        if score is None:
+            return math.nan
+        weight = self.config.race_soft
+        return score if soft is None else (1.0 - weight) * score + weight * soft
+
+    def _ordered(self) -> list[tuple[tuple[int, str, int], tuple[float | None, float | None]]]:
+        """Results in one order: sums must not depend on which arrived first."""
+        return sorted(self.results.items(), key=lambda item: item[0])
+
+    def _paired(self, number: int) -> tuple[float, float]:
+        """Mean and standard error of the difference to the student, over examples that both answered."""
+        pairs = [
+            self._value(result) - self._value(self.results.get((0, worker, example), (None, None)))
+            for (one, worker, example), result in self._ordered()
+            if one == number
+        ]
+        differences = np.array([pair for pair in pairs if math.isfinite(pair)])
+        if not len(differences):
+            return -math.inf, math.inf
+        return float(differences.mean()), _standard_error(differences)
+
+    def winner(self) -> Candidate:
+        """The running challenger that is furthest ahead, if it beats the student by ``accept_z`` standard errors."""
+        best, advantage = 0, 0.0
+        for number in self.running[1:]:
+            mean, error = self._paired(number)
+            needed = self.config.accept_z * error if self.config.accept_z else 0.0
+            if mean > max(advantage, needed):
+                best, advantage = number, mean
+        return self.candidates[best]
+
+    def standings(self) -> tuple[Standing, ...]:
+        """The student first, then the challengers in the order they entered."""
+        rows = []
+        for number, candidate in enumerate(self.candidates):
+            scores = np.array([s for (one, _, _), (s, _) in self._ordered() if one == number and s is not None])
+            mean = float(scores.mean()) if len(scores) else math.nan
+            half = _INTERVAL_Z * _standard_error(scores)
+            advantage, error = (0.0, 0.0) if number == 0 else self._paired(number)
+            in_race = number in self.running
+            rows.append(
+                Standing(candidate, mean, mean - half, mean + half, len(scores), advantage, error, in_race)
+            )
+        return tuple(rows)
+
+
+def _standard_error(values: FloatArray) -> float:
+    if len(values) < 2:
+        return math.inf
+    # One pseudo-observation of each extreme keeps ten equal scores from looking certain.
+    spread = float(np.var(values, ddof=1)) + 0.25 / len(values)
+    return math.sqrt(spread / len(values))
+
+
+def _apportion(holdings: Mapping[str, int], total: int) -> dict[str, int]:
+    """Split ``total`` over workers in proportion to what they hold (largest remainders, ties to the earlier worker)."""
+    whole = sum(holdings.values())
+    exact = {name: total * count / whole for name, count in holdings.items()}
+    shares = {name: min(holdings[name], int(value)) for name, value in exact.items()}
+    order = sorted(holdings, key=lambda name: shares[name] - exact[name])
+    for name in order * 2:
+        if sum(shares.values()) < total and shares[name] < holdings[name]:
+            shares[name] += 1
+    return shares

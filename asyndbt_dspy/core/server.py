@@ -1,0 +1,501 @@
+"""``ServerState``: every transition of the server. Events in, instructions out; no I/O, no clock (``algorithm.md`` 6).
+
+=========  ==============================  ===========================================================
+phase      event                           what happens
+=========  ==============================  ===========================================================
+search     StepReply                       stored; S answers in and nobody too late -> iteration
+rounds     StepReply                       stored for the next iteration; its worker joins the rounds
+rounds     RoundReply                      all live workers in -> next round, after K -> planes, search
+race       StepReply                       only its cost counts; its worker joins the race
+race       RaceReply                       to the race; last heat closed -> Finish
+any        WorkerLost                      the worker's p, theta, a[v], d[v] leave every sum
+search     StopSearch                      -> race (or Finish)
+rounds     StopSearch                      the running round ends, then -> race (or Finish at once)
+race       StopSearch                      with ``race=False`` -> Finish, else nothing
+=========  ==============================  ===========================================================
+
+An iteration: store p, q -> z -> lambda -> drop -> theta -> refresh planes -> send. Messages that do not fit are refused
+with ``ProtocolError`` and change nothing. Sums run in worker order, never in order of arrival.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from asyndbt_dspy.core import cuts
+from asyndbt_dspy.core.config import AlgorithmConfig
+from asyndbt_dspy.core.consensus import update_consensus, update_duals
+from asyndbt_dspy.core.decoding import decode, finalists, merge_factors
+from asyndbt_dspy.core.effects import EffectKeys
+from asyndbt_dspy.core.lower_level import LowerEstimate, Surrogate, buffered_estimate
+from asyndbt_dspy.core.messages import (
+    Finish,
+    Instruction,
+    RaceReply,
+    RoundReply,
+    Send,
+    ServerEvent,
+    StepReply,
+    StepRequest,
+    Stop,
+    StopSearch,
+    Wait,
+    WorkerLost,
+)
+from asyndbt_dspy.core.policies import Nomination, WorkerSpace
+from asyndbt_dspy.core.racing import RaceState
+from asyndbt_dspy.core.rounds import BarrierRounds
+from asyndbt_dspy.core.simplex import FloatArray, Layout
+from asyndbt_dspy.core.snapshots import snapshot
+from asyndbt_dspy.core.space import Candidate, Space
+from asyndbt_dspy.core.validation import check_config, check_round_reply, check_step_reply
+from asyndbt_dspy.errors import ProtocolError
+
+_FREE_STEPS = 4
+"""Steps in a row, per worker, that cost no call: a small space can be exhausted before the budget is."""
+
+Phase = Literal["search", "rounds", "race", "finished"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """What the server knows of a worker before the start.
+
+    Attributes:
+        name: Unique.
+        allowed: Per upper-level block the arms this worker may draw (numbers, no texts).
+        held_out: Number of its examples for the final race.
+        step_calls: Rollouts of one of its steps; ``None``: draws times minibatch.
+    """
+
+    name: str
+    allowed: tuple[tuple[int, ...], ...]
+    held_out: int = 0
+    step_calls: int | None = None
+
+
+class ServerState:
+    """Consensus, duals, planes, budget and race of one run.
+
+    Args:
+        space: Blocks and arms (identities, no texts).
+        members: All workers; their order is the order of every sum.
+        config: Constants of the run.
+        calls: Rollouts the run may spend, ``None`` for no bound.
+        seed: Keys the race's order of examples.
+
+    Raises:
+        ConfigurationError: no workers, a name used twice, more active workers than there are, or ``calls < 0``.
+    """
+
+    def __init__(
+        self, space: Space, members: Sequence[Member], config: AlgorithmConfig, calls: int | None = None, seed: int = 0
+    ) -> None:
+        check_config([member.name for member in members], config, calls)
+        self.space = space
+        self.members = tuple(members)
+        self.config = config
+        self.seed = seed
+        self.layout = Layout(tuple(len(block.arms) for block in space.lower))
+        self.numbers = {member.name: number for number, member in enumerate(members)}
+        self.keys = EffectKeys.of(space, config.share_credit)
+        count, length = len(members), self.layout.length
+        self.p: FloatArray = np.tile(self.layout.uniform(), (count, 1))
+        self.z: FloatArray = self.layout.uniform()
+        self.duals: FloatArray = np.zeros((count, length))
+        self.live: FloatArray = np.ones(count)
+        uppers = [WorkerSpace(space, member.allowed).upper for member in members]
+        self.q_layouts = uppers
+        widths = [layout.length if config.hypergradient else 0 for layout in uppers]
+        self.q_owner: FloatArray = np.repeat(np.arange(count, dtype=np.float64), widths)
+        self.q: FloatArray = np.concatenate(
+            [layout.uniform() for layout, width in zip(uppers, widths, strict=True) if width] or [np.zeros(0)]
+        )
+        self.planes: tuple[cuts.Plane, ...] = ()
+        self.surrogates: list[Surrogate | None] = [None] * count
+        self.estimate: LowerEstimate | None = None  # the last phi
+        columns = len(self.keys.shared) if config.share_effects and config.policy == "posterior" else 0
+        self.factors: FloatArray = np.zeros((count, 2, columns))
+        self.nominations: dict[int, tuple[Nomination, ...]] = {}
+        self.version = 0
+        self.phase: Phase = "search"
+        self.race: RaceState | None = None
+        self.finish_reason = ""
+        self.winner: Candidate = space.student
+        self.staleness = [0] * count
+        self.outstanding: dict[int, int] = {}
+        self.arrived: dict[int, StepReply] = {}
+        self.in_race: set[int] = set()
+        self.calls_spent = 0
+        self.race_calls = self._race_calls(calls)
+        self.calls_left = None if calls is None else calls - self.race_calls
+        self._calm = 0
+        self._free_steps = 0
+        self._rounds: BarrierRounds | None = None
+        self._started = False
+        self._stop_reason = ""
+
+    def _race_calls(self, calls: int | None) -> int:
+        examples = sum(member.held_out for member in self.members)
+        whole = (self.config.race_candidates + 1) * examples
+        if not self.config.race:
+            return 0
+        return whole if calls is None else min(whole, int(calls * self.config.race_fraction))
+
+    # ------------------------------------------------------------------ events
+
+    def start(self) -> list[Instruction]:
+        """The first requests, or the end of a search that can afford none.
+
+        Raises:
+            ProtocolError: called twice.
+        """
+        if self._started:
+            raise ProtocolError("the run was started already; build a new ServerState for another one")
+        self._started = True
+        return self._send_steps(self._alive()) or self._end_search("the budget is below one step")
+
+    def receive(self, event: ServerEvent) -> list[Instruction]:
+        """Take one event; return what the engine must do next.
+
+        Raises:
+            ProtocolError: the event does not fit the state. Nothing changed.
+        """
+        if self.phase == "finished":
+            raise ProtocolError(f"the run is over ({self.finish_reason}); got {type(event).__name__}")
+        if not self._started:
+            raise ProtocolError(f"got {type(event).__name__} before start()")
+        if isinstance(event, StopSearch):
+            return self._stop_search(event)
+        if not isinstance(event, (StepReply, RoundReply, RaceReply, WorkerLost)):
+            raise ProtocolError(f"the server takes no {type(event).__name__}; it may have been addressed to a worker")
+        number = self.numbers.get(event.worker) if isinstance(event.worker, str) else None
+        if number is None:
+            raise ProtocolError(f"unknown worker {event.worker!r}; known: {sorted(self.numbers)}")
+        if not self.live[number]:
+            raise ProtocolError(f"worker {event.worker!r} was set aside; its {type(event).__name__} is refused")
+        if isinstance(event, WorkerLost):
+            return self._lose(number)
+        if isinstance(event, StepReply):
+            return self._step_reply(number, event)
+        if isinstance(event, RoundReply):
+            return self._round_reply(number, event)
+        return self._race_reply(number, event)
+
+    def _step_reply(self, number: int, reply: StepReply) -> list[Instruction]:
+        if number not in self.outstanding:
+            raise ProtocolError(f"worker {reply.worker!r} owes no step and sent one (version {reply.version})")
+        check_step_reply(self, number, reply)
+        late = self.version - reply.version
+        del self.outstanding[number]
+        self._settle(number, reply.calls)
+        self._free_steps = 0 if reply.calls or reply.missing else self._free_steps + 1
+        self.nominations[number] = reply.nominations
+        if self.phase == "race":
+            return self._race_on()
+        self.staleness[number] = late
+        self.arrived[number] = reply
+        if self._rounds is not None:
+            return self._send_round([number])
+        return self._advance()
+
+    def _settle(self, number: int, calls: int) -> None:
+        self.calls_spent += calls
+        if self.calls_left is not None:
+            self.calls_left += self.step_calls(number) - calls
+
+    def step_calls(self, number: int) -> int:
+        """Rollouts that one step of this worker may cost."""
+        own = self.members[number].step_calls
+        return self.config.draws * self.config.minibatch if own is None else own
+
+    # -------------------------------------------------------------- iterations
+
+    def _alive(self) -> list[int]:
+        return [number for number in range(len(self.members)) if self.live[number]]
+
+    def _may_iterate(self) -> bool:
+        needed = min(self.config.active_workers, len(self._alive()))
+        # When nobody is busy any more, those that answered are all there will be.
+        if not self.arrived or (len(self.arrived) < needed and self.outstanding):
+            return False
+        limit = self.config.max_staleness - 1
+        return all(self.version + 1 - sent <= limit for sent in self.outstanding.values())
+
+    def _advance(self) -> list[Instruction]:
+        if not self._may_iterate():
+            if not self.outstanding and not self.arrived:
+                return self._end_search("the budget of the search is spent")
+            return [Wait(f"{len(self.arrived)} of {self.config.active_workers} active workers have answered")]
+        active = sorted(self.arrived)
+        moved = self._iterate(active)
+        self.version += 1
+        self.arrived = {}
+        if self._is_stationary(moved):
+            return self._end_search(f"stationary: step norm {moved:.3g} <= {self.config.stationarity:g}")
+        if self.version >= self.config.iterations:
+            return self._end_search(f"{self.version} iterations done")
+        if self._free_steps >= _FREE_STEPS * len(self._alive()) and self.calls_left is not None:
+            return self._end_search("nothing new to score: every draw is known already")
+        if (self.version - 1) % self.config.plane_period == 0 and self.layout.length:
+            started = self._refresh_planes(active)
+            if started:
+                return started
+        return self._continue(active)
+
+    def _continue(self, active: list[int]) -> list[Instruction]:
+        """Requests to those that answered, then to those that an empty budget had left idle."""
+        busy = {*active, *self.outstanding, *self.arrived}
+        idle = [number for number in self._alive() if number not in busy]
+        sent = self._send_steps([number for number in active if self.live[number]] + idle)
+        if self.arrived and (not sent or self._may_iterate()):  # answers that came in while rounds ran
+            return [*sent, *self._advance()]
+        if sent:
+            return sent
+        if self.outstanding:  # what is paid for is waited for; it may also cost less than was set aside
+            return [Wait("the budget of the search is handed out; the last steps are under way")]
+        return self._end_search("the budget of the search is spent")
+
+    def _iterate(self, active: list[int]) -> float:
+        """Store p, q -> z -> lambda -> drop -> theta; returns the squared norm of the scaled step."""
+        moved = 0.0
+        for number in active:
+            reply = self.arrived[number]
+            moved += float(np.sum((reply.lower - self.p[number]) ** 2)) / max(self.config.lower_step, 1e-12) ** 2
+            self._store(number, reply)
+        rows = np.array(self._alive())
+        push = sum((plane.multiplier * plane.b for plane in self.planes if plane.multiplier), np.zeros_like(self.z))
+        before = self.z
+        self.z = update_consensus(self.layout, self.config, self.z, self.p[rows], self.duals[rows], push)
+        moved += float(np.sum((self.z - before) ** 2)) / max(self.config.consensus_step, 1e-12) ** 2
+        self._update_planes()
+        self.duals[active] = update_duals(self.config, self.duals[active], self.p[active], self.z)
+        return moved
+
+    def _store(self, number: int, reply: StepReply) -> None:
+        self.p[number] = reply.lower
+        if reply.upper is not None:
+            self.q[self.q_owner == number] = reply.upper
+        self.surrogates[number] = Surrogate(reply.gradient, reply.lower, reply.curvature, reply.cross)
+        if self.factors.shape[2]:
+            self.factors[number] = reply.effects
+
+    def _q_live(self) -> FloatArray:
+        return self.live[self.q_owner.astype(np.int64)]
+
+    def _update_planes(self) -> None:
+        q_live = self._q_live()
+        updated = [
+            cuts.update_multiplier(self.config, plane, plane.value(self.p, self.z, self.q, self.live, q_live))
+            for plane in self.planes
+        ]
+        self.planes = cuts.drop_idle(tuple(updated))
+
+    def _is_stationary(self, moved: float) -> bool:
+        self._calm = self._calm + 1 if moved <= self.config.stationarity else 0
+        return self.config.stationarity > 0 and self._calm >= self.config.patience
+
+    # ------------------------------------------------------------------ planes
+
+    def _refresh_planes(self, active: list[int]) -> list[Instruction]:
+        """Buffered: new planes at once, nobody waits. Rounds: start the barrier and return its requests."""
+        if self.version - 1 >= self.config.plane_iterations and not (self.planes and self.config.rekey_planes):
+            return []
+        if self.config.buffered_lower:
+            self._add_planes(
+                buffered_estimate(self.layout, self.config, self.p, self.z, self.surrogates, self.q_owner)
+            )
+            return []
+        if not self._round_affordable():
+            return []
+        self.phase = "rounds"
+        self._rounds = BarrierRounds.start(self.p, self.z, self._alive(), active)
+        return self._send_round([number for number in self._alive() if number not in self.outstanding])
+
+    def _add_planes(self, phi: LowerEstimate) -> None:
+        self.estimate = phi
+        self.planes = cuts.refresh(
+            self.layout,
+            self.config,
+            self.planes,
+            self.version - 1,
+            self.p,
+            self.z,
+            phi,
+            self.q,
+            self.q_owner,
+            self.live,
+        )
+
+    # ------------------------------------------------- rounds (the barrier form)
+
+    def _round_affordable(self) -> bool:
+        cost = sum(self.step_calls(number) for number in self._alive()) * self.config.lower_rounds
+        return self.calls_left is None or self.calls_left >= cost
+
+    def _send_round(self, numbers: list[int]) -> list[Instruction]:
+        rounds = self._rounds
+        assert rounds is not None  # only called while rounds run
+        sent: list[Instruction] = []
+        for number in numbers:
+            self._reserve(number)
+            sent.append(Send(rounds.request(self.members[number].name, number, self.version)))
+        return sent or [Wait("workers still busy with a step join the rounds later")]
+
+    def _round_reply(self, number: int, reply: RoundReply) -> list[Instruction]:
+        rounds = self._rounds
+        if rounds is None or number not in rounds.asked:
+            raise ProtocolError(f"worker {reply.worker!r} owes no round and sent one (number {reply.number})")
+        check_round_reply(self, number, rounds.number, reply)
+        self._settle(number, reply.calls)
+        rounds.take(number, reply.lower)
+        return self._close_round(rounds)
+
+    def _close_round(self, rounds: BarrierRounds) -> list[Instruction]:
+        if rounds.waiting:
+            return [Wait(f"round {rounds.number}: {len(rounds.waiting)} workers to answer")]
+        rounds.close(self.layout, self.config, self._alive())
+        if rounds.number < self.config.lower_rounds and not self._stop_reason:
+            return self._send_round(sorted(rounds.waiting))
+        self._rounds, self.phase = None, "search"
+        if self._stop_reason:
+            return self._end_search(self._stop_reason)
+        self._add_planes(rounds.estimate)
+        return self._continue(rounds.resume)
+
+    # ------------------------------------------------------------------ sending
+
+    def _reserve(self, number: int) -> None:
+        if self.calls_left is not None:
+            self.calls_left -= self.step_calls(number)
+
+    def _send_steps(self, numbers: list[int]) -> list[Instruction]:
+        """Requests to these workers, as far as the budget of the search reaches."""
+        sent: list[Instruction] = []
+        merged = merge_factors(self.config, self.factors, self.live) if numbers else self.factors[:0]
+        for number in numbers:
+            if self.calls_left is not None and self.calls_left < self.step_calls(number):
+                continue
+            self._reserve(number)
+            self.outstanding[number] = self.version
+            sent.append(Send(self._step_request(number, merged)))
+        return sent
+
+    def _step_request(self, number: int, merged: FloatArray) -> StepRequest:
+        push = np.zeros_like(self.z)
+        width = self.q_layouts[number].length
+        push_upper = np.zeros(width)
+        mine = np.flatnonzero(self.q_owner == number)
+        for plane in self.planes:
+            if plane.multiplier:  # a plane with lambda = 0 must leave the step bit-identical
+                push = push + plane.multiplier * plane.a[number]
+                if len(mine):
+                    push_upper = push_upper + plane.multiplier * plane.d[mine]
+        return StepRequest(
+            worker=self.members[number].name,
+            version=self.version,
+            consensus=self.z.copy(),
+            duals=self.duals[number].copy(),
+            plane_push=push,
+            plane_push_upper=push_upper,
+            effects=merged[number] if len(merged) else np.zeros((2, 0)),
+            staleness=self.staleness[number],
+        )
+
+    # ---------------------------------------------------------------- evictions
+
+    def _lose(self, number: int) -> list[Instruction]:
+        self.live[number] = 0.0
+        self.arrived.pop(number, None)
+        self.factors[number] = 0.0
+        self.surrogates[number] = None
+        self.in_race.discard(number)
+        asked = self._rounds is not None and self._rounds.lose(number)
+        if self.outstanding.pop(number, None) is not None or asked:
+            self.calls_spent += self.step_calls(number)  # what was in flight counts as spent
+        if self.race is not None:
+            self.calls_spent += self.race.lose(self.members[number].name)
+        if not self._alive():
+            return self._finish("every worker was set aside")
+        if self.race is not None:
+            return self._race_on()
+        return self._advance() if self._rounds is None else self._close_round(self._rounds)
+
+    # --------------------------------------------------------------------- race
+
+    def _stop_search(self, event: StopSearch) -> list[Instruction]:
+        if self.race is not None:
+            return [Wait("the race runs")] if event.race else self._finish(event.reason)
+        if not self.config.race:
+            return self._end_search(event.reason)
+        if not event.race:
+            return self._finish(event.reason)
+        if self._rounds is not None:
+            self._stop_reason = event.reason
+            return [Wait("the running round ends first")]
+        return self._end_search(event.reason)
+
+    def finalists(self) -> tuple[Candidate, ...]:
+        """Candidates for the race, most promising first, the student not among them."""
+        return tuple(one for one in finalists(*self._learned()) if one != self.space.student)
+
+    def _learned(self) -> tuple[Any, ...]:
+        """What decoding needs, of live workers in their order."""
+        alive = self._alive()
+        nominated = [self.nominations[number] for number in alive if number in self.nominations]
+        allowed = tuple(self.members[number].allowed for number in alive)
+        factors = self.factors[np.array(alive, dtype=np.int64)]
+        return self.space, self.config, self.keys, self.layout.argmax(self.z), nominated, factors, allowed
+
+    def _end_search(self, reason: str) -> list[Instruction]:
+        self.finish_reason = reason
+        if not self.config.race:
+            self.winner = decode(*self._learned())
+            return self._finish(reason)
+        challengers = self.finalists()
+        if not challengers:
+            return self._finish(reason)
+        holdings = {self.members[number].name: self.members[number].held_out for number in self._alive()}
+        self.phase = "race"
+        # What a search that ended early did not spend goes to the race.
+        calls = self.race_calls + max(0, self.calls_left or 0)
+        self.race = RaceState(self.space.student, challengers, holdings, calls, self.config, self.seed)
+        return self._race_on()
+
+    def _race_reply(self, number: int, reply: RaceReply) -> list[Instruction]:
+        if self.race is None or number not in self.in_race:
+            raise ProtocolError(f"worker {reply.worker!r} owes no race unit and sent unit {reply.unit}")
+        self.race.receive(reply)
+        self.calls_spent += reply.calls
+        self.in_race.discard(number)
+        return self._race_on()
+
+    def _race_on(self) -> list[Instruction]:
+        race = self.race
+        assert race is not None  # only called once the race runs
+        sent: list[Instruction] = []
+        for number in self._alive():
+            if number not in self.outstanding and number not in self.in_race:
+                request = race.assign(self.members[number].name)
+                if request is not None:
+                    self.in_race.add(number)
+                    sent.append(Send(request))
+        if race.done:
+            return self._finish(self.finish_reason)
+        return sent or [Wait("race units are out")]
+
+    def _finish(self, reason: str) -> list[Instruction]:
+        self.finish_reason = reason
+        if self.race is not None:
+            self.winner = self.race.winner()
+        self.phase = "finished"
+        stops: list[Instruction] = [Send(Stop(self.members[number].name)) for number in self._alive()]
+        return [*stops, Finish(reason)]
+
+    def snapshot(self) -> Mapping[str, Any]:
+        """Plain data by which two states can be compared: equal states have equal snapshots."""
+        return snapshot(self)

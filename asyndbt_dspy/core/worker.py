@@ -1,0 +1,258 @@
+"""``WorkerState``: every transition of a worker. Events in, instructions out; no I/O, no clock (``algorithm.md`` 6).
+
+=============  =========================  ==========================================
+state          event                      instructions, next state
+=============  =========================  ==========================================
+idle           StepRequest                Evaluate -> scoring
+idle           RoundRequest               Evaluate -> scoring
+idle           RaceRequest                Evaluate -> scoring (from here on no other request)
+scoring        Scored (its task)          Send(reply) -> idle
+any            Stop                       Wait -> stopped
+=============  =========================  ==========================================
+
+Requests come in one order: versions rise, the rounds of a version precede its step, the units of the race rise and
+follow everything else. Anything else raises ``ProtocolError`` and changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from asyndbt_dspy.core.config import AlgorithmConfig
+from asyndbt_dspy.core.estimators import loss_from_score
+from asyndbt_dspy.core.lower_level import worker_round
+from asyndbt_dspy.core.messages import (
+    Evaluate,
+    Instruction,
+    RaceReply,
+    RaceRequest,
+    RoundReply,
+    RoundRequest,
+    Scored,
+    Send,
+    StepReply,
+    StepRequest,
+    Stop,
+    Wait,
+    WorkerEvent,
+)
+from asyndbt_dspy.core.policies import Batch, Policy, WorkerSpace, make_policy
+from asyndbt_dspy.core.simplex import FloatArray, Layout, exponentiated_step, project_blocks
+from asyndbt_dspy.core.snapshots import snapshot
+from asyndbt_dspy.core.validation import check_request, check_scored
+from asyndbt_dspy.errors import ProtocolError
+
+_ADAM_DECAY = (0.9, 0.999)
+_ADAM_EPSILON = 1e-8
+
+
+class Adam:
+    """Adam's direction for a bracket (Kingma & Ba 2015); the caller multiplies it by the step size."""
+
+    def __init__(self, length: int) -> None:
+        self.first = np.zeros(length)
+        self.second = np.zeros(length)
+        self.steps = 0
+
+    def direction(self, bracket: FloatArray) -> FloatArray:
+        self.steps += 1
+        keep, keep_square = _ADAM_DECAY
+        self.first = keep * self.first + (1 - keep) * bracket
+        self.second = keep_square * self.second + (1 - keep_square) * bracket**2
+        mean = self.first / (1 - keep**self.steps)
+        square = self.second / (1 - keep_square**self.steps)
+        return np.asarray(mean / (np.sqrt(square) + _ADAM_EPSILON))
+
+
+class WorkerState:
+    """One worker: its distributions, its policy, and the task it has in hand.
+
+    Args:
+        name: Unique among workers.
+        index: Its place in the server's order; with ``seed`` and the local step it keys the random numbers.
+        spaces: What it may draw.
+        config: Constants of the run.
+        examples: Number of its estimate examples, at least 1.
+        use_cross_entropy: Losses are cross-entropies where the LM reports distributions, else ``1 - score``.
+        policy: Replaces the policy that ``config`` names (a toy problem with exact gradients, say).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        index: int,
+        spaces: WorkerSpace,
+        config: AlgorithmConfig,
+        *,
+        examples: int,
+        seed: int = 0,
+        use_cross_entropy: bool = False,
+        policy: Policy | None = None,
+    ) -> None:
+        self.name = name
+        self.index = index
+        self.spaces = spaces
+        self.config = config
+        self.seed = seed
+        self.use_cross_entropy = use_cross_entropy
+        self.policy: Policy = policy or make_policy(spaces, config, examples, self._rng(0))
+        self.shared_effects = self.policy.share().shape[1]
+        self.p = spaces.lower.uniform()
+        self.q = spaces.upper.uniform()
+        self.step = 0
+        self.task = 0
+        self.last_order: tuple[float, ...] = (0, -1, 0)
+        self.stopped = False
+        self._adam = (Adam(spaces.lower.length), Adam(spaces.upper.length))
+        self._pending: StepRequest | RoundRequest | RaceRequest | None = None
+        self._batch: Batch | None = None
+
+    def _rng(self, step: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, self.index, step])
+
+    @property
+    def pending(self) -> StepRequest | RoundRequest | RaceRequest | None:
+        """The request in hand, ``None`` when idle."""
+        return self._pending
+
+    def receive(self, event: WorkerEvent) -> list[Instruction]:
+        """Take one event; return what the engine must do next.
+
+        Raises:
+            ProtocolError: the event does not fit the state. Nothing changed.
+        """
+        if not isinstance(event, (StepRequest, RoundRequest, RaceRequest, Scored, Stop)):
+            raise ProtocolError(f"worker {self.name!r} takes no {type(event).__name__}; it may be meant for the server")
+        if event.worker != self.name:
+            raise ProtocolError(f"worker {self.name!r} got an event addressed to {event.worker!r}")
+        if isinstance(event, Stop):
+            self.stopped = True
+            return [Wait("stopped by the server")]
+        if self.stopped:
+            raise ProtocolError(f"worker {self.name!r} is stopped and got {type(event).__name__}")
+        if isinstance(event, Scored):
+            return self._scored(event)
+        if self._pending is not None:
+            held = type(self._pending).__name__
+            raise ProtocolError(f"worker {self.name!r} has a {held} in hand and got another {type(event).__name__}")
+        return self._begin(event)
+
+    def _begin(self, request: StepRequest | RoundRequest | RaceRequest) -> list[Instruction]:
+        check_request(self, request)
+        self.last_order = self.order_of(request)
+        self._pending = request
+        if isinstance(request, RaceRequest):
+            rows = tuple(request.examples for _ in request.candidates)
+            return [self._evaluate(request.candidates, rows, held_out=True)]
+        self.step += 1
+        p = self.p
+        if isinstance(request, RoundRequest):
+            p = request.start
+        else:
+            self.policy.merge(request.effects)
+        self._batch = self.policy.draw(p, self.q, self._rng(self.step))
+        return [self._evaluate(self._batch.candidates, self._batch.examples, held_out=False)]
+
+    def order_of(self, request: StepRequest | RoundRequest | RaceRequest) -> tuple[float, ...]:
+        """Rises from request to request: (race?, version or unit, round; infinite for a step)."""
+        if isinstance(request, RaceRequest):
+            return (1, request.unit, 0)
+        return (0, request.version, request.number if isinstance(request, RoundRequest) else math.inf)
+
+    def _evaluate(
+        self, candidates: tuple[Any, ...], examples: tuple[tuple[int, ...], ...], held_out: bool
+    ) -> Evaluate:
+        self.task += 1
+        return Evaluate(self.name, self.task, candidates, examples, held_out)
+
+    def _scored(self, event: Scored) -> list[Instruction]:
+        request = self._pending
+        if request is None or event.task != self.task:
+            raise ProtocolError(f"worker {self.name!r} waits for task {self.task if request else None}, got {event.task}")
+        if isinstance(request, RaceRequest):
+            check_scored(self.name, [request.examples] * len(request.candidates), event)
+            self._pending = None
+            return [Send(self._race_reply(request, event))]
+        batch = self._batch
+        assert batch is not None  # set together with _pending
+        check_scored(self.name, batch.examples, event)
+        self._pending = self._batch = None
+        if isinstance(request, RoundRequest):
+            return [Send(self._round_reply(request, batch, event))]
+        return [Send(self._step_reply(request, batch, event))]
+
+    def _losses(self, event: Scored) -> list[FloatArray]:
+        missing = 0.0 if self.config.missing_is_zero else None
+        return [
+            np.array(
+                [
+                    loss_from_score(
+                        missing if one.score is None else one.score, one.cross_entropy, self.use_cross_entropy
+                    )
+                    for one in row
+                ]
+            )
+            for row in event.outcomes
+        ]
+
+    def _step_reply(self, request: StepRequest, batch: Batch, event: Scored) -> StepReply:
+        config = self.config
+        losses = self._losses(event)
+        estimate = self.policy.update(self.p, self.q, batch, losses)
+        shrink = (1.0 + request.staleness) ** -0.5 if config.stale_step else 1.0
+        pull = request.duals + request.plane_push + config.penalty * np.sign(self.p - request.consensus)
+        p = self._moved(self.spaces.lower, self.p, estimate.lower + pull, config.lower_step * shrink, level=0)
+        upper = estimate.upper + request.plane_push_upper
+        q = self._moved(self.spaces.upper, self.q, upper, config.upper_step * shrink, level=1)
+        surrogate = estimate.surrogate.moved(p, q - self.q)
+        self.p, self.q = p, q
+        answered = np.concatenate([row[np.isfinite(row)] for row in losses] or [np.zeros(0)])
+        shared = self.spaces.space.is_shared
+        return StepReply(
+            worker=self.name,
+            version=request.version,
+            lower=self.p,
+            upper=self.q if config.hypergradient else None,
+            gradient=surrogate.gradient,
+            curvature=surrogate.curvature,
+            cross=surrogate.cross if config.hypergradient else None,
+            effects=self.policy.share(),
+            nominations=tuple(one for one in self.policy.nominate(p, q) if shared(one.candidate)),
+            calls=event.calls,
+            missing=sum(one.score is None for row in event.outcomes for one in row),
+            loss=float(answered.mean()) if answered.size else float("nan"),
+        )
+
+    def _moved(
+        self, layout: Layout, vector: FloatArray, bracket: FloatArray, step_size: float, level: int
+    ) -> FloatArray:
+        if self.config.adam:
+            bracket = self._adam[level].direction(bracket)
+        if self.config.geometry == "exponentiated":
+            return exponentiated_step(layout, vector, bracket, step_size, self.config.floor)
+        return project_blocks(layout, vector - step_size * bracket)
+
+    def _round_reply(self, request: RoundRequest, batch: Batch, event: Scored) -> RoundReply:
+        estimate = self.policy.update(request.start, self.q, batch, self._losses(event))
+        gradient = estimate.surrogate.at(request.start)
+        columns = (one[:, None] for one in (request.start, request.consensus, request.rho, gradient))
+        p = worker_round(self.spaces.lower, self.config, *columns)[:, 0]
+        return RoundReply(self.name, request.version, request.number, p, event.calls)
+
+    def _race_reply(self, request: RaceRequest, event: Scored) -> RaceReply:
+        missing = 0.0 if self.config.missing_is_zero else None
+        scores = tuple(
+            tuple(missing if one.score is None else one.score for one in row) for row in event.outcomes
+        )
+        soft = tuple(
+            tuple(None if one.cross_entropy is None else float(np.exp(-one.cross_entropy)) for one in row)
+            for row in event.outcomes
+        )
+        return RaceReply(self.name, request.unit, scores, soft, event.calls)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Plain data by which two states can be compared: equal states have equal snapshots."""
+        return snapshot(self)

@@ -1,0 +1,212 @@
+"""What of a program may be written down: DSPy's state by an allow-list, never keys, endpoints or paths."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import dspy
+from dspy.utils.saving import get_dependency_versions
+
+from asyndbt_dspy.deploy.fingerprints import jsonable
+from asyndbt_dspy.errors import ArtifactError
+
+SELF = "self"
+"""The name that DSPy gives to a ``dspy.Predict`` that is the program itself."""
+
+LM_CLASS_KEY = "_dspy_lm_class"
+BUILTIN_LM_CLASS = "dspy.clients.lm.LM"
+
+SAMPLING_KEYS = frozenset(
+    (
+        *("temperature", "top_p", "top_k", "n", "stop", "seed", "max_tokens", "max_completion_tokens"),
+        *("presence_penalty", "frequency_penalty", "logprobs", "top_logprobs"),
+        *("reasoning_effort", "parallel_tool_calls"),
+    )
+)
+LM_KEYS = SAMPLING_KEYS | {
+    LM_CLASS_KEY,
+    "model",
+    "model_type",
+    "cache",
+    "num_retries",
+    "engine",
+    "use_developer_role",
+}
+ENGINES = ("auto", "lm15", "litellm")
+ADAPTER_OPTIONS = ("use_native_function_calling", "use_json_adapter_fallback", "parallel_tool_calls")
+
+KEY_SETTINGS = ("api_key",)
+"""Settings that are never written, but that an LM finds again in its environment."""
+
+SECRET_NAME = re.compile(r"(api_?key|token|secret|password|passwd|credential)", re.IGNORECASE)
+PLAIN_COUNT = re.compile(r"^(max_.*tokens|.*_tokens)$")
+MIN_SECRET_CHARACTERS = 8
+PATH_OR_ADDRESS = re.compile(r"(://|^[/~\\]|/[/~]|^[A-Za-z]:[\\/]|\\)")
+
+
+@dataclass(frozen=True)
+class LMRecord:
+    """What the manifest says about an LM.
+
+    Attributes:
+        model: Its id, without paths and addresses.
+        sampling: Settings of ``SAMPLING_KEYS`` that are set.
+        left_out: Names of the settings that were not written.
+        rebuilt: Whether loading makes it again; else whoever loads gives it.
+    """
+
+    model: str
+    sampling: Mapping[str, Any]
+    left_out: tuple[str, ...]
+    rebuilt: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {
+            "model": self.model,
+            "sampling": dict(self.sampling),
+            "left_out": list(self.left_out),
+            "rebuilt": self.rebuilt,
+        }
+
+
+def public_model_id(model: str) -> str:
+    """``model`` without a path or an address: ``local//srv/weights/m.gguf`` becomes ``local/m.gguf``."""
+    if not PATH_OR_ADDRESS.search(model):
+        return model
+    provider, _, rest = model.partition("/")
+    last = re.split(r"[/\\]", model.rstrip("/\\"))[-1]
+    keeps_provider = bool(rest) and re.fullmatch(r"[\w.-]+", provider) is not None
+    return f"{provider}/{last}" if keeps_provider and provider != last else last
+
+
+def lm_record(lm: Any) -> LMRecord:
+    """What may be written about ``lm``."""
+    settings = {key: value for key, value in (getattr(lm, "kwargs", None) or {}).items() if value is not None}
+    sampling = {key: value for key, value in settings.items() if key in SAMPLING_KEYS and _is_plain(value)}
+    left_out = tuple(sorted(set(settings) - set(sampling)))
+    model = str(getattr(lm, "model", type(lm).__name__))
+    rebuilt = (
+        type(lm) is dspy.LM
+        and isinstance(lm.engine, str)
+        and public_model_id(model) == model
+        and set(left_out) <= set(KEY_SETTINGS)
+    )
+    return LMRecord(public_model_id(model), sampling, left_out, rebuilt)
+
+
+def lm_state(lm: Any) -> dict[str, Any] | None:
+    """DSPy's state of ``lm`` by the allow-list, or ``None`` for an LM that loading cannot make again."""
+    record = lm_record(lm)
+    if not record.rebuilt:
+        return None
+    state = {key: value for key, value in lm.dump_state().items() if key in LM_KEYS and _is_plain(value)}
+    return {**state, LM_CLASS_KEY: BUILTIN_LM_CLASS}
+
+
+def predictor_state(predictor: dspy.Predict) -> dict[str, Any]:
+    """DSPy's state of one predictor: instructions, descriptions and the fields of its demos.
+
+    Traces, training data and fields of a demo that no prompt shows (an example's source, say) are left out.
+    """
+    bare = predictor.__class__.__new__(predictor.__class__)
+    bare.__dict__.update(predictor.__dict__)
+    bare.lm, bare.traces, bare.train = None, [], []
+    shown = (*predictor.signature.fields, "augmented")
+    bare.demos = [{name: demo[name] for name in shown if name in demo} for demo in predictor.demos]
+    state: dict[str, Any] = bare.dump_state()
+    state["demos"] = [{name: jsonable(value) for name, value in demo.items()} for demo in state["demos"]]
+    state["lm"] = lm_state(predictor.lm) if predictor.lm is not None else None
+    return state
+
+
+def program_state(program: dspy.Module) -> dict[str, Any]:
+    """DSPy's state of the program, in the form that ``dspy.Module.load`` reads."""
+    states = {name: predictor_state(predictor) for name, predictor in program.named_predictors()}
+    # DSPy writes the state of a lone Predict without its name.
+    state = states[SELF] if set(states) == {SELF} else states
+    return {**state, "metadata": {"dependency_versions": get_dependency_versions()}}
+
+
+def states_by_predictor(state: Mapping[str, Any], predictors: Iterable[str]) -> dict[str, Any]:
+    """The states in ``program.json`` by predictor, for the predictors that the manifest names."""
+    bare = {name: value for name, value in state.items() if name != "metadata"}
+    return {SELF: bare} if set(predictors) == {SELF} else bare
+
+
+def adapter_record(adapter: Any) -> dict[str, Any]:
+    """The adapter's class and its plain options."""
+    options = {name: getattr(adapter, name) for name in ADAPTER_OPTIONS if hasattr(adapter, name)}
+    return {"class": type(adapter).__name__, "options": {k: v for k, v in options.items() if _is_scalar(v)}}
+
+
+def numbers_only(value: Any, depth: int = 6) -> Any:
+    """``value`` with nothing but numbers, booleans and ``None`` under its keys; ``None`` where nothing is left.
+
+    Texts of a result may quote data or name paths, so none is copied.
+    """
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if depth and isinstance(value, Mapping):
+        kept = {
+            str(k): numbers_only(v, depth - 1)
+            for k, v in value.items()
+            if PATH_OR_ADDRESS.search(str(k)) is None
+        }
+        return {key: item for key, item in kept.items() if item is not None} or None
+    if depth and isinstance(value, list | tuple) and all(isinstance(item, int | float) for item in value):
+        return list(value)
+    return None
+
+
+def known_secrets(lms: Iterable[Any]) -> set[str]:
+    """Texts that must not be in any file: keys and addresses of the LMs, and secrets of the environment."""
+    found: set[str] = set()
+    for lm in lms:
+        for name, value in (getattr(lm, "kwargs", None) or {}).items():
+            if name not in SAMPLING_KEYS:
+                found.update(_texts(value))
+    for name, value in os.environ.items():
+        if SECRET_NAME.search(name) and not PLAIN_COUNT.match(name.lower()):
+            found.add(value)
+    return {text for text in found if len(text) >= MIN_SECRET_CHARACTERS}
+
+
+def check_no_secret(files: Mapping[str, bytes], secrets: Iterable[str]) -> None:
+    """Refuse files that hold a secret.
+
+    Raises:
+        ArtifactError: names the file, never the secret.
+    """
+    for secret in secrets:
+        escaped = secret.encode("unicode_escape")
+        for name, content in files.items():
+            if secret.encode("utf-8", "replace") in content or escaped in content:
+                raise ArtifactError(
+                    f"{name} would hold a key, an address or another secret of an LM or of the environment "
+                    f"({len(secret)} characters); remove it from the instructions, the demos or the labels"
+                )
+
+
+def _texts(value: Any) -> set[str]:
+    if isinstance(value, str):
+        return {value}
+    if isinstance(value, Mapping):
+        return {text for item in value.values() for text in _texts(item)}
+    if isinstance(value, list | tuple):
+        return {text for item in value for text in _texts(item)}
+    return set()
+
+
+def _is_scalar(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _is_plain(value: Any) -> bool:
+    return _is_scalar(value) or (
+        isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+    )

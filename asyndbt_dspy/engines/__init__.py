@@ -1,0 +1,1 @@
+"""Engines carry messages between the pure machines and interpret their instructions."""

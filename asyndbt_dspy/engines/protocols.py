@@ -1,0 +1,83 @@
+"""What an engine is, and what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from asyndbt_dspy.core.messages import Evaluate, Scored, ServerEvent, WorkerEvent
+from asyndbt_dspy.core.server import ServerState
+from asyndbt_dspy.core.worker import WorkerState
+from asyndbt_dspy.errors import WorkerFailedError
+
+__all__ = ["SERVER", "Clock", "Engine", "Evaluator", "Observer", "Recorded", "WorkerFailedError", "replay"]
+
+SERVER = "server"
+"""Name of the server in recorded events; no worker may have it."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One event as a machine took it. The sequence of these rebuilds every state.
+
+    Attributes:
+        machine: ``"server"`` or a worker's name.
+        event: What it received.
+        time_s: Seconds since the start on the engine's clock. For people; no state depends on it.
+    """
+
+    machine: str
+    event: ServerEvent | WorkerEvent
+    time_s: float
+
+
+Observer = Callable[[Recorded], None]
+
+
+class Evaluator(Protocol):
+    """Runs candidates on a worker's examples with the worker's LM."""
+
+    async def evaluate(self, request: Evaluate) -> Scored:
+        """Score every (candidate, example) pair; a rollout that failed outside the program has ``score=None``.
+
+        Raises:
+            WorkerFailedError: the worker cannot go on.
+        """
+        ...
+
+
+class Engine(Protocol):
+    """Runs a server and its workers to the end."""
+
+    async def run(
+        self,
+        server: ServerState,
+        workers: Sequence[WorkerState],
+        evaluator: Evaluator,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        """Return once the server has finished. Cancelling the call cancels every evaluation in flight."""
+        ...
+
+    def stop_search(self, reason: str, race: bool = True) -> None:
+        """Ask for an early end: with ``race`` the final race still runs. Safe from any thread."""
+        ...
+
+
+class Clock(Protocol):
+    """Seconds that only go forward."""
+
+    def __call__(self) -> float: ...
+
+
+def replay(
+    recorded: Sequence[Recorded], server: ServerState, workers: Sequence[WorkerState]
+) -> tuple[ServerState, dict[str, Any]]:
+    """Feed recorded events to fresh machines; returns the server and the workers by name."""
+    by_name = {worker.name: worker for worker in workers}
+    server.start()
+    for one in recorded:
+        machine: Any = server if one.machine == SERVER else by_name[one.machine]
+        machine.receive(one.event)
+    return server, by_name

@@ -1,0 +1,166 @@
+"""A virtual clock: evaluations end in the order of seeded delays, not of real time.
+
+``SimulatedEngine`` serves tests, benchmarks and planning, and is what makes ``deterministic=True`` deterministic: with
+``eager=True`` evaluations run concurrently in real time, but their results are taken in the order of the virtual clock.
+Ties break by worker index, then by the order in which they were handed out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import math
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import numpy as np
+
+from asyndbt_dspy.core.messages import Evaluate, Scored
+from asyndbt_dspy.core.server import ServerState
+from asyndbt_dspy.core.worker import WorkerState
+from asyndbt_dspy.engines.driver import Driver
+from asyndbt_dspy.engines.protocols import Evaluator, Observer, WorkerFailedError
+from asyndbt_dspy.errors import ConfigurationError, ProtocolError
+
+Delays = Callable[[Evaluate], float]
+"""Virtual seconds that an evaluation takes; ``inf`` never ends."""
+
+
+def lognormal_delays(
+    median_s: float, sigma: float, seed: int, factors: dict[str, float] | None = None
+) -> Delays:
+    """One independent log-normal delay per evaluation; ``factors`` slow single workers down (``algorithm.md`` 9)."""
+    generators: dict[str, np.random.Generator] = {}
+
+    def delay(request: Evaluate) -> float:
+        if request.worker not in generators:
+            generators[request.worker] = np.random.default_rng([seed, *request.worker.encode()])
+        drawn = float(generators[request.worker].lognormal(math.log(median_s), sigma)) if sigma else median_s
+        return drawn * (factors or {}).get(request.worker, 1.0)
+
+    return delay
+
+
+def work_delays(factors: dict[str, float] | None = None) -> Delays:
+    """One virtual second per rollout, times the worker's factor: no random numbers."""
+
+    def delay(request: Evaluate) -> float:
+        rollouts = sum(len(row) for row in request.examples)
+        return max(1, rollouts) * (factors or {}).get(request.worker, 1.0)
+
+    return delay
+
+
+class SimulatedEngine:
+    """An engine on a virtual clock.
+
+    Args:
+        delays: Virtual seconds per evaluation.
+        answer_timeout_s: Virtual seconds after which a worker that has not answered is set aside.
+        eager: Start evaluations at once, concurrently, instead of when the virtual clock reaches them.
+
+    Attributes:
+        now_s: The virtual clock.
+    """
+
+    def __init__(self, delays: Delays, *, answer_timeout_s: float = math.inf, eager: bool = False) -> None:
+        if not answer_timeout_s > 0:
+            raise ConfigurationError(f"answer_timeout_s={answer_timeout_s!r} must be > 0 seconds")
+        self.delays = delays
+        self.answer_timeout_s = answer_timeout_s
+        self.eager = eager
+        self.now_s = 0.0
+        self.busy_s: dict[str, float] = {}
+        self._stop: tuple[str, bool] | None = None
+
+    def stop_search(self, reason: str, race: bool = True) -> None:
+        self._stop = (reason, race)
+
+    async def run(
+        self,
+        server: ServerState,
+        workers: Sequence[WorkerState],
+        evaluator: Evaluator,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        driver = Driver(server, workers, observers, lambda: self.now_s)
+        schedule = _Schedule(evaluator, {worker.name: worker.index for worker in workers}, self.eager)
+        try:
+            self._push(schedule, driver.start())
+            while not driver.finished:
+                if self._stop is not None:
+                    stop, self._stop = self._stop, None
+                    self._push(schedule, driver.stop_search(*stop))
+                    continue
+                self._push(schedule, await self._next(schedule, driver))
+        finally:
+            await schedule.close()
+
+    def _push(self, schedule: _Schedule, requests: list[Evaluate]) -> None:
+        for request in requests:
+            delay = self.delays(request)
+            spent = min(delay, self.answer_timeout_s)
+            if math.isinf(spent):
+                raise ConfigurationError(
+                    f"worker {request.worker!r} never answers and answer_timeout_s is infinite; set a bound"
+                )
+            self.busy_s[request.worker] = self.busy_s.get(request.worker, 0.0) + spent
+            schedule.push(self.now_s + spent, request, answers=delay <= self.answer_timeout_s)
+
+    async def _next(self, schedule: _Schedule, driver: Driver) -> list[Evaluate]:
+        time_s, request, answers, work = schedule.pop()
+        self.now_s = time_s
+        if not answers:
+            return driver.lose(request.worker, f"no answer within {self.answer_timeout_s:g} s")
+        if request.worker in driver.lost:
+            await schedule.discard(work)
+            return []
+        try:
+            scored = await work
+        except WorkerFailedError as error:
+            return driver.lose(request.worker, str(error))
+        return driver.complete(scored)
+
+
+class _Schedule:
+    """Evaluations in the order of their virtual ends."""
+
+    def __init__(self, evaluator: Evaluator, indices: dict[str, int], eager: bool) -> None:
+        self._evaluator = evaluator
+        self._indices = indices
+        self._eager = eager
+        self._heap: list[tuple[float, int, int, Evaluate, bool, Any]] = []
+        self._count = 0
+
+    def push(self, time_s: float, request: Evaluate, answers: bool) -> None:
+        work: Coroutine[Any, Any, Scored] | asyncio.Task[Scored] | None = None
+        if answers:
+            work = self._evaluator.evaluate(request)
+            if self._eager:
+                work = asyncio.ensure_future(work)
+        self._count += 1
+        entry = (time_s, self._indices[request.worker], self._count, request, answers, work)
+        heapq.heappush(self._heap, entry)
+
+    def pop(self) -> tuple[float, Evaluate, bool, Any]:
+        if not self._heap:
+            raise ProtocolError("no evaluation is under way and the run is not over; please report this")
+        time_s, _, _, request, answers, work = heapq.heappop(self._heap)
+        return time_s, request, answers, work
+
+    async def close(self) -> None:
+        """Cancel what is left, so that no evaluation outlives the run."""
+        for entry in self._heap:
+            if isinstance(entry[-1], asyncio.Task):
+                entry[-1].cancel()
+        for entry in self._heap:
+            await self.discard(entry[-1])
+        self._heap.clear()
+
+    async def discard(self, work: Coroutine[Any, Any, Scored] | asyncio.Task[Scored] | None) -> None:
+        """End an evaluation whose result nobody wants."""
+        if isinstance(work, asyncio.Task):
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+        elif work is not None:
+            work.close()

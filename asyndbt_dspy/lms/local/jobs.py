@@ -1,0 +1,93 @@
+"""What the scheduler handles: jobs, the model's protocol, and the budget of a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from asyndbt_dspy.lms.local.attention import KeyValueShape, PackedAttention
+from asyndbt_dspy.lms.local.decoding import AnswerDecoder, Ask
+from asyndbt_dspy.lms.local.layout import PassLayout
+from asyndbt_dspy.lms.local.prefix_cache import Node
+
+
+class Decoder(Protocol):
+    """A model that runs packed passes."""
+
+    shape: KeyValueShape
+    windows: tuple[int | None, ...]
+    context_tokens: int
+    vocabulary: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def run(self, layout: PassLayout, attention: PackedAttention) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [wanted rows, vocabulary] and the logarithm of their exponentials' sum [wanted rows], float32."""
+        ...
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way through the scheduler.
+
+    Attributes:
+        prompt: Token ids.
+        last_turn: Index where the part that is likely not shared begins.
+        answer: The decoder of its answer.
+        caller: On whose behalf; callers take turns.
+        notify: Called once, from the scheduler's thread, when `done` or `error` is set.
+        cached_tokens: Prompt tokens that were in the prefix cache.
+    """
+
+    prompt: list[int]
+    last_turn: int
+    answer: AnswerDecoder
+    caller: str
+    notify: Callable[[Job], None]
+    cached_tokens: int = 0
+    cancelled: bool = False
+    finished: bool = False
+    error: BaseException | None = None
+    node: Node | None = None
+    tail_start: int = 0
+    row: int | None = None
+    row_length: int = 0
+    prefilled: bool = False
+    ask: Ask | None = field(default=None, repr=False)
+
+
+@dataclass
+class PromptBudget:
+    """Tokens of a pass that are left for prompts. What cannot be cut runs alone even if it is larger."""
+
+    left: int
+    untouched: bool = True
+
+    def fits(self, tokens: int) -> bool:
+        """Whether a piece of this size may join the pass."""
+        return tokens <= self.left or self.untouched
+
+    def spend(self, tokens: int) -> None:
+        """Take tokens off."""
+        self.left -= tokens
+        self.untouched = False
+
+
+def guarded(job: Job, action: Callable[[], None]) -> None:
+    """Run a step of one answer; what goes wrong in it is that request's error alone."""
+    try:
+        action()
+    except Exception as error:  # noqa: BLE001 - handed to the caller that waits
+        job.error = error
+
+
+def finish(job: Job, error: BaseException | None) -> None:
+    """Settle a job, once."""
+    if job.finished:
+        return
+    job.error = error
+    job.finished = True
+    job.notify(job)

@@ -1,0 +1,118 @@
+"""`local_lm`: a `dspy.LM` over a local engine."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from threading import Lock
+from typing import Any
+
+import dspy
+
+from asyndbt_dspy.errors import ConfigurationError
+from asyndbt_dspy.lms.local.engine import AsyncLocalEngine, LocalCore, LocalEngine
+from asyndbt_dspy.lms.local.models import choose_device, choose_dtype, load_model
+from asyndbt_dspy.lms.local.weights import find_model
+
+DEFAULT_BATCH_TOKENS = 2048
+DEFAULT_PREFIX_CACHE_TOKENS = 16384
+
+
+def engines_for(
+    model: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    deterministic: bool = False,
+    max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    prefix_cache_tokens: int = DEFAULT_PREFIX_CACHE_TOKENS,
+) -> tuple[LocalEngine, AsyncLocalEngine]:
+    """The engine pair for these settings."""
+    _check_bounds(max_batch_tokens, prefix_cache_tokens)
+    settings: dict[str, Any] = {
+        "model": model,
+        "device": device,
+        "dtype": dtype,
+        "deterministic": deterministic,
+        "max_batch_tokens": max_batch_tokens,
+        "prefix_cache_tokens": prefix_cache_tokens,
+    }
+    source = find_model(model)
+    chosen = choose_device(device)
+    loaded = load_model(source, chosen, choose_dtype(dtype, chosen, deterministic=deterministic))
+    core = LocalCore(
+        loaded,
+        name=source.name,
+        plain_template=source.plain_template,
+        deterministic=deterministic,
+        max_batch_tokens=max_batch_tokens,
+        prefix_cache_tokens=prefix_cache_tokens,
+    )
+    return LocalEngine(core, settings), AsyncLocalEngine(core, settings)
+
+
+_loaded: weakref.WeakValueDictionary[str, LocalCore] = weakref.WeakValueDictionary()
+_loading = Lock()
+
+
+def shared_engines(state: dict[str, Any]) -> tuple[LocalEngine, AsyncLocalEngine]:
+    """Engines for a saved state.
+
+    DSPy loads the sync and the async engine of an LM, and the LM of every predictor, one by one: those of equal
+    state share one model for as long as any of them is alive.
+    """
+    key = json.dumps(state, sort_keys=True)
+    with _loading:
+        core = _loaded.get(key)
+        if core is None or core.closed:
+            engine, async_engine = engines_for(**state)
+            _loaded[key] = engine.core
+            return engine, async_engine
+        return LocalEngine(core, state), AsyncLocalEngine(core, state)
+
+
+def local_lm(
+    model: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    deterministic: bool = False,
+    max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    prefix_cache_tokens: int = DEFAULT_PREFIX_CACHE_TOKENS,
+    cache: bool = False,
+    **lm_options: Any,
+) -> dspy.LM:
+    """A local model as a `dspy.LM`.
+
+    Args:
+        model: `"smollm2-135m"` or `"gemma3-270m"` (weights from an installed package), a folder, a GGUF file or a
+            Hugging Face id.
+        device: `"auto"`, `"cpu"` or `"cuda:N"`; one engine runs on one device.
+        dtype: `"auto"` (bfloat16 where the hardware computes it, else float32), `"float32"` or `"bfloat16"`.
+        deterministic: Compute in float32 and use a fixed seed where a request has none: a request's answer does
+            not depend on what else is in the batch.
+        max_batch_tokens: Bound on the tokens of one pass through the model, >= 16.
+        prefix_cache_tokens: Bound on remembered prompt prefixes in tokens; 0 shares nothing.
+        cache: DSPy's response cache. Off by default: it costs more than it saves on a small local model, and an
+            answer from it reports no distribution.
+        lm_options: Further arguments of `dspy.LM` (temperature, max_tokens, ...).
+
+    Raises:
+        ConfigurationError: A model, device, dtype or bound that cannot work.
+    """
+    engine, async_engine = engines_for(
+        model,
+        device=device,
+        dtype=dtype,
+        deterministic=deterministic,
+        max_batch_tokens=max_batch_tokens,
+        prefix_cache_tokens=prefix_cache_tokens,
+    )
+    return dspy.LM(f"local/{model}", engine=engine, async_engine=async_engine, cache=cache, **lm_options)
+
+
+def _check_bounds(max_batch_tokens: int, prefix_cache_tokens: int) -> None:
+    if max_batch_tokens < 16:
+        raise ConfigurationError(f"max_batch_tokens is {max_batch_tokens}, it must be at least 16")
+    if prefix_cache_tokens < 0:
+        raise ConfigurationError(f"prefix_cache_tokens is {prefix_cache_tokens}, it must be at least 0")

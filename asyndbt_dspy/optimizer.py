@@ -1,0 +1,440 @@
+"""``AsynDBT``: the optimizer that users call. It puts the parts together, and nothing else does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import dataclasses
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import dspy
+from dspy.teleprompt import Teleprompter
+
+from asyndbt_dspy import preparation
+from asyndbt_dspy.core.budget import Budget
+from asyndbt_dspy.core.config import PRESETS, AlgorithmConfig
+from asyndbt_dspy.core.policies import WorkerSpace
+from asyndbt_dspy.core.server import ServerState
+from asyndbt_dspy.core.validation import check_config
+from asyndbt_dspy.core.worker import WorkerState
+from asyndbt_dspy.engines.local import LocalEngine
+from asyndbt_dspy.engines.protocols import Engine, Recorded
+from asyndbt_dspy.engines.simulated import SimulatedEngine, work_delays
+from asyndbt_dspy.errors import ConfigurationError, NoLiveWorkersError
+from asyndbt_dspy.programs import checks
+from asyndbt_dspy.programs.evaluator import ProgramEvaluator
+from asyndbt_dspy.programs.rollout import RolloutRunner
+from asyndbt_dspy.programs.slots import ProgramSpace, demo_slots
+from asyndbt_dspy.reporting import make_result
+from asyndbt_dspy.runs.observers import CurveRecorder, ProgressBar
+from asyndbt_dspy.runs.result import Result
+from asyndbt_dspy.workers import Worker
+
+logger = logging.getLogger(__name__)
+
+AUTO_METRIC_CALLS = {"light": 300, "medium": 1_200, "heavy": 4_000}
+"""Metric calls of ``auto``."""
+_BOOTSTRAP_FRACTION = 0.12
+_PROBES_PER_WORKER = 1
+_PAPER_FRAGMENTS = 8
+"""Word slots of the paper preset here; the paper's 75 need hundreds of thousands of calls (``fragments=75`` sets them)."""
+
+
+class AsynDBT(Teleprompter):
+    """Asynchronous distributed bilevel tuning of a DSPy program's instructions and demos (arXiv:2602.17694).
+
+    Args:
+        metric: ``(gold, prediction) -> bool | float | dspy.Prediction(score=…, feedback=…)``, higher is better; may take
+            DSPy's further arguments and may be ``async``.
+        workers: A number (``trainset`` is split, stratified by label), or a list of ``Worker`` with their own shards.
+        auto: Budget in metric calls: ``light`` 300, ``medium`` 1,200, ``heavy`` 4,000. Ignored where ``budget`` is given.
+        budget: Hard caps; see ``Budget``.
+        preset: ``default``, ``paper`` (faithful to the paper) or ``cendbt`` (its centralised form, one worker).
+        mode: ``both``, or only ``instructions``, or only ``demos`` (ablations).
+        active_workers: S, answers the server waits for; default half of the workers.
+        max_staleness: tau >= 1, bound on lateness in iterations; 1 is synchronous.
+        deterministic: The order of events does not depend on timing: same seed and same LM answers, same program.
+        seed: Of every random choice.
+        instructions: ``{predictor: [texts]}``: instruction arms of your own.
+        proposer: LM that writes instruction arms from the program, the data and observed failures; without one, shipped
+            guidance sentences are tried.
+        tips: Hints for the proposer.
+        instruction_candidates, demos_per_class, demo_slots, demo_candidates, demo_order, max_demo_tokens, bootstrap, fragments: See
+            ``preparation.SearchSpaceOptions``.
+        shard_key: ``example -> key``: examples of one key stay on one worker (``workers`` a number).
+        engine: Replaces the asyncio engine.
+        rollout_timeout_s: A rollout that takes longer is missing.
+        max_failures: Missing rollouts in a row after which a worker is set aside.
+        failure_score: Score of an example on which the program raised, as in ``dspy.Evaluate``.
+        loss: ``auto``: cross-entropy of the right label where the LM reports a distribution, else ``1 - score``; or force
+            ``metric``.
+        progress: Show a progress bar.
+        config: Overrides of single constants of the algorithm (see ``docs/notation.md``).
+
+    Attributes:
+        result: ``Result`` of the newest compile, ``None`` before.
+        recorded: Its events, in order; replaying them rebuilds the states of server and workers.
+
+    Raises:
+        ConfigurationError: a setting that cannot work; raised before any LM call.
+    """
+
+    def __init__(
+        self,
+        metric: Callable[..., Any],
+        *,
+        workers: int | Sequence[Worker] = 3,
+        auto: Literal["light", "medium", "heavy"] = "light",
+        budget: Budget | None = None,
+        preset: Literal["default", "paper", "cendbt"] = "default",
+        mode: preparation.Mode = "both",
+        active_workers: int | None = None,
+        max_staleness: int | None = None,
+        deterministic: bool = False,
+        seed: int = 0,
+        instructions: Mapping[str, Sequence[str]] | None = None,
+        proposer: Any = None,
+        tips: Sequence[str] = (),
+        instruction_candidates: int = 5,
+        demos_per_class: int = 1,
+        demo_slots: int = 4,
+        demo_candidates: int | None = None,
+        demo_order: bool | None = None,
+        max_demo_tokens: int = 400,
+        bootstrap: bool | None = None,
+        fragments: int | None = None,
+        shard_key: Callable[[dspy.Example], Any] | None = None,
+        engine: Engine | None = None,
+        rollout_timeout_s: float = 120.0,
+        max_failures: int = 8,
+        failure_score: float = 0.0,
+        loss: Literal["auto", "metric"] = "auto",
+        progress: bool = True,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        _check_choice("preset", preset, PRESETS)
+        _check_choice("auto", auto, AUTO_METRIC_CALLS)
+        _check_choice("mode", mode, ("both", "instructions", "demos"))
+        _check_choice("loss", loss, ("auto", "metric"))
+        self.metric = metric
+        self.workers = workers
+        self.budget = budget or Budget(metric_calls=AUTO_METRIC_CALLS[auto])
+        self.preset = preset
+        self.seed = seed
+        self.deterministic = deterministic
+        self.active_workers = active_workers
+        self.max_staleness = max_staleness
+        self.shard_key = shard_key
+        self.engine = engine
+        self.rollout_timeout_s = rollout_timeout_s
+        self.max_failures = max_failures
+        self.failure_score = failure_score
+        self.loss = loss
+        self.progress = progress
+        self.config = _with_overrides(PRESETS[preset], config or {})
+        paper = preset != "default"
+        self.options = preparation.SearchSpaceOptions(
+            mode=mode,
+            instructions=instructions,
+            proposer=proposer,
+            tips=tuple(tips),
+            instruction_candidates=instruction_candidates,
+            demos_per_class=demos_per_class,
+            demo_slots=demo_slots,
+            demo_candidates=demo_candidates or (50 if paper else 12),
+            demo_order=not paper if demo_order is None else demo_order,
+            max_demo_tokens=max_demo_tokens,
+            bootstrap=bootstrap,
+            fragments=(_PAPER_FRAGMENTS if paper else 0) if fragments is None else fragments,
+        )
+        self.result: Result | None = None
+        self.recorded: list[Recorded] = []
+        if preset == "cendbt" and (workers if isinstance(workers, int) else len(workers)) != 1:
+            raise ConfigurationError("preset='cendbt' is centralised: set workers=1")
+
+    def get_params(self) -> dict[str, Any]:
+        """Plain settings, without LMs, data or results."""
+        count = self.workers if isinstance(self.workers, int) else len(self.workers)
+        return {
+            "preset": self.preset,
+            "seed": self.seed,
+            "workers": count,
+            "budget": dataclasses.asdict(self.budget),
+            "deterministic": self.deterministic,
+            "mode": self.options.mode,
+        }
+
+    def compile(
+        self,
+        student: dspy.Module,
+        *,
+        trainset: Sequence[dspy.Example] | None = None,
+        teacher: dspy.Module | None = None,
+        valset: Sequence[dspy.Example] | None = None,
+    ) -> dspy.Module:
+        """Optimize ``student``; works with and without a running event loop (in a notebook too).
+
+        Args:
+            student: Never changed.
+            trainset: Examples with inputs declared, where ``workers`` is a number.
+            teacher: Program whose traces become demos; default the student.
+            valset: Held-out examples of the final race; without it a quarter of each shard is kept back.
+
+        Returns:
+            A new program with the student's LMs; the student's own form if nothing beat it.
+
+        Raises:
+            ConfigurationError: input that cannot work; before any LM call.
+            MetricError: the metric returned something that is no number.
+            NoLiveWorkersError: every worker's LM failed; carries the best program so far.
+        """
+
+        def run() -> dspy.Module:
+            return asyncio.run(self.acompile(student, trainset=trainset, teacher=teacher, valset=valset))
+
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return run()
+        return _in_thread(contextvars.copy_context(), run)
+
+    async def acompile(
+        self,
+        student: dspy.Module,
+        *,
+        trainset: Sequence[dspy.Example] | None = None,
+        teacher: dspy.Module | None = None,
+        valset: Sequence[dspy.Example] | None = None,
+    ) -> dspy.Module:
+        """``compile`` as a coroutine of the running loop."""
+        run = await self._prepare(student, trainset, teacher, valset)
+        self.result, self.recorded = None, run.recorded
+        try:
+            await run.search()
+        finally:
+            run.close()
+        self.result = run.result()
+        program = run.programs.build(run.server.winner, fresh=True)
+        if not run.server.live.any():
+            raise NoLiveWorkersError(
+                f"all {len(run.shards)} workers were set aside: {run.reasons()}; the best program so far is in "
+                "`best_program`",
+                best_program=program,
+            )
+        return program
+
+    async def _prepare(
+        self,
+        student: dspy.Module,
+        trainset: Sequence[dspy.Example] | None,
+        teacher: dspy.Module | None,
+        valset: Sequence[dspy.Example] | None,
+    ) -> _Run:
+        started = time.perf_counter()
+        checks.check_student(student)
+        workers = preparation.make_workers(
+            self.workers, trainset, student, shard_key=self.shard_key, seed=self.seed
+        )
+        self._check_data(student, workers, valset)
+        config = preparation.resolve(self.config, len(workers), self.active_workers, self.max_staleness)
+        needs_pool = self.options.mode != "instructions"
+        shards = preparation.split_shards(
+            workers, valset, student, config, needs_pool=needs_pool, seed=self.seed
+        )
+        return await self._arrange(student, teacher, shards, config, started)
+
+    def _check_data(
+        self, student: dspy.Module, workers: Sequence[Worker], valset: Sequence[dspy.Example] | None
+    ) -> None:
+        """Refuse what cannot work before any LM call."""
+        check_config([worker.name for worker in workers], dataclasses.replace(self.config, active_workers=1))
+        layout = demo_slots(
+            student, demos_per_class=self.options.demos_per_class, demo_slots=self.options.demo_slots
+        )
+        for worker in workers:
+            context = getattr(worker.lm or dspy.settings.lm, "context_tokens", None)
+            checks.check_inputs(
+                student,
+                worker.trainset,
+                valset=worker.valset,
+                name=f"trainset of worker {worker.name!r}",
+                context_tokens=context,
+                max_demo_tokens=self.options.max_demo_tokens,
+                slots=None if self.options.mode == "instructions" else layout,
+            )
+        if valset:
+            checks.check_examples(student, valset, name="valset")
+            checks.check_overlap([one for worker in workers for one in worker.trainset], valset)
+
+    async def _arrange(
+        self,
+        student: dspy.Module,
+        teacher: dspy.Module | None,
+        shards: Sequence[preparation.Shard],
+        config: AlgorithmConfig,
+        started: float,
+    ) -> _Run:
+        options, calls = self.options, self.budget.metric_calls
+        labelled = (
+            [] if options.mode == "instructions" else preparation.labelled_items(student, shards, options)
+        )
+        plain = preparation.make_space(student, shards, dataclasses.replace(options, fragments=0), {}, ())
+        evaluator = ProgramEvaluator(
+            plain,
+            preparation.make_parts(shards),
+            RolloutRunner(self.metric, failure_score=self.failure_score),
+            rollout_timeout_s=self.rollout_timeout_s,
+            max_failures=self.max_failures,
+        )
+        rollouts: list[Any] = []
+        if preparation.wants_bootstrap(student, teacher, options, labelled) or options.proposer is not None:
+            spend = int((calls or 1_000) * _BOOTSTRAP_FRACTION)
+            program = teacher or plain.build(plain.space.student)
+            threshold = max(0.5, self.failure_score)
+            traced, rollouts = await preparation.bootstrap_items(
+                evaluator, program, shards, options, spend, threshold
+            )
+            known = {name for name, _ in student.named_predictors()}  # a teacher may have other predictors
+            labelled = [*(item for item in traced if item.predictor in known), *labelled]
+        items = preparation.choose_demos(labelled, options, self.seed)
+        texts = await preparation.instruction_arms(student, shards, options, rollouts, self.seed)
+        programs = preparation.make_space(student, shards, options, texts, items)
+        evaluator.programs = programs
+        use_cross_entropy = await self._reports_distributions(evaluator, shards)
+        spent = sum(use.calls for use in evaluator.uses.values())
+        left = None if calls is None else max(0, calls - spent)
+        members = preparation.make_members(programs, shards, config)
+        server = ServerState(programs.space, members, config, left, self.seed)
+        states = [
+            WorkerState(
+                shard.worker.name,
+                index,
+                WorkerSpace(programs.space, members[index].allowed),
+                config,
+                examples=len(shard.estimate),
+                seed=self.seed,
+                use_cross_entropy=use_cross_entropy,
+            )
+            for index, shard in enumerate(shards)
+        ]
+        return _Run(self, programs, shards, evaluator, server, states, spent, started)
+
+    async def _reports_distributions(
+        self, evaluator: ProgramEvaluator, shards: Sequence[preparation.Shard]
+    ) -> bool:
+        """Ask the student once per worker: it shows a metric that returns nothing, and whether labels have distributions."""
+        student = evaluator.programs.build(evaluator.programs.space.student)
+        tasks = [
+            evaluator.rollout(shard.worker.name, student, example)
+            for shard in shards
+            for example in shard.estimate[:_PROBES_PER_WORKER]
+        ]
+        rollouts = await asyncio.gather(*tasks, return_exceptions=True)
+        for one in rollouts:
+            if isinstance(one, BaseException) and not isinstance(one, preparation.TOLERATED):
+                raise one
+        scored = [one for one in rollouts if not isinstance(one, BaseException) and one.score is not None]
+        if self.loss == "metric" or not scored:
+            return False
+        return all(one.cross_entropy is not None for one in scored)
+
+    def make_engine(self) -> Engine:
+        """The engine of one run."""
+        if self.engine is not None:
+            return self.engine
+        if self.deterministic:
+            return SimulatedEngine(work_delays(), eager=True)
+        return LocalEngine(deadline_s=self.budget.seconds or math.inf)
+
+
+class _Run:
+    """One compile in progress."""
+
+    def __init__(
+        self,
+        optimizer: AsynDBT,
+        programs: ProgramSpace,
+        shards: Sequence[preparation.Shard],
+        evaluator: ProgramEvaluator,
+        server: ServerState,
+        workers: Sequence[WorkerState],
+        spent: int,
+        started: float,
+    ) -> None:
+        self.optimizer = optimizer
+        self.programs = programs
+        self.shards = shards
+        self.evaluator = evaluator
+        self.server = server
+        self.workers = workers
+        self.spent = spent
+        self.started = started
+        self.recorded: list[Recorded] = []
+        self.curve = CurveRecorder(server)
+        self.bar = ProgressBar(server, optimizer.budget.metric_calls, spent) if optimizer.progress else None
+
+    async def search(self) -> None:
+        observers: list[Any] = [self.recorded.append, self.curve]
+        if self.bar is not None:
+            observers.append(self.bar)
+        await self.optimizer.make_engine().run(self.server, self.workers, self.evaluator, observers)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.evaluator.runner.close()
+
+    def reasons(self) -> str:
+        errors = {name: use.last_error for name, use in self.evaluator.uses.items() if use.last_error}
+        return "; ".join(f"{name}: {error}" for name, error in errors.items()) or "no answer in time"
+
+    def result(self) -> Result:
+        settings = {**self.optimizer.get_params(), "algorithm": self.server.config.to_dict()}
+        return make_result(
+            self.programs,
+            self.server,
+            self.workers,
+            self.evaluator,
+            self.curve,
+            self.recorded,
+            seconds=time.perf_counter() - self.started,
+            settings=settings,
+        )
+
+
+def _check_choice(name: str, value: Any, choices: Any) -> None:
+    if value not in choices:
+        raise ConfigurationError(f"{name}={value!r} is none of {sorted(choices)}")
+
+
+def _with_overrides(config: AlgorithmConfig, overrides: Mapping[str, Any]) -> AlgorithmConfig:
+    known = {field.name for field in dataclasses.fields(AlgorithmConfig)}
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise ConfigurationError(f"config has no {unknown}; known constants: {sorted(known)}")
+    return dataclasses.replace(config, **overrides)
+
+
+def _in_thread(context: contextvars.Context, run: Callable[[], dspy.Module]) -> dspy.Module:
+    """Run with its own loop in a thread, where a loop already runs here."""
+    outcome: list[Any] = []
+
+    def target() -> None:
+        try:
+            outcome.append((context.run(run), None))
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=target, name="asyndbt-compile")
+    thread.start()
+    thread.join()
+    program, error = outcome[0]
+    if error is not None:
+        raise error
+    return program  # type: ignore[no-any-return]

@@ -1,0 +1,397 @@
+"""From what the user gave to what the core needs: shards, demos, instruction arms, the space of programs."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import dspy
+import numpy as np
+
+from asyndbt_dspy.core.config import AlgorithmConfig
+from asyndbt_dspy.core.server import Member
+from asyndbt_dspy.errors import ConfigurationError, WorkerFailedError
+from asyndbt_dspy.programs import checks, demos, proposals, slots
+from asyndbt_dspy.programs.labels import example_labels
+from asyndbt_dspy.programs.evaluator import ProgramEvaluator, WorkerPart
+from asyndbt_dspy.programs.rollout import Rollout
+from asyndbt_dspy.programs.slots import DemoItem, ProgramSpace
+from asyndbt_dspy.workers import Worker
+
+logger = logging.getLogger(__name__)
+
+TOLERATED = (WorkerFailedError,)
+"""What may go wrong before the search starts without ending the run: the search sets such workers aside itself."""
+
+Mode = Literal["both", "instructions", "demos"]
+
+
+@dataclass(frozen=True)
+class SearchSpaceOptions:
+    """What kinds of arms there are.
+
+    Attributes:
+        mode: ``both``, ``instructions`` (prompt-only) or ``demos`` (demo-only).
+        instructions: Texts of the user per predictor.
+        proposer: LM that writes instructions; ``None``: the shipped guidance sentences.
+        tips: Hints for the proposer.
+        instruction_candidates: Instruction arms per predictor besides the student's own.
+        demos_per_class: Demo slots per class of an enumerated output.
+        demo_slots: Demo slots of a predictor without classes.
+        demo_candidates: Demos per worker and class (or per worker and free slot).
+        demo_order: Search the order of the demo slots as well.
+        max_demo_tokens: Longer demos are left out.
+        bootstrap: Record traces of the teacher or student as demos: ``None`` where labelled examples do not fill every
+            output of a predictor, or a teacher is given.
+        fragments: Word slots of the ``paper`` preset (75 in the paper); 0 for none.
+        fragment_words: Vocabulary of a word slot (100 in the paper).
+    """
+
+    mode: Mode = "both"
+    instructions: Mapping[str, Sequence[str]] | None = None
+    proposer: Any = None
+    tips: Sequence[str] = ()
+    instruction_candidates: int = 5
+    demos_per_class: int = 1
+    demo_slots: int = 4
+    demo_candidates: int = 12
+    demo_order: bool = True
+    max_demo_tokens: int = demos.DEFAULT_MAX_DEMO_TOKENS
+    bootstrap: bool | None = None
+    fragments: int = 0
+    fragment_words: int = 100
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One worker's examples, split so that nothing is used twice.
+
+    Attributes:
+        worker: As the user described it.
+        estimate: Examples that candidates are scored on during the search.
+        pool: Examples that may become demos.
+        held_out: Examples of the final race.
+    """
+
+    worker: Worker
+    estimate: tuple[dspy.Example, ...]
+    pool: tuple[dspy.Example, ...]
+    held_out: tuple[dspy.Example, ...]
+
+
+def make_workers(
+    workers: int | Sequence[Worker],
+    trainset: Sequence[dspy.Example] | None,
+    student: dspy.Module,
+    *,
+    shard_key: Any,
+    seed: int,
+) -> list[Worker]:
+    """The user's workers, or ``workers`` shards of ``trainset``.
+
+    Raises:
+        ConfigurationError: no data, data twice, or two workers of one name.
+    """
+    if not isinstance(workers, int):
+        if trainset:
+            raise ConfigurationError(
+                f"trainset with {len(trainset)} examples was given besides {len(workers)} workers that bring their own "
+                "shards; pass workers=<number> to have trainset split, or leave trainset out"
+            )
+        if not workers:
+            raise ConfigurationError("workers is an empty list; give at least one Worker, or a number")
+        return list(workers)
+    if workers < 1:
+        raise ConfigurationError(f"workers={workers} must be at least 1")
+    trainset = list(trainset or ())
+    checks.check_examples(student, trainset)
+    strata = None if shard_key is not None else example_labels(student, trainset)
+    parts = checks.shards(trainset, workers, key=shard_key, strata=strata, seed=seed)
+    return [
+        Worker(f"worker-{number}", [trainset[one] for one in part])
+        for number, part in enumerate(parts, start=1)
+    ]
+
+
+def split_shards(
+    workers: Sequence[Worker],
+    valset: Sequence[dspy.Example] | None,
+    student: dspy.Module,
+    config: AlgorithmConfig,
+    *,
+    needs_pool: bool,
+    seed: int,
+) -> list[Shard]:
+    """Split every shard into estimate, pool and held-out examples; a common ``valset`` is dealt out to the workers."""
+    shares: list[list[dspy.Example]] = [[] for _ in workers]
+    if valset:
+        order = np.random.default_rng([seed, 11]).permutation(len(valset))
+        for place, number in enumerate(order):
+            shares[place % len(workers)].append(valset[int(number)])
+    result = []
+    for index, (worker, share) in enumerate(zip(workers, shares, strict=True)):
+        rest = list(worker.trainset)
+        held_out = list(worker.valset) if worker.valset else share
+        if not held_out and config.race:
+            rest, held_out = _split(rest, 0.25, student, seed + index)
+        estimate, pool = rest, rest
+        if needs_pool and len(rest) >= 2 * config.minibatch:
+            # An example must not be scored by a program that shows it, so demos and estimates part ways.
+            fraction = min(0.6, max(0.4, 2 * config.minibatch / len(rest)))
+            pool, estimate = _split(rest, fraction, student, seed + 1000 + index)
+        if len(estimate) < config.minibatch:
+            raise ConfigurationError(
+                f"worker {worker.name!r} has {len(estimate)} examples left to estimate on (of {len(worker.trainset)} in "
+                f"its shard), fewer than the minibatch of {config.minibatch}; give it more examples, use fewer workers, "
+                "or lower config={'minibatch': …}"
+            )
+        scored_on = tuple(estimate)
+        result.append(
+            Shard(worker, scored_on, scored_on if pool is estimate else tuple(pool), tuple(held_out))
+        )
+    return result
+
+
+def _split(
+    examples: Sequence[dspy.Example], fraction: float, student: dspy.Module, seed: int
+) -> tuple[list[dspy.Example], list[dspy.Example]]:
+    """Two stratified parts, the second with ``fraction`` of the examples."""
+    strata = example_labels(student, examples)
+    first, second = checks.held_out(range(len(examples)), fraction=fraction, seed=seed, strata=strata)
+    return [examples[one] for one in first], [examples[one] for one in second]
+
+
+def labelled_items(
+    student: dspy.Module, shards: Sequence[Shard], options: SearchSpaceOptions
+) -> list[DemoItem]:
+    """Labelled demos of every shard's pool."""
+    found: list[DemoItem] = []
+    for shard in shards:
+        found += demos.labelled_demos(
+            student,
+            shard.pool,
+            worker=shard.worker.name,
+            shared=shard.worker.share_demos,
+            max_demo_tokens=options.max_demo_tokens,
+        )
+    return found
+
+
+def wants_bootstrap(
+    student: dspy.Module,
+    teacher: dspy.Module | None,
+    options: SearchSpaceOptions,
+    labelled: Sequence[DemoItem],
+) -> bool:
+    """Whether traces are worth their calls: a teacher is given, or labelled examples leave outputs open."""
+    if options.mode == "instructions":
+        return False
+    if options.bootstrap is not None:
+        return options.bootstrap
+    if teacher is not None:
+        return True
+    complete = {name: False for name, _ in student.named_predictors()}
+    for item in labelled:
+        fields = dict(student.named_predictors())[item.predictor].signature.output_fields
+        complete[item.predictor] |= all(name in item.demo for name in fields)
+    return not all(complete.values())
+
+
+async def bootstrap_items(
+    evaluator: ProgramEvaluator,
+    program: dspy.Module,
+    shards: Sequence[Shard],
+    options: SearchSpaceOptions,
+    calls: int,
+    threshold: float,
+) -> tuple[list[DemoItem], list[tuple[str, dspy.Example, Rollout]]]:
+    """Run ``program`` on pool examples, ``calls`` in all; traces of good runs become demos.
+
+    Returns:
+        The demos, and all runs as (worker, example, rollout): the proposer reads failures from those that may be shared.
+    """
+    each = max(1, calls // len(shards))
+
+    async def one(shard: Shard) -> list[tuple[int, dspy.Example, Rollout]]:
+        numbers = range(min(each, len(shard.pool)))
+        name = shard.worker.name
+        runs = [evaluator.rollout(name, program, shard.pool[number], trace=True) for number in numbers]
+        ended = await asyncio.gather(*runs, return_exceptions=True)
+        for rollout in ended:
+            if isinstance(rollout, BaseException) and not isinstance(rollout, TOLERATED):
+                raise rollout
+        return [
+            (n, shard.pool[n], one) for n, one in zip(numbers, ended, strict=True) if isinstance(one, Rollout)
+        ]
+
+    items: list[DemoItem] = []
+    too_long: list[int] = []
+    rollouts: list[tuple[str, dspy.Example, Rollout]] = []
+    for shard, runs in zip(shards, await asyncio.gather(*(one(shard) for shard in shards)), strict=True):
+        for number, example, rollout in runs:
+            rollouts.append((shard.worker.name, example, rollout))
+            items += demos.bootstrapped_demos(
+                rollout.trace or (),
+                example,
+                rollout.score,
+                program=program,
+                worker=shard.worker.name,
+                example_index=number,
+                shared=shard.worker.share_demos,
+                threshold=threshold,
+                max_demo_tokens=options.max_demo_tokens,
+                on_too_long=too_long.append,
+            )
+    if too_long:
+        logger.warning(
+            "%d traces are longer than max_demo_tokens=%d (the longest: about %d tokens) and were left out",
+            len(too_long),
+            options.max_demo_tokens,
+            max(too_long),
+        )
+    return items, rollouts
+
+
+def choose_demos(items: Sequence[DemoItem], options: SearchSpaceOptions, seed: int) -> list[DemoItem]:
+    """At most ``demo_candidates`` demos per worker, predictor and class, drawn at random; traces before labels."""
+    groups: dict[tuple[str, str, str | None], list[DemoItem]] = {}
+    for item in items:
+        groups.setdefault((item.home, item.predictor, item.stratum), []).append(item)
+    chosen: list[DemoItem] = []
+    for number, members in enumerate(groups.values()):
+        order = np.random.default_rng([seed, 13, number]).permutation(len(members))
+        limit = options.demo_candidates * (
+            1 if members[0].stratum is not None else max(1, options.demo_slots)
+        )
+        ranked = sorted((members[int(one)] for one in order), key=lambda item: item.source != "bootstrapped")
+        chosen += ranked[:limit]
+    return chosen
+
+
+async def instruction_arms(
+    student: dspy.Module,
+    shards: Sequence[Shard],
+    options: SearchSpaceOptions,
+    rollouts: Sequence[tuple[str, dspy.Example, Rollout]],
+    seed: int,
+) -> dict[str, list[str]]:
+    """Alternatives to each predictor's own text: the user's, the proposer's, or the shipped guidance."""
+    given = {name: list(texts) for name, texts in (options.instructions or {}).items()}
+    if options.mode == "demos":
+        return {}
+    public = {shard.worker.name for shard in shards if shard.worker.share_demos}
+    examples = [one for shard in shards if shard.worker.name in public for one in shard.pool]
+    failures = [
+        (example, rollout)
+        for name, example, rollout in rollouts
+        if name in public and rollout.score is not None and rollout.score < 1.0
+    ]
+    for name, predictor in student.named_predictors():
+        if name in given:
+            continue
+        if options.proposer is None:
+            texts = proposals.guidance_instructions(predictor.signature.instructions)
+        else:
+            texts = await proposals.propose_instructions(
+                student,
+                name,
+                lm=options.proposer,
+                examples=examples,
+                failures=failures,
+                tips=options.tips,
+                count=options.instruction_candidates,
+                seed=seed,
+            )
+        given[name] = texts[: options.instruction_candidates]
+    return given
+
+
+def make_space(
+    student: dspy.Module,
+    shards: Sequence[Shard],
+    options: SearchSpaceOptions,
+    instructions: Mapping[str, Sequence[str]],
+    items: Sequence[DemoItem],
+) -> ProgramSpace:
+    """All blocks and arms of this run."""
+    layout: Mapping[str, Sequence[str | None]] = {}
+    if options.mode != "instructions":
+        layout = slots.demo_slots(
+            student, demos_per_class=options.demos_per_class, demo_slots=options.demo_slots
+        )
+    fragments = None
+    if options.fragments and options.mode != "demos":
+        public = [one for shard in shards if shard.worker.share_demos for one in shard.pool]
+        words = proposals.pmi_vocabulary(public, _output_field(student), options.fragment_words)
+        fragments = slots.FragmentSlots(options.fragments, words) if words else None
+    shown = () if options.mode == "instructions" else items
+    return slots.build_space(
+        student,
+        instructions=instructions,
+        demos=shown,
+        slots=layout,
+        fragments=fragments,
+        search_order=options.demo_order,
+    )
+
+
+def _output_field(student: dspy.Module) -> str:
+    """The last predictor's enumerated output, else its last output."""
+    signature = student.named_predictors()[-1][1].signature
+    found = slots.enumerated_field(signature)
+    return found[0] if found is not None else list(signature.output_fields)[-1]
+
+
+def make_members(programs: ProgramSpace, shards: Sequence[Shard], config: AlgorithmConfig) -> list[Member]:
+    """What the server may know of each worker."""
+    pool: Literal["own", "all"] = "all" if config.share_demos else "own"
+    members = []
+    for shard in shards:
+        # What a private worker learns of its own demos cannot leave it, so it spends its calls on shared ones.
+        allowed = programs.allowed(shard.worker.name, pool)
+        if not shard.worker.share_demos:
+            allowed = tuple(
+                _shared_only(programs, block, arms)
+                for block, arms in zip(programs.space.upper, allowed, strict=True)
+            )
+        members.append(Member(shard.worker.name, allowed, len(shard.held_out)))
+    return members
+
+
+def _shared_only(programs: ProgramSpace, block: Any, arms: tuple[int, ...]) -> tuple[int, ...]:
+    shared = tuple(arm for arm in arms if block.arms[arm].shared)
+    return shared if len(shared) > 1 else arms
+
+
+def make_parts(shards: Sequence[Shard]) -> dict[str, WorkerPart]:
+    """What the evaluator holds of each worker."""
+    return {
+        shard.worker.name: WorkerPart(
+            shard.worker.name,
+            shard.estimate,
+            shard.held_out,
+            shard.worker.lm,
+            shard.worker.max_concurrency,
+            private=not shard.worker.share_demos,
+            shows_estimates=shard.pool is shard.estimate,
+        )
+        for shard in shards
+    }
+
+
+def resolve(
+    config: AlgorithmConfig, workers: int, active_workers: int | None, max_staleness: int | None
+) -> AlgorithmConfig:
+    """Fill in S and tau: by default half of the workers, and the preset's bound."""
+    if active_workers is None:
+        active_workers = max(1, (workers + 1) // 2)
+    if active_workers > workers or active_workers < 1:
+        raise ConfigurationError(
+            f"active_workers={active_workers} must be between 1 and the number of workers, {workers}"
+        )
+    tau = config.max_staleness if max_staleness is None else max_staleness
+    return dataclasses.replace(config, active_workers=active_workers, max_staleness=tau)

@@ -1,0 +1,216 @@
+"""Demo arms: labelled examples of a shard, and traces of runs that went well."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import dspy
+from dspy.adapters.utils import annotation_allows_none, serialize_for_json
+from pydantic_core import PydanticUndefined
+
+from asyndbt_dspy.programs.labels import enumeration
+from asyndbt_dspy.programs.slots import DemoItem
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_DEMO_TOKENS = 400
+"""A demo is paid for in every later call, and long ones bloat prompts (the cap is per demo)."""
+
+TokenCounter = Callable[[str], int]
+Trace = Sequence[tuple[dspy.Predict, Mapping[str, Any], Any]]
+"""What DSPy records of a run: (predictor, inputs, prediction), one entry per call of a predictor."""
+
+
+def estimate_tokens(text: str) -> int:
+    """Length of ``text`` in tokens without a tokenizer: the larger of 1.3 per word and 1 per 4 characters."""
+    return math.ceil(max(1.3 * len(text.split()), len(text) / 4))
+
+
+def demo_tokens(demo: dspy.Example, count_tokens: TokenCounter | None = None) -> int:
+    """Length in tokens of a demo's field names and values, by ``count_tokens`` or ``estimate_tokens``."""
+    fields = ((name, value) for name, value in demo.items() if name != "augmented")
+    text = "\n".join(f"{name}: {serialize_for_json(value)}" for name, value in fields)
+    return (count_tokens or estimate_tokens)(text)
+
+
+def labelled_demos(
+    student: dspy.Module,
+    examples: Sequence[dspy.Example],
+    *,
+    worker: str,
+    shared: bool = True,
+    max_demo_tokens: int = DEFAULT_MAX_DEMO_TOKENS,
+    count_tokens: TokenCounter | None = None,
+) -> list[DemoItem]:
+    """Demos made of labelled examples, for every predictor whose fields the examples hold.
+
+    A demo needs all inputs of the predictor's signature (those with a default or allowing ``None`` may be
+    absent) and all outputs but the reasoning: as in DSPy, a ``ChainOfThought`` demo may lack it. Repeats are
+    dropped, and so are demos longer than ``max_demo_tokens``: one warning says how many.
+
+    Args:
+        student: The program.
+        examples: The worker's shard; the item's ``example_index`` is the position in it.
+        worker: The worker's name, the home of the demos.
+        shared: False for private workers.
+        max_demo_tokens: Cap per demo.
+        count_tokens: The LM's own tokenizer; without it the length is estimated.
+
+    Returns:
+        Items in the order of predictors, then of examples, keys ``"d:<worker>:<predictor>:<example index>"``.
+    """
+    collected = _Collected(worker, shared, "labelled", max_demo_tokens, count_tokens)
+    for name, predictor in student.named_predictors():
+        for index, example in enumerate(examples):
+            demo = _labelled(predictor.signature, example)
+            if demo is not None:
+                collected.add(f"d:{worker}:{name}:{index}", name, predictor.signature, demo, index)
+    collected.warn()
+    return collected.items
+
+
+def bootstrapped_demos(
+    trace: Trace,
+    example: dspy.Example,
+    score: float | None,
+    *,
+    program: dspy.Module,
+    worker: str,
+    example_index: int,
+    shared: bool = True,
+    threshold: float = 0.5,
+    max_demo_tokens: int = DEFAULT_MAX_DEMO_TOKENS,
+    count_tokens: TokenCounter | None = None,
+    on_too_long: Callable[[int], None] | None = None,
+) -> list[DemoItem]:
+    """Demos made of one run's trace, if the run went well.
+
+    Args:
+        trace: The run's trace, ``Rollout.trace``.
+        example: The example that the program was run on; what is shown is what the program did with it.
+        score: The run's score, ``None`` if it is missing.
+        program: The very program object that ran; its predictors are found in the trace by identity.
+        worker: Home of the demos.
+        example_index: Index of ``example`` in the worker's shard.
+        shared: False for private workers.
+        threshold: The lowest score of a run that is worth showing.
+        max_demo_tokens: Cap per demo.
+        count_tokens: The LM's own tokenizer; without it the length is estimated.
+        on_too_long: Called with the length of each demo left out for it (to warn once about many runs);
+            without it, one warning per call.
+
+    Returns:
+        One item per call of a predictor that gave a complete answer (every step of a ``ReAct`` loop, and its
+        extraction), without repeats; keys ``"b:<worker>:<predictor>:<example index>:<number>"``. Empty for
+        runs below the threshold.
+    """
+    if score is None or score < threshold:
+        return []
+    names = {id(predictor): name for name, predictor in program.named_predictors()}
+    collected = _Collected(worker, shared, "bootstrapped", max_demo_tokens, count_tokens)
+    for number, (predictor, inputs, prediction) in enumerate(trace):
+        name = names.get(id(predictor))
+        demo = None if name is None else _bootstrapped(predictor.signature, inputs, prediction)
+        if name is not None and demo is not None:
+            key = f"b:{worker}:{name}:{example_index}:{number}"
+            collected.add(key, name, predictor.signature, demo, example_index)
+    if on_too_long is None:
+        collected.warn()
+    else:
+        for tokens in collected.left_out:
+            on_too_long(tokens)
+    return collected.items
+
+
+@dataclass
+class _Collected:
+    """Demos of one worker, without repeats and without those that are too long."""
+
+    worker: str
+    shared: bool
+    source: Literal["labelled", "bootstrapped"]
+    max_demo_tokens: int
+    count_tokens: TokenCounter | None
+    items: list[DemoItem] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)
+    seen: dict[tuple[str, str], list[dspy.Example]] = field(default_factory=dict)
+
+    def add(
+        self, key: str, predictor: str, signature: type[dspy.Signature], demo: dspy.Example, index: int
+    ) -> None:
+        # Field values need not be hashable, hence their `repr`; equality decides.
+        alike = self.seen.setdefault((predictor, repr(demo)), [])
+        if any(demo == other for other in alike):
+            return
+        alike.append(demo)
+        tokens = demo_tokens(demo, self.count_tokens)
+        if tokens > self.max_demo_tokens:
+            self.left_out.append(tokens)
+            return
+        item = DemoItem(
+            key=key,
+            home=self.worker,
+            shared=self.shared,
+            predictor=predictor,
+            demo=demo,
+            stratum=_stratum(signature, demo),
+            tokens=tokens,
+            source=self.source,
+            example_index=index,
+        )
+        self.items.append(item)
+
+    def warn(self) -> None:
+        if self.left_out:
+            logger.warning(
+                "Worker %r: %d %s demos are longer than max_demo_tokens=%d (the longest: about %d tokens) "
+                "and were left out; raise max_demo_tokens to use them.",
+                self.worker,
+                len(self.left_out),
+                self.source,
+                self.max_demo_tokens,
+                max(self.left_out),
+            )
+
+
+def _labelled(signature: type[dspy.Signature], example: dspy.Example) -> dspy.Example | None:
+    held = {
+        name: example[name]
+        for name, declared in signature.fields.items()
+        if name in example and (example[name] is not None or annotation_allows_none(declared.annotation))
+    }
+    for name, declared in signature.input_fields.items():
+        may_lack = declared.default is not PydanticUndefined or annotation_allows_none(declared.annotation)
+        if name not in held and not may_lack:
+            return None
+    for name, declared in signature.output_fields.items():
+        if name in held or _is_reasoning(name, declared.annotation):
+            continue
+        return None
+    return dspy.Example(**held) if any(name in held for name in signature.output_fields) else None
+
+
+def _bootstrapped(
+    signature: type[dspy.Signature], inputs: Mapping[str, Any], prediction: Any
+) -> dspy.Example | None:
+    """The demo, or ``None`` where the answer lacks an output (a partly parsed one)."""
+    if not isinstance(prediction, dspy.Prediction):
+        return None
+    if any(name not in prediction for name in signature.output_fields):
+        return None
+    shown = {name: inputs[name] for name in signature.input_fields if name in inputs}
+    shown.update({name: prediction[name] for name in signature.output_fields})
+    return dspy.Example(augmented=True, **shown)
+
+
+def _is_reasoning(name: str, annotation: Any) -> bool:
+    return name == "reasoning" or annotation is dspy.Reasoning
+
+
+def _stratum(signature: type[dspy.Signature], demo: dspy.Example) -> str | None:
+    classes = enumeration(signature)
+    return None if classes is None else classes.label_of(demo.get(classes.field))

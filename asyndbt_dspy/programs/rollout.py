@@ -1,0 +1,271 @@
+"""One run of a program on one example: scored, timed, and told apart from a run that could not take place."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+import logging
+import time
+import traceback
+import types
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import dspy
+
+from asyndbt_dspy.errors import BudgetExceededError, MetricError
+from asyndbt_dspy.lms.distributions import collect
+from asyndbt_dspy.lms.failures import FailureKind, classify
+from asyndbt_dspy.programs.cross_entropy import cross_entropy
+from asyndbt_dspy.programs.metrics import (
+    Metric,
+    Score,
+    bind_metric,
+    is_async,
+    metric_name,
+    read_score,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_THREADS = 64
+"""Threads for programs and metrics that are not ``async``. They wait for LMs, so cores are no measure."""
+
+SLOW_METRIC_S = 0.005
+"""A plain metric that takes longer than this (an LM judge, say) is kept off the event loop from then on."""
+
+ERROR_CHARACTERS = 2000
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What one run of a program on one example gave.
+
+    Attributes:
+        score: Higher is better; the failure score where program or metric failed; ``None`` where the run is
+            missing.
+        cross_entropy: -ln P(right label), in [0, 10], where the LM reported a distribution over the final
+            labels; else ``None``.
+        failure: Why it failed, ``None`` for a run that was scored by the metric.
+        error: The failure in words.
+        feedback: What the metric said beside the score.
+        seconds: Duration of program and metric by the runner's clock.
+        trace: (predictor, inputs, prediction) per call of a predictor, if asked for.
+        prediction: What the program returned, ``None`` where it failed.
+    """
+
+    score: float | None
+    cross_entropy: float | None = None
+    failure: FailureKind | None = None
+    error: str | None = None
+    feedback: str | None = None
+    seconds: float = 0.0
+    trace: list[Any] | None = None
+    prediction: Any = None
+
+
+class RolloutRunner:
+    """Runs programs on examples without ever blocking the event loop.
+
+    Args:
+        metric: ``(gold, prediction)``, optionally ``trace``, ``pred_name``, ``pred_trace``; plain or
+            ``async``.
+        failure_score: The score of a run in which program or metric raised, as in ``dspy.Evaluate``.
+        clock: Seconds since any fixed point; for ``Rollout.seconds``.
+        executor: Threads for what is not ``async``; the runner makes its own where ``None`` (``close`` ends
+            those).
+
+    Raises:
+        ConfigurationError: the metric cannot take (gold, prediction).
+    """
+
+    def __init__(
+        self,
+        metric: Metric,
+        *,
+        failure_score: float = 0.0,
+        clock: Callable[[], float] = time.perf_counter,
+        executor: Executor | None = None,
+    ) -> None:
+        self.metric = metric
+        self.failure_score = failure_score
+        self._score = bind_metric(metric)
+        self._metric_is_async = is_async(metric)
+        self._metric_is_module = isinstance(metric, dspy.Module)
+        # Unknown until it was timed once: the first call runs in a thread.
+        self._metric_is_fast = False
+        self._metric_was_slow = self._metric_is_module
+        self._metric_has_raised = False
+        self._clock = clock
+        self._executor = executor
+        self._owns_executor = executor is None
+
+    async def run(
+        self,
+        program: dspy.Module,
+        example: dspy.Example,
+        *,
+        lm: dspy.BaseLM | None = None,
+        adapter: dspy.Adapter | None = None,
+        trace: bool = False,
+    ) -> Rollout:
+        """Run ``program`` on ``example`` and score it.
+
+        Args:
+            program: Predictors that have an LM of their own keep it.
+            example: With its inputs declared (``with_inputs``).
+            lm: For predictors without an own LM; ``None``: the LM of the surrounding ``dspy.context``.
+            adapter: DSPy's prompt format; ``None``: the surrounding one.
+            trace: Whether to return the trace.
+
+        Raises:
+            MetricError: the metric returned something that is no score.
+            BudgetExceededError: a call was refused because a cap is reached. Nothing was scored.
+        """
+        start = self._clock()
+        # DSPy appends every LM call to the history of all its callers: an extra one sees those of this run.
+        calls = types.SimpleNamespace(history=[])
+        callers = [*(dspy.settings.caller_modules or ()), calls]
+        settings: dict[str, Any] = {"trace": [], "caller_modules": callers}
+        if lm is not None:
+            settings["lm"] = lm
+        if adapter is not None:
+            settings["adapter"] = adapter
+        try:
+            with dspy.context(**settings), collect() as distributions:
+                prediction = await self._call_program(program, example)
+        except Exception as error:  # noqa: BLE001 - whatever the user's program raises counts as its failure
+            return self._failed(error, "", start, settings["trace"] if trace else None)
+        try:
+            verdict = await self._call_metric(example, prediction, lm)
+        except MetricError:
+            raise
+        except Exception as error:  # noqa: BLE001 - as above, for the user's metric
+            self._warn_of_metric(error)
+            said = f"metric {metric_name(self.metric)!r} raised "
+            return self._failed(error, said, start, settings["trace"] if trace else None, prediction)
+        return Rollout(
+            score=verdict.score,
+            cross_entropy=cross_entropy(
+                settings["trace"], example, verdict.score, distributions, calls.history
+            ),
+            feedback=verdict.feedback,
+            seconds=self._clock() - start,
+            trace=settings["trace"] if trace else None,
+            prediction=prediction,
+        )
+
+    def close(self) -> None:
+        """End the runner's own threads; runs in progress end by themselves."""
+        if self._owns_executor and self._executor is not None:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+            self._executor = None
+
+    async def _call_program(self, program: dspy.Module, example: dspy.Example) -> Any:
+        inputs = example.inputs().toDict()
+        if runs_async(program):
+            return await program.acall(**inputs)
+        return await self._in_thread(lambda: program(**inputs))
+
+    async def _call_metric(self, example: dspy.Example, prediction: Any, lm: dspy.BaseLM | None) -> Score:
+        # A judge uses the caller's LM, not the one under optimization; that one only where there is no other.
+        settings: dict[str, Any] = {"trace": []}
+        if dspy.settings.lm is None:
+            settings["lm"] = lm
+        with dspy.context(**settings):
+            if self._metric_is_async:
+                returned = await self._score(example, prediction)
+            elif self._metric_is_fast and not self._metric_was_slow:
+                returned = self._timed_metric(example, prediction)
+            else:
+                returned = await self._in_thread(lambda: self._timed_metric(example, prediction))
+            if inspect.isawaitable(returned):
+                returned = await returned
+        return read_score(returned, metric=self.metric, example=example)
+
+    def _timed_metric(self, example: dspy.Example, prediction: Any) -> Any:
+        # Real time, whatever the runner's clock: the question is whether the event loop would be held up.
+        start = time.perf_counter()
+        try:
+            return self._score(example, prediction)
+        finally:
+            is_slow = time.perf_counter() - start > SLOW_METRIC_S
+            self._metric_was_slow = self._metric_was_slow or is_slow
+            self._metric_is_fast = True
+
+    async def _in_thread(self, function: Callable[[], Any]) -> Any:
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="asyndbt-rollout")
+        context = contextvars.copy_context()
+
+        def guarded() -> tuple[Any, Exception | None]:
+            # Returned, not raised: a future refuses to carry StopIteration.
+            try:
+                return context.run(function), None
+            except Exception as error:  # noqa: BLE001 - re-raised below, on the loop
+                return None, error
+
+        returned, error = await asyncio.get_running_loop().run_in_executor(self._executor, guarded)
+        if error is not None:
+            raise error
+        return returned
+
+    def _failed(
+        self, error: Exception, said: str, start: float, trace: list[Any] | None, prediction: Any = None
+    ) -> Rollout:
+        refused = budget_error(error)
+        if refused is not None:
+            raise refused
+        kind = classify(error)
+        return Rollout(
+            score=self.failure_score if kind is FailureKind.PROGRAM else None,
+            failure=kind,
+            error=f"{said}{type(error).__name__}: {error}"[:ERROR_CHARACTERS],
+            seconds=self._clock() - start,
+            trace=trace,
+            prediction=prediction,
+        )
+
+    def _warn_of_metric(self, error: Exception) -> None:
+        if not self._metric_has_raised and classify(error) is FailureKind.PROGRAM:
+            self._metric_has_raised = True
+            # Where, not what: the message may quote an example of a private worker. Rollout.error has it.
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            logger.warning(
+                "The metric %r raised %s (%s, line %s). Such examples count as failures (score %g); "
+                "this is said once.",
+                metric_name(self.metric),
+                type(error).__name__,
+                where.filename,
+                where.lineno,
+                self.failure_score,
+            )
+
+
+def runs_async(program: dspy.Module) -> bool:
+    """Whether ``program.acall`` runs what ``program(...)`` runs.
+
+    Not so for a class that overrides ``forward`` of a class that has both: its ``aforward`` is still the
+    parent's.
+    """
+    for cls in type(program).__mro__:
+        if "aforward" in vars(cls):
+            return "forward" not in vars(program)
+        if "forward" in vars(cls):
+            return False
+    return False
+
+
+def budget_error(error: BaseException) -> BudgetExceededError | None:
+    """The refused call behind ``error``, however often DSPy has wrapped it; ``None`` if there is none."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        if isinstance(current, BudgetExceededError):
+            return current
+        seen.add(id(current))
+        current = current.__cause__ or current.__context__
+    return None

@@ -1,0 +1,130 @@
+"""From the machines of a finished run to its ``Result``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from asyndbt_dspy.core.messages import WorkerLost
+from asyndbt_dspy.core.racing import Standing
+from asyndbt_dspy.core.server import ServerState
+from asyndbt_dspy.core.worker import WorkerState
+from asyndbt_dspy.engines.protocols import Recorded
+from asyndbt_dspy.programs.evaluator import ProgramEvaluator
+from asyndbt_dspy.programs.slots import ProgramSpace
+from asyndbt_dspy.runs.observers import CurveRecorder
+from asyndbt_dspy.runs.result import CandidateResult, Result, WorkerResult
+
+
+def make_result(
+    programs: ProgramSpace,
+    server: ServerState,
+    workers: Sequence[WorkerState],
+    evaluator: ProgramEvaluator,
+    curve: CurveRecorder,
+    recorded: Sequence[Recorded],
+    *,
+    seconds: float,
+    settings: dict[str, Any],
+) -> Result:
+    """Plain data about a run; texts of private workers are not among it."""
+    standings = server.race.standings() if server.race is not None else ()
+    candidates = _candidates(programs, server, standings)
+    winner = next((one.name for one in candidates if one.won), "student")
+    return Result(
+        winner=winner,
+        why=_why(winner, candidates),
+        stopped=server.finish_reason,
+        candidates=candidates,
+        curve=tuple(curve.records),
+        workers=_workers(workers, evaluator, curve, recorded),
+        metric_calls=sum(use.calls for use in evaluator.uses.values()),
+        seconds=seconds,
+        settings=settings,
+    )
+
+
+def _candidates(
+    programs: ProgramSpace, server: ServerState, standings: Sequence[Standing]
+) -> tuple[CandidateResult, ...]:
+    rows = [
+        CandidateResult(
+            name="student" if not number else f"candidate {number}",
+            arms=row.candidate,
+            program=programs.describe(row.candidate),
+            score=_finite(row.mean),
+            low=_finite(row.low),
+            high=_finite(row.high),
+            examples=row.count,
+            advantage=_finite(row.advantage) if number else None,
+            advantage_error=_finite(row.error) if number else None,
+            eliminated=not row.in_race,
+            won=row.candidate == server.winner,
+        )
+        for number, row in enumerate(standings)
+    ]
+    if not rows:
+        entrants = dict.fromkeys([server.space.student, server.winner])
+        rows = [
+            CandidateResult(
+                name="student" if one == server.space.student else f"candidate {number}",
+                arms=one,
+                program=programs.describe(one),
+                score=None,
+                low=None,
+                high=None,
+                examples=0,
+                advantage=None,
+                advantage_error=None,
+                eliminated=False,
+                won=one == server.winner,
+            )
+            for number, one in enumerate(entrants)
+        ]
+    return tuple(rows)
+
+
+def _why(winner: str, candidates: Sequence[CandidateResult]) -> str:
+    chosen = next(one for one in candidates if one.won)
+    if chosen.score is None:
+        return "No race was run: the most probable arms were taken as they are."
+    if winner == "student":
+        return (
+            f"Nothing beat the student on {chosen.examples} held-out examples, so it is returned as it was."
+        )
+    return (
+        f"{winner} was ahead of the student by {chosen.advantage:+.3f} ± {chosen.advantage_error or 0:.3f} "
+        f"on {chosen.examples} held-out examples."
+    )
+
+
+def _workers(
+    workers: Sequence[WorkerState],
+    evaluator: ProgramEvaluator,
+    curve: CurveRecorder,
+    recorded: Sequence[Recorded],
+) -> tuple[WorkerResult, ...]:
+    lost = {one.event.worker: one.event.reason for one in recorded if isinstance(one.event, WorkerLost)}
+    rows = []
+    for worker in workers:
+        use, late = evaluator.use(worker.name), curve.lateness[worker.name]
+        rows.append(
+            WorkerResult(
+                name=worker.name,
+                calls=use.calls,
+                missing=use.missing,
+                failed=use.failed,
+                reused=use.reused,
+                busy_s=use.busy_s,
+                steps=worker.step,
+                largest_staleness=max(late, default=0),
+                mean_staleness=sum(late) / len(late) if late else 0.0,
+                set_aside=lost.get(worker.name, ""),
+            )
+        )
+    return tuple(rows)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,139 @@
+"""Examples as LangChain's users have them, dictionaries or LangSmith's, as DSPy's."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import dspy
+
+from asyndbt_dspy.errors import ConfigurationError, ExportError
+from langchain_asyndbt.answers import answer_messages
+from langchain_asyndbt.chain_program import ChainPlan
+from langchain_asyndbt.fields import OUTPUT, field_name
+
+logger = logging.getLogger(__name__)
+
+MAX_LABELS = 12
+EXAMPLES_PER_LABEL = 2
+"""Fewer than this, and a repeated answer is a coincidence rather than a label."""
+
+
+@dataclass(frozen=True)
+class ExampleForm:
+    """How to read a user's examples.
+
+    Attributes:
+        input_keys: Names of the inputs of plain dictionaries.
+        input_key: Where the chain's input is no dictionary: the field that is passed to it.
+        output_key: The output that is the chain's output; ``None`` where there is one only, or all together.
+    """
+
+    input_keys: tuple[str, ...]
+    input_key: str | None = None
+    output_key: str | None = None
+
+    def examples(self, data: Iterable[Any]) -> list[dspy.Example]:
+        """DSPy examples: inputs and outputs under their names, and the chain's own output as ``output``.
+
+        Raises:
+            ConfigurationError: an example without inputs, or of a kind that is not known.
+        """
+        return [self._example(item, number) for number, item in enumerate(data)]
+
+    def split(self, item: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(inputs, outputs) of one example in any of the known forms."""
+        if isinstance(item, dspy.Example) and item._input_keys is not None:
+            return dict(item.inputs().items()), dict(item.labels().items())
+        if not isinstance(item, Mapping) and hasattr(item, "inputs") and hasattr(item, "outputs"):
+            # An example object of LangSmith.
+            return self._named(item.inputs), _outputs(item.outputs)
+        if isinstance(item, dspy.Example):
+            item = dict(item.items())
+        if not isinstance(item, Mapping):
+            raise ConfigurationError(
+                f"an example must be a dictionary or a dspy.Example, got {type(item).__name__}"
+            )
+        if "inputs" in item and set(item) <= {"inputs", "outputs", "id", "metadata", "dataset_id", "split"}:
+            return self._named(item["inputs"]), _outputs(item.get("outputs"))
+        inputs = {name: value for name, value in item.items() if name in self.input_keys}
+        return inputs, {name: value for name, value in item.items() if name not in self.input_keys}
+
+    def _named(self, inputs: Any) -> dict[str, Any]:
+        if isinstance(inputs, Mapping):
+            return dict(inputs)
+        return {self.input_key or "input": inputs}
+
+    def _example(self, item: Any, number: int) -> dspy.Example:
+        inputs, outputs = self.split(item)
+        if not inputs:
+            raise ConfigurationError(
+                f"example {number} has no input: expected some of {list(self.input_keys)}, got {_names(item)}; "
+                "write {'inputs': …, 'outputs': …}, or name them with input_keys=[…]"
+            )
+        fields = {field_name(name): value for name, value in inputs.items()}
+        fields |= {name: value for name, value in outputs.items() if name not in fields}
+        if OUTPUT not in fields and outputs:
+            fields[OUTPUT] = self._output(outputs, number)
+        return dspy.Example(**fields).with_inputs(*(field_name(name) for name in inputs))
+
+    def _output(self, outputs: Mapping[str, Any], number: int) -> Any:
+        if self.output_key is not None:
+            if self.output_key not in outputs:
+                raise ConfigurationError(
+                    f"example {number} has no output {self.output_key!r}, only {list(outputs)}"
+                )
+            return outputs[self.output_key]
+        return next(iter(outputs.values())) if len(outputs) == 1 else dict(outputs)
+
+
+def example_form(
+    plan: ChainPlan, *, input_keys: Sequence[str] | None, input_key: str | None, output_key: str | None
+) -> ExampleForm:
+    """How to read the examples of a chain: its inputs are what its schema names, else its prompts' variables."""
+    if input_keys is not None:
+        return ExampleForm(tuple(input_keys), input_key, output_key)
+    if input_key is not None:
+        return ExampleForm((input_key,), input_key, output_key)
+    named = plan.chain.get_input_jsonschema().get("properties") or {}
+    variables = [name for p in plan.predictors.values() for name in p.adapter.variables]
+    return ExampleForm(tuple(named or dict.fromkeys(variables)), None, output_key)
+
+
+def infer_labels(examples: Sequence[dspy.Example]) -> list[str] | None:
+    """The answers, where they are a handful of texts that repeat; ``None`` where they are not."""
+    outputs = [example.get(OUTPUT) for example in examples]
+    if not outputs or not all(isinstance(output, str) for output in outputs):
+        return None
+    counts = Counter(outputs)
+    repeated = all(count >= EXAMPLES_PER_LABEL for count in counts.values())
+    return sorted(counts) if 2 <= len(counts) <= MAX_LABELS and repeated else None
+
+
+def warn_of_unwritable(plan: ChainPlan, examples: Sequence[dspy.Example]) -> None:
+    """Say how many examples cannot become demos, because the chain would not read their output back."""
+    last = next((p for p in plan.predictors.values() if OUTPUT in p.signature.output_fields), None)
+    if last is None:
+        return
+    refused = []
+    for example in examples:
+        try:
+            if OUTPUT in example:
+                answer_messages(last.adapter.slots.parser, example[OUTPUT])
+        except ExportError as error:
+            refused.append(str(error))
+    if refused:
+        logger.warning("%d of %d examples cannot be demos: %s", len(refused), len(examples), refused[0])
+
+
+def _outputs(outputs: Any) -> dict[str, Any]:
+    if outputs is None:
+        return {}
+    return dict(outputs) if isinstance(outputs, Mapping) else {OUTPUT: outputs}
+
+
+def _names(item: Any) -> list[str]:
+    return list(item.keys()) if hasattr(item, "keys") else [type(item).__name__]

@@ -1,0 +1,24 @@
+"""Names that a template variable can have as a field of a DSPy signature."""
+
+from __future__ import annotations
+
+import keyword
+import re
+
+import dspy
+
+OUTPUT = "output"
+"""The field that holds what a chain gives."""
+
+# Keyword arguments of `dspy.Predict` that are not fields, and the name of our output.
+TAKEN = frozenset(
+    {"signature", "new_signature", "demos", "config", "lm", "prediction", "self", "args", OUTPUT}
+)
+
+
+def field_name(variable: str) -> str:
+    """The field for a template variable: the name itself wherever it can be one."""
+    is_plain = variable.isidentifier() and not keyword.iskeyword(variable) and not variable.startswith("_")
+    if is_plain and variable not in TAKEN and not hasattr(dspy.Signature, variable):
+        return variable
+    return "var_" + re.sub(r"\W", "_", variable)

@@ -1,0 +1,154 @@
+"""``optimize_chain``: the same chain with better prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import dspy
+from langchain_core.runnables import Runnable
+
+from asyndbt_dspy import AsynDBT, Worker
+from asyndbt_dspy.errors import ConfigurationError
+from langchain_asyndbt.chain_program import AMBIENT_SETTING, ChainProgram, to_program
+from langchain_asyndbt.datasets import ExampleForm, example_form, infer_labels, warn_of_unwritable
+from langchain_asyndbt.fields import OUTPUT
+from langchain_asyndbt.metrics import as_dspy_metric
+
+OnDone = Callable[[AsynDBT, ChainProgram], None]
+
+
+def optimize_chain(
+    chain: Runnable[Any, Any],
+    *,
+    metric: Callable[..., Any],
+    trainset: Sequence[Any] | None = None,
+    valset: Sequence[Any] | None = None,
+    workers: int | Sequence[Worker] | None = None,
+    labels: Sequence[str] | None = None,
+    input_keys: Sequence[str] | None = None,
+    input_key: str | None = None,
+    output_key: str | None = None,
+    on_done: OnDone | None = None,
+    **optimizer_options: Any,
+) -> Runnable[Any, Any]:
+    """Optimize the instructions and demos of a chain's prompts.
+
+    Args:
+        chain: ``prompt | model | parser``, or several of them with other steps between. Not changed.
+        metric: DSPy's form ``(gold, prediction)``, where ``prediction.output`` is the chain's output, or an
+            evaluator of LangSmith: ``(run, example)`` or ``(inputs, outputs, reference_outputs)``. Higher is
+            better.
+        trainset: Dictionaries, ``{"inputs": …, "outputs": …}``, LangSmith's examples or ``dspy.Example``. May be
+            left out where ``workers`` bring their own.
+        valset: Examples for the final comparison; else a part of ``trainset`` is kept back.
+        workers: A number, or ``asyndbt_dspy.Worker`` objects with examples in any of these forms. A worker
+            without an LM asks the chain's own models; ``Worker(lm=langchain_lm(model))`` asks another one.
+        labels: The answers where they are an enumeration; default: found out from ``trainset``.
+        input_keys: Names of the inputs in plain dictionaries; default: what the chain's schema says.
+        input_key: Where the chain's input is no dictionary: the example's field that is passed to it.
+        output_key: The output field that the chain should give; default: the only one.
+        on_done: Called with the optimizer (its ``result``) and the optimized program.
+        **optimizer_options: Of ``AsynDBT``: ``auto``, ``budget``, ``seed``, ….
+
+    Returns:
+        The chain with optimized prompts, of the same types, with the same config, tags and models; the chain's
+        own prompts where nothing beat them.
+
+    Raises:
+        ExportError: the chain has no prompt before a model, or a prompt that cannot take demos.
+        ConfigurationError: examples or options that cannot work; before any call of a model.
+    """
+    job = _prepare(chain, metric, trainset, valset, workers, labels, input_keys, input_key, output_key)
+    optimizer = AsynDBT(metric=job.metric, **job.options, **optimizer_options)
+    with job.context():
+        program = optimizer.compile(job.program, trainset=job.trainset, valset=job.valset)
+    return _finished(optimizer, program, on_done)
+
+
+async def aoptimize_chain(
+    chain: Runnable[Any, Any],
+    *,
+    metric: Callable[..., Any],
+    trainset: Sequence[Any] | None = None,
+    valset: Sequence[Any] | None = None,
+    workers: int | Sequence[Worker] | None = None,
+    labels: Sequence[str] | None = None,
+    input_keys: Sequence[str] | None = None,
+    input_key: str | None = None,
+    output_key: str | None = None,
+    on_done: OnDone | None = None,
+    **optimizer_options: Any,
+) -> Runnable[Any, Any]:
+    """``optimize_chain`` as a coroutine of the running event loop."""
+    job = _prepare(chain, metric, trainset, valset, workers, labels, input_keys, input_key, output_key)
+    optimizer = AsynDBT(metric=job.metric, **job.options, **optimizer_options)
+    with job.context():
+        program = await optimizer.acompile(job.program, trainset=job.trainset, valset=job.valset)
+    return _finished(optimizer, program, on_done)
+
+
+@dataclass(frozen=True)
+class _Job:
+    program: ChainProgram
+    metric: Callable[..., Any]
+    trainset: list[dspy.Example] | None
+    valset: list[dspy.Example] | None
+    options: dict[str, Any]
+    uses_ambient: bool
+
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """The LM of ``dspy.configure`` may serve metrics and proposals; it does not replace the chain's models."""
+        ambient = None if self.uses_ambient else dspy.settings.lm
+        with dspy.context(**{AMBIENT_SETTING: ambient}):
+            yield
+
+
+def _prepare(
+    chain: Runnable[Any, Any],
+    metric: Callable[..., Any],
+    trainset: Sequence[Any] | None,
+    valset: Sequence[Any] | None,
+    workers: int | Sequence[Worker] | None,
+    labels: Sequence[str] | None,
+    input_keys: Sequence[str] | None,
+    input_key: str | None,
+    output_key: str | None,
+) -> _Job:
+    form = example_form(
+        to_program(chain).plan, input_keys=input_keys, input_key=input_key, output_key=output_key
+    )
+    listed = list(workers) if isinstance(workers, Sequence) else []
+    if trainset is None and not listed:
+        raise ConfigurationError("give a trainset, or workers that bring their own")
+    train = form.examples(trainset) if trainset is not None else None
+    converted = [_converted(worker, form) for worker in listed]
+    known = [*(train or ()), *(example for worker in converted for example in worker.trainset)]
+    program = to_program(chain, labels=labels or infer_labels(known), input_key=input_key)
+    warn_of_unwritable(program.plan, known)
+    raw = [*(trainset or ()), *(item for worker in listed for item in worker.trainset)]
+    options: dict[str, Any] = {} if workers is None else {"workers": converted if listed else workers}
+    return _Job(
+        program=program,
+        metric=as_dspy_metric(metric, has_output=any(OUTPUT in form.split(item)[1] for item in raw)),
+        trainset=train,
+        valset=form.examples(valset) if valset is not None else None,
+        options=options,
+        uses_ambient=any(worker.lm is not None and worker.lm is dspy.settings.lm for worker in listed),
+    )
+
+
+def _converted(worker: Worker, form: ExampleForm) -> Worker:
+    valset = form.examples(worker.valset) if worker.valset is not None else None
+    return dataclasses.replace(worker, trainset=form.examples(worker.trainset), valset=valset)
+
+
+def _finished(optimizer: AsynDBT, program: Any, on_done: OnDone | None) -> Runnable[Any, Any]:
+    if on_done is not None:
+        on_done(optimizer, program)
+    chain: Runnable[Any, Any] = program.to_chain()
+    return chain

@@ -1,0 +1,146 @@
+"""The codec: every message survives JSON, old recordings stay readable, garbage is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from asyndbt_dspy.core import messages
+from asyndbt_dspy.core.messages import FORMAT, decode, encode
+from asyndbt_dspy.core.policies import Nomination
+from asyndbt_dspy.errors import ProtocolError
+
+FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "messages_format_1.json"
+
+reals = st.floats(allow_nan=False)
+numbers = st.integers(0, 10**6)
+names = st.text(max_size=8)
+arms = st.lists(st.integers(0, 99), max_size=4).map(tuple)
+vectors = hnp.arrays(np.float64, st.integers(0, 5))
+matrices = hnp.arrays(np.float64, st.tuples(st.integers(0, 3), st.integers(0, 3)))
+nominations = st.lists(st.builds(Nomination, arms, reals, reals, numbers), max_size=3).map(tuple)
+scores = st.lists(st.lists(st.none() | reals, max_size=3).map(tuple), max_size=3).map(tuple)
+outcomes = st.builds(messages.Outcome, st.none() | reals, st.none() | reals)
+
+MESSAGES = {
+    "StepRequest": st.builds(messages.StepRequest, names, numbers, vectors, vectors, vectors, vectors, matrices, numbers),
+    "StepReply": st.builds(
+        messages.StepReply,
+        names,
+        numbers,
+        vectors,
+        st.none() | vectors,
+        vectors,
+        st.none() | matrices,
+        st.none() | matrices,
+        matrices,
+        nominations,
+        numbers,
+        numbers,
+        st.floats(),
+    ),
+    "RoundRequest": st.builds(messages.RoundRequest, names, numbers, numbers, vectors, vectors, vectors),
+    "RoundReply": st.builds(messages.RoundReply, names, numbers, numbers, vectors, numbers),
+    "RaceRequest": st.builds(messages.RaceRequest, names, numbers, st.lists(arms, max_size=3).map(tuple), arms),
+    "RaceReply": st.builds(messages.RaceReply, names, numbers, scores, scores, numbers),
+    "Stop": st.builds(messages.Stop, names),
+    "WorkerLost": st.builds(messages.WorkerLost, names, names),
+    "StopSearch": st.builds(messages.StopSearch, names, st.booleans()),
+    "Scored": st.builds(
+        messages.Scored, names, numbers, st.lists(st.lists(outcomes, max_size=3).map(tuple), max_size=3).map(tuple), numbers
+    ),
+    "Evaluate": st.builds(
+        messages.Evaluate,
+        names,
+        numbers,
+        st.lists(arms, max_size=3).map(tuple),
+        st.lists(arms, max_size=3).map(tuple),
+        st.booleans(),
+    ),
+}  # fmt: skip
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal to the last bit, arrays and not-a-number included."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, np.ndarray):
+        alike = one.dtype == other.dtype and np.array_equal(one, other, equal_nan=True)
+        return alike and np.nan_to_num(one).tobytes() == np.nan_to_num(other).tobytes()
+    if dataclasses.is_dataclass(one):
+        return all(same(getattr(one, part.name), getattr(other, part.name)) for part in dataclasses.fields(one))
+    if isinstance(one, tuple):
+        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
+    if isinstance(one, float) and math.isnan(one):
+        return math.isnan(other)
+    return bool(one == other)
+
+
+@pytest.mark.parametrize("kind", MESSAGES)
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_every_message_survives_strict_json(kind: str, data: st.DataObject) -> None:
+    message = data.draw(MESSAGES[kind])
+    text = json.dumps(encode(message), allow_nan=False)
+    assert json.loads(text)["format"] == FORMAT
+    assert same(decode(json.loads(text)), message)
+
+
+def test_the_strategies_cover_every_message_there_is() -> None:
+    assert set(MESSAGES) | {"Outcome", "Nomination"} == set(messages._CODEC)
+
+
+def test_numpy_scalars_become_plain_numbers() -> None:
+    lost = messages.RoundReply("w", np.int64(3), 0, np.array([1.0]), np.int64(2))  # type: ignore[arg-type]
+    assert json.loads(json.dumps(encode(lost)))["version"] == 3
+
+
+def test_recordings_of_format_1_stay_readable() -> None:
+    """Written once; a later format must still decode them to the same messages."""
+    for entry in json.loads(FIXTURE.read_text()):
+        message = decode(entry)
+        assert type(message).__name__ == entry["type"]
+        again = encode(message)
+        assert {**again, "format": 1} == entry
+
+
+def test_the_fixture_holds_every_kind() -> None:
+    kinds = {entry["type"] for entry in json.loads(FIXTURE.read_text())}
+    assert kinds == set(MESSAGES)
+
+
+GOOD = {"format": 1, "type": "Stop", "worker": "w0"}
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        (None, "no format number"),
+        ([], "no format number"),
+        ({"type": "Stop", "worker": "w0"}, "no format number"),
+        ({**GOOD, "format": FORMAT + 1}, "update asyndbt-dspy"),
+        ({**GOOD, "format": 0}, "not known here"),
+        ({**GOOD, "type": "Nonsense"}, "unknown message type 'Nonsense'"),
+        ({**GOOD, "type": ["Stop"]}, "unknown message type"),
+        ({"format": 1, "worker": "w0"}, "unknown message type None"),
+        ({**GOOD, "more": 1}, "does not fit format 1"),
+        ({"format": 1, "type": "Stop"}, "does not fit format 1"),
+        ({**GOOD, "worker": {"array": [1.0], "shape": [3]}}, "does not fit format 1"),
+        ({**GOOD, "worker": {"array": ["x"], "shape": [1]}}, "does not fit format 1"),
+        ({**GOOD, "worker": {"array": [1.0]}}, "does not fit format 1"),
+        ({**GOOD, "worker": {"float": "many"}}, "does not fit format 1"),
+    ],
+    ids=str,
+)
+def test_garbage_is_refused(state: Any, says: str) -> None:
+    with pytest.raises(ProtocolError, match=says):
+        decode(state)

@@ -1,0 +1,272 @@
+"""The final race: paired, under a budget, without waiting for stragglers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asyndbt_dspy.core.config import AlgorithmConfig
+from asyndbt_dspy.core.messages import RaceReply, RaceRequest
+from asyndbt_dspy.core.racing import RaceState
+from asyndbt_dspy.errors import ProtocolError
+
+CONFIG = AlgorithmConfig(race_candidates=7, accept_z=0.0)
+STUDENT = (0, 0)
+CHALLENGERS = [(1, 0), (2, 0), (3, 0), (1, 1)]
+HOLDINGS = {"a": 12, "b": 8, "c": 4}
+
+Score = Callable[[tuple[int, ...], str, int], float | None]
+
+
+def race(calls: int = 400, challengers: list[tuple[int, ...]] | None = None, **changes: object) -> RaceState:
+    config = dataclasses.replace(CONFIG, **changes)  # type: ignore[arg-type]
+    return RaceState(STUDENT, CHALLENGERS if challengers is None else challengers, HOLDINGS, calls, config, seed=3)
+
+
+def reply(request: RaceRequest, score: Score, calls: int | None = None) -> RaceReply:
+    rows = tuple(
+        tuple(score(one, request.worker, example) for example in request.examples) for one in request.candidates
+    )
+    paid = sum(value is not None for row in rows for value in row) if calls is None else calls
+    return RaceReply(request.worker, request.unit, rows, tuple((None,) * len(row) for row in rows), paid)
+
+
+def run(state: RaceState, score: Score, workers: tuple[str, ...] = ("a", "b", "c")) -> list[RaceRequest]:
+    """Every worker answers at once, in turn."""
+    units: list[RaceRequest] = []
+    for _ in range(1000):
+        if state.done:
+            return units
+        for worker in workers:
+            request = state.assign(worker)
+            if request is not None:
+                units.append(request)
+                state.receive(reply(request, score))
+    pytest.fail("the race does not end")
+
+
+def difficult(candidate: tuple[int, ...], worker: str, example: int) -> float:
+    """Examples differ far more than candidates do: only pairing sees that (2, 0) is always .1 better."""
+    return (example * 37 % 10) / 10 + {(2, 0): 0.1, (3, 0): -0.1}.get(candidate, 0.0)
+
+
+def test_the_best_challenger_wins_although_examples_differ_far_more() -> None:
+    state = race()
+    run(state, difficult)
+    assert state.winner() == (2, 0)
+    best = {one.candidate: one for one in state.standings()}[(2, 0)]
+    assert best.advantage == pytest.approx(0.1)
+    assert best.error < 0.2
+    assert best.in_race
+    assert best.low < best.mean < best.high
+    student = state.standings()[0]
+    assert (student.candidate, student.advantage, student.error) == (STUDENT, 0.0, 0.0)
+
+
+def test_all_candidates_of_a_heat_meet_the_same_examples_and_the_student_is_in_every_heat() -> None:
+    units = run(race(calls=130), difficult)
+    assert {example for unit in units for example in unit.examples} <= set(range(12))
+    assert all(unit.candidates[0] == STUDENT for unit in units)
+    seen = [(unit.worker, example) for unit in units for example in unit.examples]
+    assert len(seen) == len(set(seen))  # no example twice
+    assert [len(unit.candidates) for unit in units] == sorted((len(unit.candidates) for unit in units), reverse=True)
+    assert 2 <= len(units[-1].candidates) < len(units[0].candidates)
+
+
+def test_the_student_wins_ties() -> None:
+    state = race()
+    run(state, lambda candidate, worker, example: 0.5)
+    assert state.winner() == STUDENT
+
+
+def test_a_bar_of_standard_errors_keeps_the_student() -> None:
+    state = race(accept_z=50.0)
+    run(state, difficult)
+    assert state.winner() == STUDENT
+
+
+@given(st.integers(0, 300), st.integers(1, 60), st.integers(0, 7))
+@settings(max_examples=60, deadline=None)
+def test_the_budget_is_never_exceeded_and_a_rich_race_uses_it(calls: int, chunk: int, challengers: int) -> None:
+    candidates = [(number, 1) for number in range(1, challengers + 1)]
+    state = RaceState(STUDENT, candidates, HOLDINGS, calls, CONFIG, chunk=chunk)
+    units = run(state, difficult)
+    spent = sum(len(unit.candidates) * len(unit.examples) for unit in units)
+    assert spent + state.calls_left == calls or not units
+    assert spent <= calls
+    if challengers and calls >= 2:
+        assert units
+    if challengers == 1:
+        assert spent >= min(calls - 1, 2 * 24)
+
+
+def test_what_cost_nothing_is_given_back() -> None:
+    state = race()
+    request = state.assign("a")
+    assert request is not None
+    before = state.calls_left
+    state.receive(reply(request, difficult, calls=1))
+    assert state.calls_left == before + len(request.candidates) * len(request.examples) - 1
+
+
+def test_a_small_budget_runs_fewer_candidates() -> None:
+    assert len(race(calls=400).candidates) == 5
+    sizes = [len(race(calls=calls).candidates) for calls in range(2, 400, 9)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] == 2
+    assert len(race(calls=400, race_candidates=2).candidates) == 3
+    broke = race(calls=1)
+    assert broke.done
+    assert broke.winner() == STUDENT
+    assert math.isnan(broke.standings()[0].mean)
+
+
+def test_without_examples_or_challengers_there_is_nothing_to_race() -> None:
+    empty = RaceState(STUDENT, CHALLENGERS, {"a": 0}, 100, CONFIG)
+    assert empty.done
+    assert empty.winner() == STUDENT
+    assert race(challengers=[STUDENT]).done
+
+
+def test_a_heat_closes_without_its_stragglers() -> None:
+    """Worker c holds a sixth of the examples: the first heat does not wait for it, and its late answer still counts."""
+    state = race(calls=120)
+    slow = state.assign("c")
+    assert slow is not None
+    while state.heat == 1:
+        for worker in ("a", "b"):
+            request = state.assign(worker)
+            if request is not None:
+                state.receive(reply(request, difficult))
+    assert state.heat == 2
+    assert len(state.running) < 5
+    state.receive(reply(slow, difficult))
+    late = (0, "c", slow.examples[0])
+    assert late in state.results
+    run(state, difficult)
+    assert state.winner() == (2, 0)
+
+
+def test_the_last_heat_waits_for_everybody() -> None:
+    state = race(calls=1000, challengers=[(2, 0)])
+    held = state.assign("c")
+    assert held is not None
+    for _ in range(50):
+        for worker in ("a", "b"):
+            request = state.assign(worker)
+            if request is not None:
+                state.receive(reply(request, difficult))
+    assert not state.done
+    state.receive(reply(held, difficult))
+    run(state, difficult)
+    assert state.done
+
+
+def test_paid_units_are_waited_for_when_no_further_heat_is_possible() -> None:
+    state = race(calls=5 * 12, challengers=CHALLENGERS)
+    units = {worker: state.assign(worker) for worker in ("a", "b", "c")}
+    state.calls_left = 0  # nothing for another heat
+    order = [unit for unit in units.values() if unit is not None]
+    order.sort(key=lambda unit: -len(unit.examples))
+    while len(order) > 1:
+        unit = order.pop(0)
+        state.receive(reply(unit, difficult, calls=len(unit.candidates) * len(unit.examples)))
+        assert not state.done
+        for worker in ("a", "b"):
+            more = state.assign(worker)
+            if more is not None:
+                order.insert(0, more)
+    state.receive(reply(order[0], difficult))
+    assert state.done
+
+
+def test_a_lost_workers_units_and_examples_leave_the_race() -> None:
+    state = race()
+    held = state.assign("b")
+    assert held is not None
+    assert state.lose("b") == len(held.candidates) * len(held.examples)
+    assert state.lose("b") == 0
+    assert state.assign("b") is None
+    with pytest.raises(ProtocolError, match="has no race unit 1 in hand"):
+        state.receive(reply(held, difficult))
+    units = run(state, difficult, ("a", "c"))
+    assert {unit.worker for unit in units} == {"a", "c"}
+    assert state.winner() == (2, 0)
+
+
+def test_losing_everybody_ends_the_race() -> None:
+    state = race()
+    for worker in HOLDINGS:
+        state.assign(worker)
+        state.lose(worker)
+    assert state.done
+    assert state.winner() == STUDENT
+
+
+def test_missing_results_leave_the_pair_out() -> None:
+    """(2, 0) misses what it would have lost: pairs, not means, decide. A challenger without results cannot win."""
+
+    def patchy(candidate: tuple[int, ...], worker: str, example: int) -> float | None:
+        if candidate == (1, 1):
+            return None
+        if candidate == (2, 0) and example % 2:
+            return None
+        return difficult(candidate, worker, example)
+
+    state = race()
+    run(state, patchy)
+    assert state.winner() == (2, 0)
+    assert {one.candidate: one for one in state.standings()}[(2, 0)].advantage == pytest.approx(0.1)
+    silent = race(challengers=[(1, 1)])
+    run(silent, patchy)
+    assert silent.winner() == STUDENT
+
+
+def test_soft_scores_break_what_scores_cannot() -> None:
+    def play(weight: float) -> tuple[int, ...]:
+        state = race(race_soft=weight, challengers=[(2, 0)])
+        while not state.done:
+            request = state.assign("a") or state.assign("b") or state.assign("c")
+            assert request is not None
+            plain = reply(request, lambda *_: 1.0)
+            soft = tuple((0.9 if one == (2, 0) else 0.6,) * len(request.examples) for one in request.candidates)
+            state.receive(dataclasses.replace(plain, soft_scores=soft))
+        return state.winner()
+
+    assert play(0.5) == (2, 0)
+    assert play(0.0) == STUDENT
+
+
+def test_the_order_of_arrival_changes_no_bit_of_the_standings() -> None:
+    def standings(seed: int) -> str:
+        state = RaceState(STUDENT, [(2, 0)], {"a": 9, "b": 9, "c": 9}, 54, CONFIG, chunk=4)
+        rng = np.random.default_rng(seed)
+        out: list[RaceRequest] = []
+        while not state.done:
+            for worker in rng.permutation(["a", "b", "c"]).tolist():
+                request = state.assign(worker)
+                if request is not None:
+                    out.append(request)
+            unit = out.pop(int(rng.integers(len(out))))
+            state.receive(
+                reply(unit, lambda candidate, worker, example: 0.1 * example + candidate[0] / 7 + ord(worker) / 3)
+            )
+        return repr(state.standings())
+
+    assert len({standings(seed) for seed in range(6)}) == 1
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(2, 400))
+def test_every_worker_contributes_in_proportion_to_what_it_holds(counts: list[int], calls: int) -> None:
+    holdings = {f"w{number}": count for number, count in enumerate(counts)}
+    state = RaceState(STUDENT, [(1, 0)], holdings, calls, CONFIG)
+    size = sum(state.quota.values())
+    assert size == min(calls // 2, sum(counts))
+    for name, share in state.quota.items():
+        assert abs(share - size * holdings[name] / sum(counts)) < 1

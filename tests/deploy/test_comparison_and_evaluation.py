@@ -1,0 +1,118 @@
+"""What differs between two artifacts, and how a saved program scores."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from pathlib import Path
+from typing import Any
+
+import artifact_kit as kit
+import dspy
+import pytest
+from dspy.lm15 import RateLimitError
+
+from asyndbt_dspy.deploy import diff, evaluate_artifact, save_artifact
+from asyndbt_dspy.deploy.comparison import word_changes
+from asyndbt_dspy.deploy.evaluation import mean_interval
+from asyndbt_dspy.errors import ArtifactError, ConfigurationError, MetricError
+
+
+def test_diff_says_which_words_demos_and_scores_differ(tmp_path: Path) -> None:
+    old, new = kit.tuned("two_steps"), kit.tuned("two_steps")
+    old.summarize.signature = old.summarize.signature.with_instructions("Write one short sentence.")
+    new.summarize.signature = new.summarize.signature.with_instructions("Write one clear, short sentence.")
+    first, second, third = new.decide.predict.demos
+    new.decide.predict.demos = [
+        second,
+        first,
+        dspy.Example(summary="s", message="m", reasoning="r", answer="a"),
+    ]
+    a = save_artifact(old, tmp_path / "a", result={"score": 0.5})
+    b = save_artifact(new, tmp_path / "b", result={"score": 0.75}, adapter=dspy.JSONAdapter())
+    found = diff(a, b)
+    assert str(found.instructions[0]) == "Write one {+clear, +}short sentence."
+    (demos,) = found.demos
+    assert demos.predictor == "decide.predict"
+    assert [demo["answer"] for demo in demos.added] == ["a"]
+    assert [demo["answer"] for demo in demos.removed] == [third["answer"]]
+    assert demos.reordered
+    assert found.scores == {"score": (0.5, 0.75)}
+    assert any(line.startswith("adapter:") for line in found.other)
+    assert "{+clear, +}" in str(found)
+    assert "order changed" in str(found)
+    assert not diff(a, a)
+    assert str(diff(a, a)) == "no difference"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("", "a b"), ("a  b\nc", "a b\nd"), ("x y z", "z y x"), ("same", "same")]
+)
+def test_the_pieces_of_a_word_diff_make_both_texts(old: str, new: str) -> None:
+    pieces = word_changes(old, new)
+    assert "".join(text for kind, text in pieces if kind != "added") == old
+    assert "".join(text for kind, text in pieces if kind != "removed") == new
+
+
+def metric(gold: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> float:
+    return float(prediction.label == "low")
+
+
+async def async_metric(gold: dspy.Example, prediction: dspy.Prediction) -> dspy.Prediction:
+    await asyncio.sleep(0)
+    return dspy.Prediction(score=metric(gold, prediction))
+
+
+def test_evaluation_scores_what_the_program_in_memory_scores(tmp_path: Path) -> None:
+    program, data = kit.tuned("single"), kit.examples("single", 30)
+    path = save_artifact(program, tmp_path / "a")
+    with dspy.context(lm=kit.hash_lm()):
+        expected = [metric(example, program(**example.inputs().toDict())) for example in data]
+    for chosen in (metric, async_metric):
+        found = evaluate_artifact(path, data, chosen, lm=kit.hash_lm())
+        assert list(found.scores) == expected
+        assert found.score == pytest.approx(sum(expected) / len(expected))
+        assert found.interval[0] < found.score < found.interval[1]
+        assert found.calls == len(data)
+        assert found.seconds_per_call["p95"] >= found.seconds_per_call["median"] > 0
+        assert found.tokens_per_call["input"] > 100
+        assert (found.failures, found.missing, found.dollars_per_call) == (0, 0, None)
+
+
+class FlakyEngine(kit.HashEngine):
+    """Cannot be reached for one example, and answers nonsense for another."""
+
+    def complete(self, request: Any) -> Any:
+        said = request.messages[-1].text
+        if "message 3 " in said:
+            raise RateLimitError("slow down")
+        if "message 4 " in said:
+            raise ValueError("a broken program")
+        return super().complete(request)
+
+
+def test_an_unreachable_lm_is_missing_and_a_broken_program_scores_zero(tmp_path: Path) -> None:
+    path = save_artifact(kit.tuned("single"), tmp_path / "a")
+    lm = dspy.LM("test/flaky", engine=FlakyEngine(), cache=False, num_retries=0)
+    found = evaluate_artifact(path, kit.examples("single"), metric, student=kit.single(), lm=lm)
+    assert found.scores[3] is None
+    assert found.scores[4] == 0.0
+    assert (found.failures, found.missing) == (1, 1)
+    with pytest.raises(ArtifactError, match="could not be reached"):
+        evaluate_artifact(path, kit.examples("single")[3:4], metric, lm=lm)
+
+
+def test_bad_arguments_are_refused(tmp_path: Path) -> None:
+    path = save_artifact(kit.tuned("single"), tmp_path / "a")
+    with pytest.raises(ConfigurationError):
+        evaluate_artifact(path, [], metric, lm=kit.hash_lm())
+    with pytest.raises(MetricError, match="None"):
+        evaluate_artifact(path, kit.examples("single"), lambda gold, prediction: None, lm=kit.hash_lm())
+
+
+def test_intervals() -> None:
+    low, high = mean_interval([1.0] * 8 + [0.0] * 2)
+    assert (low, high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    low, high = mean_interval([0.2, 0.4, 0.6])
+    assert (low + high) / 2 == pytest.approx(0.4)
+    assert high - low == pytest.approx(2 * 1.96 * 0.2 / math.sqrt(3), rel=1e-3)

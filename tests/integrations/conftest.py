@@ -1,0 +1,8 @@
+"""The integrations are import packages beside the main one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "integrations"))
