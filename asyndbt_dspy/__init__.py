@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         WorkerFailedError,
     )
     from asyndbt_dspy.lms.local import local_lm
+    from asyndbt_dspy.lms.scripted import scripted_lm
     from asyndbt_dspy.optimizer import AsynDBT
     from asyndbt_dspy.runs.result import Result
     from asyndbt_dspy.workers import Worker
@@ -56,6 +57,7 @@ __all__ = [
     "Worker",
     "WorkerFailedError",
     "local_lm",
+    "scripted_lm",
 ]
 
 # Public name -> the module that defines it; a name that is not listed is an error.
@@ -67,8 +69,12 @@ _HOMES = {
     "SimulatedEngine": "asyndbt_dspy.engines.simulated",
     "Worker": "asyndbt_dspy.workers",
     "local_lm": "asyndbt_dspy.lms.local",
+    "scripted_lm": "asyndbt_dspy.lms.scripted",
     **{name: "asyndbt_dspy.errors" for name in __all__ if name.endswith("Error")},
 }
+
+# What a name needs beside the package's own dependencies.
+_EXTRAS = {"local_lm": "local"}
 
 
 def __getattr__(name: str) -> Any:
@@ -77,7 +83,13 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(
             f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(__all__)}"
         )
-    return getattr(importlib.import_module(home), name)
+    try:
+        return getattr(importlib.import_module(home), name)
+    except ModuleNotFoundError as error:
+        if name not in _EXTRAS:
+            raise
+        remedy = f"pip install 'asyndbt-dspy[{_EXTRAS[name]}]'"
+        raise ModuleNotFoundError(f"{name} needs {error.name}: {remedy}", name=error.name) from error
 
 
 def __dir__() -> list[str]:

@@ -45,7 +45,15 @@ class NoLiveWorkersError(AsynDBTError):
 
 
 class BudgetExceededError(AsynDBTError):
-    """A call would pass a hard cap of the budget. The call was not made."""
+    """A call would pass a hard cap of the budget. The call was not made.
+
+    Attributes:
+        cap: Name of the cap (``lm_calls``, ``tokens``, ``dollars``, …), or the empty string.
+    """
+
+    def __init__(self, message: str = "", *, cap: str = "") -> None:
+        super().__init__(message)
+        self.cap = cap
 
 
 class WorkerFailedError(AsynDBTError):

@@ -28,8 +28,8 @@ from asyndbt_dspy.engines.simulated import SimulatedEngine, work_delays
 from asyndbt_dspy.errors import ConfigurationError, NoLiveWorkersError
 from asyndbt_dspy.programs import checks
 from asyndbt_dspy.programs.evaluator import ProgramEvaluator
-from asyndbt_dspy.programs.rollout import RolloutRunner
-from asyndbt_dspy.programs.slots import ProgramSpace, demo_slots
+from asyndbt_dspy.programs.rollout import Rollout, RolloutRunner
+from asyndbt_dspy.programs.slots import DemoItem, ProgramSpace, demo_slots
 from asyndbt_dspy.reporting import make_result
 from asyndbt_dspy.runs.observers import CurveRecorder, ProgressBar
 from asyndbt_dspy.runs.result import Result
@@ -39,8 +39,11 @@ logger = logging.getLogger(__name__)
 
 AUTO_METRIC_CALLS = {"light": 300, "medium": 1_200, "heavy": 4_000}
 """Metric calls of ``auto``."""
+_ENFORCED = ("metric_calls", "seconds")
+"""Caps that a compile enforces. The others of ``Budget`` hold where LMs are metered (``asyndbt_dspy.lms.metered``)."""
 _BOOTSTRAP_FRACTION = 0.12
-_PROBES_PER_WORKER = 1
+_BOOTSTRAP_CALLS = 1_000
+"""What ``_BOOTSTRAP_FRACTION`` is taken of where metric calls are not bounded."""
 _PAPER_FRAGMENTS = 8
 """Word slots of the paper preset here; the paper's 75 need hundreds of thousands of calls (``fragments=75`` sets them)."""
 
@@ -125,6 +128,14 @@ class AsynDBT(Teleprompter):
         self.metric = metric
         self.workers = workers
         self.budget = budget or Budget(metric_calls=AUTO_METRIC_CALLS[auto])
+        others = [
+            name for name, cap in dataclasses.asdict(self.budget).items() if cap and name not in _ENFORCED
+        ]
+        if others:
+            raise ConfigurationError(
+                f"AsynDBT does not enforce Budget({', '.join(f'{name}=…' for name in others)}) yet; "
+                "cap metric_calls or seconds"
+            )
         self.preset = preset
         self.seed = seed
         self.deterministic = deterministic
@@ -155,6 +166,11 @@ class AsynDBT(Teleprompter):
         )
         self.result: Result | None = None
         self.recorded: list[Recorded] = []
+        if deterministic and self.budget.metric_calls is None:
+            raise ConfigurationError(
+                f"deterministic=True does not look at the clock, and Budget(seconds={self.budget.seconds:g}) bounds "
+                "nothing else; give Budget(metric_calls=…)"
+            )
         if preset == "cendbt" and (workers if isinstance(workers, int) else len(workers)) != 1:
             raise ConfigurationError("preset='cendbt' is centralised: set workers=1")
 
@@ -213,8 +229,9 @@ class AsynDBT(Teleprompter):
         valset: Sequence[dspy.Example] | None = None,
     ) -> dspy.Module:
         """``compile`` as a coroutine of the running loop."""
+        self.result, self.recorded = None, []
         run = await self._prepare(student, trainset, teacher, valset)
-        self.result, self.recorded = None, run.recorded
+        self.recorded = run.recorded
         try:
             await run.search()
         finally:
@@ -253,18 +270,19 @@ class AsynDBT(Teleprompter):
         self, student: dspy.Module, workers: Sequence[Worker], valset: Sequence[dspy.Example] | None
     ) -> None:
         """Refuse what cannot work before any LM call."""
+        preparation.check_names(student, self.options.instructions)
         check_config([worker.name for worker in workers], dataclasses.replace(self.config, active_workers=1))
         layout = demo_slots(
             student, demos_per_class=self.options.demos_per_class, demo_slots=self.options.demo_slots
         )
         for worker in workers:
-            context = getattr(worker.lm or dspy.settings.lm, "context_tokens", None)
+            lm = worker.lm or dspy.settings.lm
             checks.check_inputs(
                 student,
                 worker.trainset,
                 valset=worker.valset,
                 name=f"trainset of worker {worker.name!r}",
-                context_tokens=context,
+                context_tokens=lambda lm=lm: preparation.context_tokens(lm),  # type: ignore[misc]
                 max_demo_tokens=self.options.max_demo_tokens,
                 slots=None if self.options.mode == "instructions" else layout,
             )
@@ -280,11 +298,9 @@ class AsynDBT(Teleprompter):
         config: AlgorithmConfig,
         started: float,
     ) -> _Run:
-        options, calls = self.options, self.budget.metric_calls
-        labelled = (
-            [] if options.mode == "instructions" else preparation.labelled_items(student, shards, options)
+        plain = preparation.make_space(
+            student, shards, dataclasses.replace(self.options, fragments=0), {}, ()
         )
-        plain = preparation.make_space(student, shards, dataclasses.replace(options, fragments=0), {}, ())
         evaluator = ProgramEvaluator(
             plain,
             preparation.make_parts(shards),
@@ -292,22 +308,20 @@ class AsynDBT(Teleprompter):
             rollout_timeout_s=self.rollout_timeout_s,
             max_failures=self.max_failures,
         )
-        rollouts: list[Any] = []
-        if preparation.wants_bootstrap(student, teacher, options, labelled) or options.proposer is not None:
-            spend = int((calls or 1_000) * _BOOTSTRAP_FRACTION)
-            program = teacher or plain.build(plain.space.student)
-            threshold = max(0.5, self.failure_score)
-            traced, rollouts = await preparation.bootstrap_items(
-                evaluator, program, shards, options, spend, threshold
-            )
-            known = {name for name, _ in student.named_predictors()}  # a teacher may have other predictors
-            labelled = [*(item for item in traced if item.predictor in known), *labelled]
-        items = preparation.choose_demos(labelled, options, self.seed)
-        texts = await preparation.instruction_arms(student, shards, options, rollouts, self.seed)
-        programs = preparation.make_space(student, shards, options, texts, items)
+        try:
+            probes = await self._probe(evaluator, shards)
+            items, rollouts = await self._demos(student, teacher, shards, evaluator)
+            texts = await preparation.instruction_arms(student, shards, self.options, rollouts, self.seed)
+        except BaseException:
+            evaluator.runner.close()
+            raise
+        programs = preparation.make_space(student, shards, self.options, texts, items)
         evaluator.programs = programs
-        use_cross_entropy = await self._reports_distributions(evaluator, shards)
-        spent = sum(use.calls for use in evaluator.uses.values())
+        for worker, rollout in probes.items():
+            evaluator.remember((programs.space.student, worker, False, 0), rollout)  # paid for already
+        cross_entropies = [one.cross_entropy is not None for one in probes.values() if one.score is not None]
+        use_cross_entropy = self.loss == "auto" and bool(cross_entropies) and all(cross_entropies)
+        calls, spent = self.budget.metric_calls, sum(use.calls for use in evaluator.uses.values())
         left = None if calls is None else max(0, calls - spent)
         members = preparation.make_members(programs, shards, config)
         server = ServerState(programs.space, members, config, left, self.seed)
@@ -325,24 +339,46 @@ class AsynDBT(Teleprompter):
         ]
         return _Run(self, programs, shards, evaluator, server, states, spent, started)
 
-    async def _reports_distributions(
+    async def _probe(
         self, evaluator: ProgramEvaluator, shards: Sequence[preparation.Shard]
-    ) -> bool:
-        """Ask the student once per worker: it shows a metric that returns nothing, and whether labels have distributions."""
+    ) -> dict[str, Rollout]:
+        """The student's rollout on the first example of each worker, as far as the budget reaches.
+
+        It shows a metric that returns nothing before more is paid for, and whether labels have distributions.
+        """
         student = evaluator.programs.build(evaluator.programs.space.student)
-        tasks = [
-            evaluator.rollout(shard.worker.name, student, example)
-            for shard in shards
-            for example in shard.estimate[:_PROBES_PER_WORKER]
+        names = [shard.worker.name for shard in shards[: self.budget.metric_calls]]
+        runs = [
+            evaluator.rollout(name, student, shard.estimate[0])
+            for name, shard in zip(names, shards, strict=False)
         ]
-        rollouts = await asyncio.gather(*tasks, return_exceptions=True)
-        for one in rollouts:
-            if isinstance(one, BaseException) and not isinstance(one, preparation.TOLERATED):
-                raise one
-        scored = [one for one in rollouts if not isinstance(one, BaseException) and one.score is not None]
-        if self.loss == "metric" or not scored:
-            return False
-        return all(one.cross_entropy is not None for one in scored)
+        rollouts = await preparation.gather_rollouts(runs)
+        preparation.check_lm(student, shards, rollouts)
+        return {name: one for name, one in zip(names, rollouts, strict=True) if one is not None}
+
+    async def _demos(
+        self,
+        student: dspy.Module,
+        teacher: dspy.Module | None,
+        shards: Sequence[preparation.Shard],
+        evaluator: ProgramEvaluator,
+    ) -> tuple[list[DemoItem], list[tuple[str, dspy.Example, Rollout]]]:
+        """Demo arms, and the runs (worker, example, rollout) that traces were taken from."""
+        options, plain = self.options, evaluator.programs
+        found = [] if options.mode == "instructions" else preparation.labelled_items(student, shards, options)
+        rollouts: list[tuple[str, dspy.Example, Rollout]] = []
+        if preparation.wants_bootstrap(student, teacher, options, found) or options.proposer is not None:
+            calls = self.budget.metric_calls or _BOOTSTRAP_CALLS
+            spent = sum(use.calls for use in evaluator.uses.values())
+            spend = max(0, min(int(calls * _BOOTSTRAP_FRACTION), calls - spent))
+            program = teacher or plain.build(plain.space.student)
+            threshold = max(0.5, self.failure_score)
+            traced, rollouts = await preparation.bootstrap_items(
+                evaluator, program, shards, options, spend, threshold
+            )
+            known = {name for name, _ in student.named_predictors()}  # a teacher may have other predictors
+            found = [*(item for item in traced if item.predictor in known), *found]
+        return preparation.choose_demos(found, options, self.seed), rollouts
 
     def make_engine(self) -> Engine:
         """The engine of one run."""

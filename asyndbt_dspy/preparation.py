@@ -5,27 +5,26 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import dspy
 import numpy as np
+from dspy.clients.model_metadata import model_info
 
 from asyndbt_dspy.core.config import AlgorithmConfig
 from asyndbt_dspy.core.server import Member
 from asyndbt_dspy.errors import ConfigurationError, WorkerFailedError
+from asyndbt_dspy.lms.failures import FailureKind
 from asyndbt_dspy.programs import checks, demos, proposals, slots
-from asyndbt_dspy.programs.labels import example_labels
 from asyndbt_dspy.programs.evaluator import ProgramEvaluator, WorkerPart
+from asyndbt_dspy.programs.labels import example_labels
 from asyndbt_dspy.programs.rollout import Rollout
 from asyndbt_dspy.programs.slots import DemoItem, ProgramSpace
 from asyndbt_dspy.workers import Worker
 
 logger = logging.getLogger(__name__)
-
-TOLERATED = (WorkerFailedError,)
-"""What may go wrong before the search starts without ending the run: the search sets such workers aside itself."""
 
 Mode = Literal["both", "instructions", "demos"]
 
@@ -81,6 +80,31 @@ class Shard:
     estimate: tuple[dspy.Example, ...]
     pool: tuple[dspy.Example, ...]
     held_out: tuple[dspy.Example, ...]
+
+
+def context_tokens(lm: Any) -> int | None:
+    """The context of ``lm`` in tokens: as it or its engine says, else from DSPy's table of models; ``None`` if unknown."""
+    for holder in (lm, getattr(lm, "engine", None)):
+        found = getattr(holder, "context_tokens", None)
+        if isinstance(found, int):
+            return found
+    provider, _, model = str(getattr(lm, "model", "")).partition("/")
+    listed = model_info(provider, model).get("max_input_tokens") if model else None
+    return listed if isinstance(listed, int) else None
+
+
+def check_names(student: dspy.Module, instructions: Mapping[str, Sequence[str]] | None) -> None:
+    """Refuse instruction arms for what is no predictor of the student, or a text in place of a list of texts."""
+    known = [name for name, _ in student.named_predictors()]
+    for name, texts in (instructions or {}).items():
+        if name not in known:
+            raise ConfigurationError(
+                f"instructions for {name!r}: the student has no such predictor; its predictors are {known}"
+            )
+        if isinstance(texts, str):
+            raise ConfigurationError(
+                f"instructions for {name!r} are one text; give a list of texts: {{{name!r}: [{texts[:40]!r}]}}"
+            )
 
 
 def make_workers(
@@ -214,38 +238,35 @@ async def bootstrap_items(
     Returns:
         The demos, and all runs as (worker, example, rollout): the proposer reads failures from those that may be shared.
     """
-    each = max(1, calls // len(shards))
-
-    async def one(shard: Shard) -> list[tuple[int, dspy.Example, Rollout]]:
-        numbers = range(min(each, len(shard.pool)))
-        name = shard.worker.name
-        runs = [evaluator.rollout(name, program, shard.pool[number], trace=True) for number in numbers]
-        ended = await asyncio.gather(*runs, return_exceptions=True)
-        for rollout in ended:
-            if isinstance(rollout, BaseException) and not isinstance(rollout, TOLERATED):
-                raise rollout
-        return [
-            (n, shard.pool[n], one) for n, one in zip(numbers, ended, strict=True) if isinstance(one, Rollout)
-        ]
-
+    each, more = divmod(calls, len(shards))
+    asked = [
+        (shard, number)
+        for place, shard in enumerate(shards)
+        for number in range(min(each + (place < more), len(shard.pool)))
+    ]
+    runs = [
+        evaluator.rollout(shard.worker.name, program, shard.pool[number], trace=True)
+        for shard, number in asked
+    ]
     items: list[DemoItem] = []
     too_long: list[int] = []
     rollouts: list[tuple[str, dspy.Example, Rollout]] = []
-    for shard, runs in zip(shards, await asyncio.gather(*(one(shard) for shard in shards)), strict=True):
-        for number, example, rollout in runs:
-            rollouts.append((shard.worker.name, example, rollout))
-            items += demos.bootstrapped_demos(
-                rollout.trace or (),
-                example,
-                rollout.score,
-                program=program,
-                worker=shard.worker.name,
-                example_index=number,
-                shared=shard.worker.share_demos,
-                threshold=threshold,
-                max_demo_tokens=options.max_demo_tokens,
-                on_too_long=too_long.append,
-            )
+    for (shard, number), rollout in zip(asked, await gather_rollouts(runs), strict=True):
+        if rollout is None:
+            continue
+        rollouts.append((shard.worker.name, shard.pool[number], rollout))
+        items += demos.bootstrapped_demos(
+            rollout.trace or (),
+            shard.pool[number],
+            rollout.score,
+            program=program,
+            worker=shard.worker.name,
+            example_index=number,
+            shared=shard.worker.share_demos,
+            threshold=threshold,
+            max_demo_tokens=options.max_demo_tokens,
+            on_too_long=too_long.append,
+        )
     if too_long:
         logger.warning(
             "%d traces are longer than max_demo_tokens=%d (the longest: about %d tokens) and were left out",
@@ -254,6 +275,40 @@ async def bootstrap_items(
             max(too_long),
         )
     return items, rollouts
+
+
+async def gather_rollouts(runs: Sequence[Coroutine[Any, Any, Rollout]]) -> list[Rollout | None]:
+    """All rollouts, ``None`` where the worker failed: the search sets such workers aside itself.
+
+    Any other error (of the metric, say) ends the rest at once, before more is paid for.
+    """
+
+    async def tolerant(run: Coroutine[Any, Any, Rollout]) -> Rollout | None:
+        try:
+            return await run
+        except WorkerFailedError:
+            return None
+
+    tasks = [asyncio.ensure_future(tolerant(run)) for run in runs]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+def check_lm(student: dspy.Module, shards: Sequence[Shard], probes: Sequence[Rollout | None]) -> None:
+    """Say that there is no LM, where that is why every first rollout failed: DSPy raises a plain ``ValueError`` then."""
+    nowhere = dspy.settings.lm is None and all(shard.worker.lm is None for shard in shards)
+    unset = [name for name, predictor in student.named_predictors() if predictor.lm is None]
+    failed = all(one is not None and one.failure is FailureKind.PROGRAM for one in probes)
+    if nowhere and unset and failed:
+        raise ConfigurationError(
+            f"no LM for the predictors {unset}: none is set by dspy.configure or dspy.context, on a worker or on the "
+            "program; give one, for instance Worker(…, lm=dspy.LM(…))"
+        )
 
 
 def choose_demos(items: Sequence[DemoItem], options: SearchSpaceOptions, seed: int) -> list[DemoItem]:
@@ -351,7 +406,7 @@ def make_members(programs: ProgramSpace, shards: Sequence[Shard], config: Algori
     pool: Literal["own", "all"] = "all" if config.share_demos else "own"
     members = []
     for shard in shards:
-        # What a private worker learns of its own demos cannot leave it, so it spends its calls on shared ones.
+        # No program with a private demo can leave its worker, so it spends its calls on shared ones.
         allowed = programs.allowed(shard.worker.name, pool)
         if not shard.worker.share_demos:
             allowed = tuple(
@@ -363,8 +418,7 @@ def make_members(programs: ProgramSpace, shards: Sequence[Shard], config: Algori
 
 
 def _shared_only(programs: ProgramSpace, block: Any, arms: tuple[int, ...]) -> tuple[int, ...]:
-    shared = tuple(arm for arm in arms if block.arms[arm].shared)
-    return shared if len(shared) > 1 else arms
+    return tuple(arm for arm in arms if block.arms[arm].shared)
 
 
 def make_parts(shards: Sequence[Shard]) -> dict[str, WorkerPart]:

@@ -120,6 +120,9 @@ def _workers(
                 steps=worker.step,
                 largest_staleness=max(late, default=0),
                 mean_staleness=sum(late) / len(late) if late else 0.0,
+                lm_calls=use.lm_calls,
+                prompt_tokens=use.prompt_tokens,
+                completion_tokens=use.completion_tokens,
                 set_aside=lost.get(worker.name, ""),
             )
         )

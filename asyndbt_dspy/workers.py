@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import dspy
@@ -31,9 +31,11 @@ class Worker:
     """
 
     name: str
-    trainset: Sequence[dspy.Example]
-    valset: Sequence[dspy.Example] | None = None
-    lm: Any = None
+    trainset: Sequence[dspy.Example] = field(
+        repr=False
+    )  # logs print settings, and private examples stay out of logs
+    valset: Sequence[dspy.Example] | None = field(default=None, repr=False)
+    lm: Any = field(default=None, repr=False)
     max_concurrency: int = DEFAULT_CONCURRENCY
     share_demos: bool = True
 

@@ -5,9 +5,10 @@
 
 All loads use the committed prompts in `prompts/trec_six_demos.json` (trec, six demos, one of each class) and
 SmolLM2-135M, in one run, through DSPy's JSONAdapter with up to 32 requests in flight. Every baseline gets the dtype
-of the engine (llama.cpp: the GGUF file), the same forced beginning of the answer, the same label grammar with a stop
-after the label, and the better of one thread and all threads. Baselines that answer one request at a time are
-measured on fewer requests; rates are per second of wall time.
+of the engine (llama.cpp: the GGUF file), the same grammar for the answer with a stop after the label, and the better
+of one thread and all threads. Baselines that answer one request at a time are measured on fewer requests; rates are
+per second of wall time. `enum_vs_generate_prefilled` is against a `generate` that also gets the beginning of the
+answer (all that the grammar forces before the label) as part of its prompt, which no general server would know.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import importlib.util
 import json
 import logging
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -32,7 +34,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import dspy
 import torch
-from dspy.lm15 import Message, Request, Response, Usage
+from dspy.lm15 import Config, Message, Request, Response, Usage
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyndbt_dspy.lms.distributions import collect
@@ -44,7 +46,7 @@ MODEL = "smollm2-135m"
 IN_FLIGHT = 32
 NEW_TOKENS = 48
 PROMPTS = Path(__file__).parent / "prompts" / "trec_six_demos.json"
-# The answer's layout in the prompts' demos; what is forced before the label, for every engine.
+# The answer's layout in the prompts' demos; what every engine writes before the label.
 LEAD = '{\n  "label": "'
 
 
@@ -100,7 +102,12 @@ def classify(lm: dspy.LM, program: dspy.Predict, question: str) -> Any:
 def write(lm: dspy.LM, program: dspy.Predict, question: str) -> Any:
     """One rollout of free text: the same prompt, answered without a schema, NEW_TOKENS long."""
     messages = dspy.ChatAdapter().format(program.signature, program.demos, {"question": question})
-    return lm(messages=messages, max_tokens=NEW_TOKENS, temperature=0.0)
+    turns = [
+        Message.user(each["content"]) if each["role"] == "user" else Message.assistant(each["content"])
+        for each in messages[1:]
+    ]
+    config = Config(max_tokens=NEW_TOKENS, temperature=0.0)
+    return lm(Request(model=lm.model, system=messages[0]["content"], messages=tuple(turns), config=config))
 
 
 class BaselineEngine:
@@ -110,11 +117,12 @@ class BaselineEngine:
     supported_params = frozenset({"response_format", "temperature", "max_tokens"})
 
     def __init__(
-        self, tokenizer: Any, answer: Callable[[list[int], bool], str], *, parallel: bool = False
+        self, tokenizer: Any, answer: Callable[[list[int], bool], str], *, prefilled: bool = False
     ) -> None:
         self._tokenizer = tokenizer
         self._answer = answer
-        self._lock = None if parallel else threading.Lock()
+        self._prefilled = prefilled
+        self._lock = threading.Lock()
 
     def complete(self, request: Request) -> Response:
         """One request at a time, as these libraries serve them."""
@@ -122,12 +130,10 @@ class BaselineEngine:
         messages += [{"role": message.role, "content": message.text} for message in request.messages]
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         constrained = request.config.response_format is not None
-        ids = self._tokenizer(text + (LEAD if constrained else ""), add_special_tokens=False).input_ids
-        if self._lock is None:
-            answer = self._answer(ids, constrained)
-        else:
-            with self._lock:
-                answer = self._answer(ids, constrained)
+        lead = LEAD if constrained and self._prefilled else ""
+        ids = self._tokenizer(text + lead, add_special_tokens=False).input_ids
+        with self._lock:
+            answer = lead + self._answer(ids, constrained) + ('"\n}' if constrained else "")
         return Response(
             id=None,
             model=request.model,
@@ -148,7 +154,13 @@ class GenerateBaseline:
         folder = find_model(MODEL).pretrained
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        self._runs = [self.tokenizer(label, add_special_tokens=False).input_ids for label in labels]
+        runs = [LEAD + label for label in labels]
+        self._runs = [self.tokenizer(run, add_special_tokens=False).input_ids for run in runs]
+        self._lead = len(self.tokenizer(LEAD, add_special_tokens=False).input_ids)
+
+    def skip_lead(self) -> None:
+        """From now on prompts end with the beginning of the answer, and only the label is generated."""
+        self._runs = [run[self._lead :] for run in self._runs]
 
     def answer(self, ids: list[int], constrained: bool) -> str:
         """Greedy answer; a label needs no token after its last one."""
@@ -164,7 +176,7 @@ class GenerateBaseline:
         with torch.inference_mode():
             output = self.model.generate(inputs, attention_mask=torch.ones_like(inputs), **options)
         text = self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
-        return f'{LEAD}{text}"\n}}' if constrained else text
+        return text
 
     def _allowed(self, length: int) -> Callable[[int, torch.Tensor], list[int]]:
         end = self.tokenizer.eos_token_id
@@ -198,7 +210,16 @@ def measure_generate(prompts: Prompts, dtype: torch.dtype, requests: int) -> dic
     lm = BaselineEngine(baseline.tokenizer, baseline.answer).lm()
     labels, label_threads = best_threads(lambda: rate(lm, prompts.load(1, requests), classify))
     texts, text_threads = best_threads(lambda: rate(lm, prompts.load(1, max(4, requests // 4)), write))
-    return {"enum": labels, "enum_threads": label_threads, "text": texts, "text_threads": text_threads}
+    baseline.skip_lead()
+    lm = BaselineEngine(baseline.tokenizer, baseline.answer, prefilled=True).lm()
+    prefilled, _ = best_threads(lambda: rate(lm, prompts.load(1, requests), classify))
+    return {
+        "enum": labels,
+        "enum_threads": label_threads,
+        "enum_prefilled": prefilled,
+        "text": texts,
+        "text_threads": text_threads,
+    }
 
 
 def measure_continuous_batching(prompts: Prompts, dtype: torch.dtype, requests: int) -> dict[str, Any]:
@@ -239,8 +260,10 @@ def measure_llama_cpp(prompts: Prompts, requests: int) -> dict[str, Any]:
     gguf = packaged_gguf(PACKAGED_MODELS[MODEL])
     tokenizer = AutoTokenizer.from_pretrained(find_model(MODEL).pretrained)
     choices = " | ".join(json.dumps(label) for label in prompts.labels)
-    grammar = llama_cpp.LlamaGrammar.from_string(f"root ::= {choices}", verbose=False)
-    longest = max(len(tokenizer(label, add_special_tokens=False).input_ids) for label in prompts.labels)
+    grammar = llama_cpp.LlamaGrammar.from_string(f"root ::= {json.dumps(LEAD)} ({choices})", verbose=False)
+    longest = max(
+        len(tokenizer(LEAD + label, add_special_tokens=False).input_ids) for label in prompts.labels
+    )
     best: dict[str, Any] = {"enum": 0.0}
     for threads in sorted({1, torch.get_num_threads()}):
         model = llama_cpp.Llama(
@@ -249,7 +272,8 @@ def measure_llama_cpp(prompts: Prompts, requests: int) -> dict[str, Any]:
 
         def answer(ids: list[int], constrained: bool, model: Any = model) -> str:
             output = model.create_completion(ids, max_tokens=longest, temperature=0.0, grammar=grammar)
-            return f'{LEAD}{output["choices"][0]["text"]}"\n}}'
+            text: str = output["choices"][0]["text"]
+            return text
 
         lm = BaselineEngine(tokenizer, answer).lm()
         found = rate(lm, prompts.load(2, requests // 2), classify)
@@ -257,6 +281,16 @@ def measure_llama_cpp(prompts: Prompts, requests: int) -> dict[str, Any]:
             best = {"enum": found, "enum_threads": threads}
         model.close()
     return best
+
+
+def measure_llama_cpp_apart(requests: int) -> dict[str, Any]:
+    """`measure_llama_cpp` in a process of its own: its library does not share its threads with PyTorch's."""
+    command = [sys.executable, __file__, "--llamacpp", str(requests)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"enum": None, "why": f"exit code {done.returncode}: {done.stderr[-300:]}"}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def measure_engine(prompts: Prompts, programs: int, questions: int) -> dict[str, Any]:
@@ -330,15 +364,20 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer requests")
-    quick = parser.parse_args().quick
+    parser.add_argument("--llamacpp", type=int, metavar="REQUESTS", help="measure llama-cpp-python only")
+    arguments = parser.parse_args()
+    quick = arguments.quick
     logging.disable(logging.WARNING)
     prompts = Prompts()
+    if arguments.llamacpp:
+        sys.stdout.write(json.dumps(measure_llama_cpp(prompts, arguments.llamacpp)) + "\n")
+        return 0
     dtype = torch.bfloat16 if cpu_computes_bfloat16() else torch.float32
     overhead = measure_overhead(prompts, 64 if quick else 256)
     engine = measure_engine(prompts, *((4, 32) if quick else (8, 64)))
     gc.collect()
     generate = measure_generate(prompts, dtype, 8 if quick else 24)
-    llama = measure_llama_cpp(prompts, 16 if quick else 48)
+    llama = measure_llama_cpp_apart(16 if quick else 48)
     batching = measure_continuous_batching(prompts, dtype, 16 if quick else 32)
     result = {
         "model": MODEL,
@@ -346,6 +385,7 @@ def main() -> int:
         "threads": torch.get_num_threads(),
         "in_flight": IN_FLIGHT,
         "enum_vs_generate": ratio(engine["enum"], generate["enum"]),
+        "enum_vs_generate_prefilled": ratio(engine["enum"], generate["enum_prefilled"]),
         "enum_vs_llamacpp": ratio(engine["enum"], llama["enum"]),
         "text_vs_generate": ratio(engine["text"], generate["text"]),
         "text_vs_transformers_cb": ratio(engine["text"], batching["text"]),

@@ -4,15 +4,18 @@
     python examples/support_desk.py --seeds 5       five seeds of ours
     python examples/support_desk.py --score runs/demo/program.json      score a saved program (a new process)
 
-Each worker has its own shard, skewed towards other classes than its neighbours', and they are unequally fast. What comes
-out is one program. ``runs/demo/result.json`` holds the figures.
+Each worker has its own shard, skewed towards other classes than its neighbours', and they are unequally fast. What
+comes out is one program. ``runs/demo/result.json`` holds the figures.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
+import logging
+import os
 import pathlib
 import random
 import subprocess
@@ -123,7 +126,8 @@ def random_search(student: dspy.Module, trainset: list[dspy.Example], calls: int
         num_candidate_programs=candidates,
         num_threads=16,
     )
-    return optimizer.compile(student, trainset=pool, valset=validation)
+    with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+        return optimizer.compile(student, trainset=pool, valset=validation)  # it prints a bar per candidate
 
 
 def show(program: dspy.Module) -> None:
@@ -142,8 +146,8 @@ def score_saved(path: pathlib.Path) -> list[str]:
 
 def main() -> None:
     arguments = parse()
-    lm = local_lm(arguments.lm)
-    dspy.configure(lm=lm, adapter=dspy.JSONAdapter())
+    logging.getLogger("dspy").setLevel(logging.WARNING)
+    dspy.configure(lm=local_lm(arguments.lm), adapter=dspy.JSONAdapter())
     if arguments.score:
         print(json.dumps(score_saved(arguments.score)))
         return
@@ -198,7 +202,6 @@ def main() -> None:
     }
     (arguments.out / "result.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     (arguments.out / "run.json").write_text(first_result.to_json() + "\n", encoding="utf-8")
-    lm.engine.close() if hasattr(lm, "engine") and hasattr(lm.engine, "close") else None
     if same != len(test):
         sys.exit("the reloaded program answers differently")
 

@@ -1,4 +1,4 @@
-"""What holds for every test: nothing is fetched, no cache of an earlier run is read, properties are reproducible in CI."""
+"""What holds for every test: nothing is fetched, no earlier run's cache is read, CI draws the same examples."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def no_network() -> Any:
     def guarded(real: Any) -> Any:
         def connect(self: socket.socket, address: Any) -> Any:
             if not _is_local(self.family, address):
-                raise PermissionError(f"a test tried to connect to {address!r}; tests may only connect to this machine")
+                raise PermissionError(
+                    f"a test tried to connect to {address!r}; tests may only connect to this machine"
+                )
             return real(self, address)
 
         return connect

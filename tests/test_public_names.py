@@ -33,7 +33,9 @@ socket.create_connection = socket.getaddrinfo = refuse
 
 def in_fresh_interpreter(code: str, **environment: str) -> str:
     """Run `code` in a new interpreter with the network watched; returns what it printed."""
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(("LITELLM", "COVERAGE"))}
+    variables = {
+        name: value for name, value in os.environ.items() if not name.startswith(("LITELLM", "COVERAGE"))
+    }
     done = subprocess.run(
         [sys.executable, "-c", WATCH_NETWORK + code],
         env={**variables, "PYTHONPATH": str(ROOT), **environment},
@@ -58,7 +60,9 @@ def test_the_import_loads_nothing_large_and_opens_no_connection() -> None:
 def test_the_front_names_load_no_optional_library_and_open_no_connection() -> None:
     code = f"import asyndbt_dspy\nfor name in {FRONT!r}: getattr(asyndbt_dspy, name)"
     assert loaded_after(code, OPTIONAL) == "[] []"
-    assert loaded_after(code, ("dspy", "numpy")) == "['dspy', 'numpy'] []", "otherwise the check above proves nothing"
+    assert loaded_after(code, ("dspy", "numpy")) == "['dspy', 'numpy'] []", (
+        "otherwise the check above proves nothing"
+    )
 
 
 def test_litellm_imported_afterwards_opens_no_connection() -> None:
@@ -67,7 +71,9 @@ def test_litellm_imported_afterwards_opens_no_connection() -> None:
 
 def test_the_watch_sees_what_litellm_does_without_us() -> None:
     printed = loaded_after("import litellm", ("litellm",))
-    assert printed.startswith("['litellm'] [") and not printed.endswith("[]"), "the test above would pass without us"
+    assert printed.startswith("['litellm'] [") and not printed.endswith("[]"), (
+        "the test above would pass without us"
+    )
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, "True"), ("False", "False")])
@@ -86,9 +92,14 @@ def test_every_public_name_is_the_one_its_module_defines(name: str) -> None:
 
 
 def test_type_checkers_see_the_names_that_users_get() -> None:
-    block = next(node for node in SOURCE.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+    block = next(
+        node for node in SOURCE.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    )
     seen = {
-        alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
     }
     assert seen == asyndbt_dspy._HOMES
     assert sorted(seen) == sorted(asyndbt_dspy.__all__)
@@ -96,7 +107,11 @@ def test_type_checkers_see_the_names_that_users_get() -> None:
 
 def test_every_error_of_the_hierarchy_is_public() -> None:
     errors = importlib.import_module("asyndbt_dspy.errors")
-    defined = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
+    defined = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, Exception)
+    }
     assert defined == {name for name in asyndbt_dspy.__all__ if name.endswith("Error")}
     assert all(issubclass(getattr(errors, name), asyndbt_dspy.AsynDBTError) for name in defined)
 
@@ -104,6 +119,18 @@ def test_every_error_of_the_hierarchy_is_public() -> None:
 def test_an_unknown_name_is_an_error_that_lists_the_public_ones() -> None:
     with pytest.raises(AttributeError, match=r"no attribute 'AsyncDBT'; public names: .*AsynDBT"):
         _ = asyndbt_dspy.AsyncDBT
+
+
+def test_a_missing_extra_is_named_with_the_command_that_installs_it() -> None:
+    code = """
+sys.modules["torch"] = None
+import asyndbt_dspy
+try:
+    asyndbt_dspy.local_lm
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    assert in_fresh_interpreter(code) == "local_lm needs torch: pip install 'asyndbt-dspy[local]'"
 
 
 def test_the_version_is_the_distributions() -> None:

@@ -1,7 +1,7 @@
 """Every constant of the algorithm: symbol, range, unit, source. ``docs/notation.md`` is the table.
 
-Two presets: ``PAPER`` is faithful to arXiv:2602.17694, ``DEFAULT`` has our own improvements on (the ``[O]`` parts of the
-design; each is one field here, so that an ablation can turn it off).
+Two presets: ``PAPER`` is faithful to arXiv:2602.17694, ``DEFAULT`` has our own improvements on (the ``[O]`` parts of
+the design; each is one field here, so that an ablation can turn it off).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class AlgorithmConfig:
         floor: In [0, 1). With ``exponentiated`` every arm keeps ``floor / N``.
         adam: Wrap the whole bracket in Adam before the projection (paper).
         gradient_clip: Largest Euclidean norm of an estimate (BDPL: 3); ``inf`` turns it off.
-        normalise: Scale each estimate to unit largest advantage, so that steps do not depend on the metric's unit [O 7.4].
+        normalise: Scale each estimate to unit largest advantage, so that steps do not depend on the metric's unit
+            [O 7.4].
         example_baseline: Per-example running mean of losses as control variate [O 7.3].
         common_examples: Candidates meet the shard's examples in one common order, so that comparisons are paired and a
             candidate drawn again goes on where it stopped [O 7.3]; else a random minibatch per step.
@@ -63,7 +64,7 @@ class AlgorithmConfig:
         plane_period: delta >= 1, iterations between refreshes of the planes.
         plane_iterations: T1 >= 0, no plane is added from iteration T1 on.
         plane_drop: gamma >= 0, a plane below it twice in a row is dropped.
-        stationarity: epsilon of the stop criterion on the squared norm of the scaled step of ``(p, z)``; 0 turns it off.
+        stationarity: epsilon of the stop criterion on the squared norm of the scaled step of ``(p, z)``; 0: off.
         patience: >= 1, iterations in a row below ``stationarity``.
         race_fraction: In [0, 1), part of the calls kept back for the final race.
         race_candidates: >= 1, largest number of final candidates besides the student.
@@ -134,11 +135,15 @@ class AlgorithmConfig:
         for name in ("effect_trust", "race_soft"):
             self._check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
         if self.policy == "score_function" and not self.example_baseline:
-            self._check("draws", self.draws >= 2, ">= 2 for a score-function estimate without example_baseline")
+            self._check(
+                "draws", self.draws >= 2, ">= 2 for a score-function estimate without example_baseline"
+            )
 
     def _check(self, name: str, holds: bool, bound: str) -> None:
         if not holds:
-            raise ConfigurationError(f"{name}={getattr(self, name)!r} must be {bound}; set {name} accordingly")
+            raise ConfigurationError(
+                f"{name}={getattr(self, name)!r} must be {bound}; set {name} accordingly"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -213,7 +218,13 @@ PAPER = AlgorithmConfig(
 """Faithful to the paper: score functions, Euclidean projection, Adam at 1e-4, barrier rounds, argmax decoding."""
 
 CENTRALISED = dataclasses.replace(
-    PAPER, max_staleness=1, aggregator="mean", consensus_step=0.0, dual_step=0.0, plane_iterations=0, penalty=0.0
+    PAPER,
+    max_staleness=1,
+    aggregator="mean",
+    consensus_step=0.0,
+    dual_step=0.0,
+    plane_iterations=0,
+    penalty=0.0,
 )
 """cenDBT: the paper's method with one worker and no z, theta or rho."""
 

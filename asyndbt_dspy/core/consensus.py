@@ -23,7 +23,12 @@ def aggregate(config: AlgorithmConfig, p: FloatArray) -> FloatArray:
 
 
 def update_consensus(
-    layout: Layout, config: AlgorithmConfig, z: FloatArray, p: FloatArray, duals: FloatArray, plane_push: FloatArray
+    layout: Layout,
+    config: AlgorithmConfig,
+    z: FloatArray,
+    p: FloatArray,
+    duals: FloatArray,
+    plane_push: FloatArray,
 ) -> FloatArray:
     """``z <- proj(z - eta_z [-sum_v theta[v] + sum_l lambda_l b_l + psi sum_v sign(z - p[v])])`` (paper).
 

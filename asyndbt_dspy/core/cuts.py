@@ -41,8 +41,10 @@ class Plane:
     multiplier: float = 0.0
     low: int = 0
 
-    def value(self, p: FloatArray, z: FloatArray, q: FloatArray, live: FloatArray, q_live: FloatArray) -> float:
-        """Left-hand side at ``p [R, D]``, ``z [D]``, ``q``; masks ``live [R]`` and ``q_live`` are 1 for live workers."""
+    def value(
+        self, p: FloatArray, z: FloatArray, q: FloatArray, live: FloatArray, q_live: FloatArray
+    ) -> float:
+        """Left-hand side at ``p [R, D]``, ``z [D]``, ``q``; ``live [R]`` and ``q_live`` are 1 for live workers."""
         constant = float(np.dot(self.offsets, live)) + self.offset
         workers = float(np.sum(self.a * p * live[:, None]))
         return workers + float(np.dot(self.b, z)) + float(np.dot(self.d * q_live, q)) + constant
@@ -51,7 +53,9 @@ class Plane:
         return np.concatenate([self.a.ravel(), self.b]).astype(np.int8).tobytes()
 
 
-def violation(layout: Layout, p: FloatArray, z: FloatArray, phi: LowerEstimate, live: FloatArray) -> FloatArray:
+def violation(
+    layout: Layout, p: FloatArray, z: FloatArray, phi: LowerEstimate, live: FloatArray
+) -> FloatArray:
     """``h_i = |x_i - phi_i|_1`` over live workers and z, shape ``[blocks]``."""
     total = np.sum(np.abs(p - phi.p) * live[:, None], axis=0) + np.abs(z - phi.z)
     return np.array([float(total[part].sum()) for part in layout.slices])
@@ -138,9 +142,45 @@ def _without_twins(planes: list[Plane]) -> list[Plane]:
 
 def update_multiplier(config: AlgorithmConfig, plane: Plane, value: float) -> Plane:
     """``lambda <- max(0, lambda + eta_lambda (value - c1 lambda))`` and the count of low values in a row."""
-    multiplier = max(0.0, plane.multiplier + config.plane_step * (value - config.plane_damping * plane.multiplier))
+    multiplier = max(
+        0.0, plane.multiplier + config.plane_step * (value - config.plane_damping * plane.multiplier)
+    )
     low = plane.low + 1 if multiplier < config.plane_drop else 0
     return dataclasses.replace(plane, multiplier=multiplier, low=low)
+
+
+def update(
+    config: AlgorithmConfig,
+    planes: tuple[Plane, ...],
+    p: FloatArray,
+    z: FloatArray,
+    q: FloatArray,
+    live: FloatArray,
+    q_owner: FloatArray,
+) -> tuple[Plane, ...]:
+    """Every multiplier's update at the new z and the latest p and q, then the drop."""
+    q_live = live[q_owner.astype(np.int64)]
+    updated = [update_multiplier(config, plane, plane.value(p, z, q, live, q_live)) for plane in planes]
+    return drop_idle(tuple(updated))
+
+
+def consensus_push(planes: tuple[Plane, ...], lower: Layout) -> FloatArray:
+    """``sum_l lambda_l b_l``, shape ``[D]``. Planes with ``lambda = 0`` are skipped: the step stays bit-identical."""
+    return sum((plane.multiplier * plane.b for plane in planes if plane.multiplier), np.zeros(lower.length))
+
+
+def pushes(
+    planes: tuple[Plane, ...], number: int, q_owner: FloatArray, lower: Layout, upper: Layout
+) -> tuple[FloatArray, FloatArray]:
+    """``sum_l lambda_l a_l[v]`` and ``sum_l lambda_l d_l[v]`` of worker ``number``, shapes ``[D]`` and ``[Q_v]``."""
+    push, push_upper = np.zeros(lower.length), np.zeros(upper.length)
+    mine = q_owner == number
+    for plane in planes:
+        if plane.multiplier:
+            push = push + plane.multiplier * plane.a[number]
+            if mine.any():
+                push_upper = push_upper + plane.multiplier * plane.d[mine]
+    return push, push_upper
 
 
 def drop_idle(planes: tuple[Plane, ...]) -> tuple[Plane, ...]:

@@ -89,7 +89,7 @@ def cross_estimate(
     centred: FloatArray,
     divisor: float,
 ) -> FloatArray:
-    """Estimate of the mixed derivative ``d ghat_p / d q``, shape ``[lower.length, upper.length]``: score functions of both levels."""
+    """Estimate of the mixed derivative ``d ghat_p / d q`` by score functions of both levels, shape ``[D, Q]``."""
     estimate = np.zeros((lower.length, upper.length))
     lower_starts = np.array([part.start for part in lower.slices], dtype=np.int64)
     upper_starts = np.array([part.start for part in upper.slices], dtype=np.int64)
@@ -101,7 +101,12 @@ def cross_estimate(
 
 
 def importance_weights(
-    layout: Layout, new: FloatArray, old: FloatArray, arms: IntArray, limit: float, skip_block: int | None = None
+    layout: Layout,
+    new: FloatArray,
+    old: FloatArray,
+    arms: IntArray,
+    limit: float,
+    skip_block: int | None = None,
 ) -> FloatArray:
     """Joint weights ``prod_i p_new / p_old`` of earlier draws, clipped at ``limit``, shape ``[draws]``.
 
@@ -118,7 +123,13 @@ def importance_weights(
 
 
 def reweighted_estimate(
-    layout: Layout, new: FloatArray, old: FloatArray, arms: IntArray, centred: FloatArray, divisor: float, limit: float
+    layout: Layout,
+    new: FloatArray,
+    old: FloatArray,
+    arms: IntArray,
+    centred: FloatArray,
+    divisor: float,
+    limit: float,
 ) -> FloatArray:
     """``score_function_estimate`` at ``new`` from draws made at ``old`` (``algorithm.md`` 7.9)."""
     estimate = np.zeros(layout.length)
@@ -130,7 +141,13 @@ def reweighted_estimate(
 
 
 def logit_estimate(
-    layout: Layout, new: FloatArray, old: FloatArray, arms: IntArray, centred: FloatArray, divisor: float, limit: float
+    layout: Layout,
+    new: FloatArray,
+    old: FloatArray,
+    arms: IntArray,
+    centred: FloatArray,
+    divisor: float,
+    limit: float,
 ) -> FloatArray:
     """The same in the logits of ``new``: ``sum_r w^r (L^r - Lbar) (e_j - p_new) / (I - 1)``, shape ``[length]``."""
     weights = importance_weights(layout, new, old, arms, limit) * centred

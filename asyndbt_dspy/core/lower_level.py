@@ -1,4 +1,4 @@
-"""The lower-level estimate phi: K rounds of consensus on the workers' lower-level losses (``algorithm.md`` 4, eqs 7-13).
+"""The lower-level estimate phi: K rounds of consensus on workers' lower-level losses (``algorithm.md`` 4, eqs 7-13).
 
 ``solve_rounds`` runs all K rounds at once from surrogates of the workers' lower-level losses; the server's ``rounds``
 phase runs the same ``worker_round`` and ``server_round`` over messages.
@@ -87,7 +87,12 @@ def bounded(values: FloatArray, config: AlgorithmConfig) -> FloatArray:
 
 
 def worker_round(
-    layout: Layout, config: AlgorithmConfig, p: FloatArray, z: FloatArray, rho: FloatArray, gradient: FloatArray
+    layout: Layout,
+    config: AlgorithmConfig,
+    p: FloatArray,
+    z: FloatArray,
+    rho: FloatArray,
+    gradient: FloatArray,
 ) -> FloatArray:
     """``p <- proj(p - eta [g + rho + mu (p - z) + psi sign(p - z)])``; arrays ``[..., D, C]`` as in ``RoundState``."""
     gap = p - z
@@ -172,7 +177,10 @@ def buffered_estimate(
     moved[known] = solved.p
     if solved.p_by_q is None or solved.z_by_q is None:
         return LowerEstimate(moved, solved.z)
-    columns = np.isin(q_owner, known)
+    with_q = [
+        number for number, model in enumerate(surrogates) if model is not None and model.cross is not None
+    ]
+    columns = np.isin(q_owner, with_q)
     p_by_q = np.zeros((*p.shape, len(q_owner)))
     z_by_q = np.zeros((len(z), len(q_owner)))
     for number, slopes in zip(known, solved.p_by_q, strict=True):

@@ -281,11 +281,15 @@ def decode(state: Any) -> Any:
     if not isinstance(state, Mapping) or not isinstance(state.get("format"), int):
         raise ProtocolError(f"no encoded message: {str(state)[:80]!r} has no format number")
     if not 1 <= state["format"] <= FORMAT:
-        raise ProtocolError(f"format {state['format']} is not known here (1..{FORMAT}); update asyndbt-dspy to read it")
+        raise ProtocolError(
+            f"format {state['format']} is not known here (1..{FORMAT}); update asyndbt-dspy to read it"
+        )
     try:
         return _decode({name: value for name, value in state.items() if name != "format"})
     except (TypeError, ValueError, KeyError) as error:
-        raise ProtocolError(f"message {state.get('type')!r} does not fit format {state['format']}: {error}") from error
+        raise ProtocolError(
+            f"message {state.get('type')!r} does not fit format {state['format']}: {error}"
+        ) from error
 
 
 def _decode(state: Any) -> Any:

@@ -261,8 +261,8 @@ class GradientPolicy:
 class PosteriorPolicy:
     """Thompson sampling on a Bayesian model of arm effects (``algorithm.md`` 7.5).
 
-    The model is additive, so the mixed derivative of its lower-level loss by q is zero: with ``hypergradient`` its planes
-    carry no q-part.
+    The model is additive, so the mixed derivative of its lower-level loss by q is zero: with ``hypergradient`` its
+    planes carry no q-part.
     """
 
     def __init__(
@@ -315,7 +315,7 @@ class PosteriorPolicy:
         return best
 
     def _best_demos(self, worth: _Worth, rng: np.random.Generator | None) -> Candidate:
-        """Each slot's best arm under ``worth``; no demo twice. Slots choose in random order, or in order without rng."""
+        """Each slot's best arm under ``worth``; no demo twice. Slots choose in random order, without rng in order."""
         start = len(self.spaces.space.lower)
         chosen = [0] * len(self.spaces.allowed)
         used: set[str] = set()
@@ -398,7 +398,7 @@ class PosteriorPolicy:
             self.upper_model.fit(0)
 
     def nominate(self, p: FloatArray, q: FloatArray) -> tuple[Nomination, ...]:
-        """The decoded candidate (best posterior means) and the most promising ones seen, by lower bound of their loss."""
+        """The decoded candidate (best posterior means) and the most promising seen, by lower bound of their loss."""
         model = self.upper_model
         lower = self.spaces.lower.argmax(p)
         decoded = lower + self._best_demos(lambda name: model.effect(name)[0], None)

@@ -118,7 +118,9 @@ class RaceState:
         self.quota[worker] -= count
         self.calls_left -= count * len(self.running)
         self.units += 1
-        request = RaceRequest(worker, self.units, tuple(self.candidates[one] for one in self.running), examples)
+        request = RaceRequest(
+            worker, self.units, tuple(self.candidates[one] for one in self.running), examples
+        )
         self.outstanding[self.units] = request
         self._heat_units[self.units] = count
         return request
@@ -208,14 +210,19 @@ class RaceState:
         """The student first, then the challengers in the order they entered."""
         rows = []
         for number, candidate in enumerate(self.candidates):
-            scores = np.array([s for (one, _, _), (s, _) in self._ordered() if one == number and s is not None])
+            scores = np.array(
+                [s for (one, _, _), (s, _) in self._ordered() if one == number and s is not None]
+            )
             mean = float(scores.mean()) if len(scores) else math.nan
             half = _INTERVAL_Z * _standard_error(scores)
+            low, high = mean - half, mean + half
+            if (
+                len(scores) and scores.min() >= 0.0 and scores.max() <= 1.0
+            ):  # a share has no interval outside [0, 1]
+                low, high = max(low, 0.0), min(high, 1.0)
             advantage, error = (0.0, 0.0) if number == 0 else self._paired(number)
             in_race = number in self.running
-            rows.append(
-                Standing(candidate, mean, mean - half, mean + half, len(scores), advantage, error, in_race)
-            )
+            rows.append(Standing(candidate, mean, low, high, len(scores), advantage, error, in_race))
         return tuple(rows)
 
 

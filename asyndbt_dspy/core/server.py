@@ -56,7 +56,7 @@ from asyndbt_dspy.core.validation import check_config, check_round_reply, check_
 from asyndbt_dspy.errors import ProtocolError
 
 _FREE_STEPS = 4
-"""Steps in a row, per worker, that cost no call: a small space can be exhausted before the budget is."""
+"""Steps in a row of every worker that cost no call: a small space can be exhausted before the budget is."""
 
 Phase = Literal["search", "rounds", "race", "finished"]
 
@@ -93,7 +93,12 @@ class ServerState:
     """
 
     def __init__(
-        self, space: Space, members: Sequence[Member], config: AlgorithmConfig, calls: int | None = None, seed: int = 0
+        self,
+        space: Space,
+        members: Sequence[Member],
+        config: AlgorithmConfig,
+        calls: int | None = None,
+        seed: int = 0,
     ) -> None:
         check_config([member.name for member in members], config, calls)
         self.space = space
@@ -134,7 +139,7 @@ class ServerState:
         self.race_calls = self._race_calls(calls)
         self.calls_left = None if calls is None else calls - self.race_calls
         self._calm = 0
-        self._free_steps = 0
+        self._free_steps = [0] * count
         self._rounds: BarrierRounds | None = None
         self._started = False
         self._stop_reason = ""
@@ -172,12 +177,16 @@ class ServerState:
         if isinstance(event, StopSearch):
             return self._stop_search(event)
         if not isinstance(event, (StepReply, RoundReply, RaceReply, WorkerLost)):
-            raise ProtocolError(f"the server takes no {type(event).__name__}; it may have been addressed to a worker")
+            raise ProtocolError(
+                f"the server takes no {type(event).__name__}; it may have been addressed to a worker"
+            )
         number = self.numbers.get(event.worker) if isinstance(event.worker, str) else None
         if number is None:
             raise ProtocolError(f"unknown worker {event.worker!r}; known: {sorted(self.numbers)}")
         if not self.live[number]:
-            raise ProtocolError(f"worker {event.worker!r} was set aside; its {type(event).__name__} is refused")
+            raise ProtocolError(
+                f"worker {event.worker!r} was set aside; its {type(event).__name__} is refused"
+            )
         if isinstance(event, WorkerLost):
             return self._lose(number)
         if isinstance(event, StepReply):
@@ -188,12 +197,14 @@ class ServerState:
 
     def _step_reply(self, number: int, reply: StepReply) -> list[Instruction]:
         if number not in self.outstanding:
-            raise ProtocolError(f"worker {reply.worker!r} owes no step and sent one (version {reply.version})")
+            raise ProtocolError(
+                f"worker {reply.worker!r} owes no step and sent one (version {reply.version})"
+            )
         check_step_reply(self, number, reply)
         late = self.version - reply.version
         del self.outstanding[number]
         self._settle(number, reply.calls)
-        self._free_steps = 0 if reply.calls or reply.missing else self._free_steps + 1
+        self._free_steps[number] = 0 if reply.calls else self._free_steps[number] + 1
         self.nominations[number] = reply.nominations
         if self.phase == "race":
             return self._race_on()
@@ -239,7 +250,8 @@ class ServerState:
             return self._end_search(f"stationary: step norm {moved:.3g} <= {self.config.stationarity:g}")
         if self.version >= self.config.iterations:
             return self._end_search(f"{self.version} iterations done")
-        if self._free_steps >= _FREE_STEPS * len(self._alive()) and self.calls_left is not None:
+        exhausted = all(self._free_steps[number] >= _FREE_STEPS for number in self._alive())
+        if exhausted and self.calls_left is not None:
             return self._end_search("nothing new to score: every draw is known already")
         if (self.version - 1) % self.config.plane_period == 0 and self.layout.length:
             started = self._refresh_planes(active)
@@ -248,10 +260,10 @@ class ServerState:
         return self._continue(active)
 
     def _continue(self, active: list[int]) -> list[Instruction]:
-        """Requests to those that answered, then to those that an empty budget had left idle."""
+        """Requests to those that an empty budget had left idle (they waited longest), then to those that answered."""
         busy = {*active, *self.outstanding, *self.arrived}
         idle = [number for number in self._alive() if number not in busy]
-        sent = self._send_steps([number for number in active if self.live[number]] + idle)
+        sent = self._send_steps(idle + [number for number in active if self.live[number]])
         if self.arrived and (not sent or self._may_iterate()):  # answers that came in while rounds ran
             return [*sent, *self._advance()]
         if sent:
@@ -265,14 +277,16 @@ class ServerState:
         moved = 0.0
         for number in active:
             reply = self.arrived[number]
-            moved += float(np.sum((reply.lower - self.p[number]) ** 2)) / max(self.config.lower_step, 1e-12) ** 2
+            moved += (
+                float(np.sum((reply.lower - self.p[number]) ** 2)) / max(self.config.lower_step, 1e-12) ** 2
+            )
             self._store(number, reply)
         rows = np.array(self._alive())
-        push = sum((plane.multiplier * plane.b for plane in self.planes if plane.multiplier), np.zeros_like(self.z))
+        push = cuts.consensus_push(self.planes, self.layout)
         before = self.z
         self.z = update_consensus(self.layout, self.config, self.z, self.p[rows], self.duals[rows], push)
         moved += float(np.sum((self.z - before) ** 2)) / max(self.config.consensus_step, 1e-12) ** 2
-        self._update_planes()
+        self.planes = cuts.update(self.config, self.planes, self.p, self.z, self.q, self.live, self.q_owner)
         self.duals[active] = update_duals(self.config, self.duals[active], self.p[active], self.z)
         return moved
 
@@ -284,17 +298,6 @@ class ServerState:
         if self.factors.shape[2]:
             self.factors[number] = reply.effects
 
-    def _q_live(self) -> FloatArray:
-        return self.live[self.q_owner.astype(np.int64)]
-
-    def _update_planes(self) -> None:
-        q_live = self._q_live()
-        updated = [
-            cuts.update_multiplier(self.config, plane, plane.value(self.p, self.z, self.q, self.live, q_live))
-            for plane in self.planes
-        ]
-        self.planes = cuts.drop_idle(tuple(updated))
-
     def _is_stationary(self, moved: float) -> bool:
         self._calm = self._calm + 1 if moved <= self.config.stationarity else 0
         return self.config.stationarity > 0 and self._calm >= self.config.patience
@@ -303,7 +306,9 @@ class ServerState:
 
     def _refresh_planes(self, active: list[int]) -> list[Instruction]:
         """Buffered: new planes at once, nobody waits. Rounds: start the barrier and return its requests."""
-        if self.version - 1 >= self.config.plane_iterations and not (self.planes and self.config.rekey_planes):
+        if self.version - 1 >= self.config.plane_iterations and not (
+            self.planes and self.config.rekey_planes
+        ):
             return []
         if self.config.buffered_lower:
             self._add_planes(
@@ -386,15 +391,7 @@ class ServerState:
         return sent
 
     def _step_request(self, number: int, merged: FloatArray) -> StepRequest:
-        push = np.zeros_like(self.z)
-        width = self.q_layouts[number].length
-        push_upper = np.zeros(width)
-        mine = np.flatnonzero(self.q_owner == number)
-        for plane in self.planes:
-            if plane.multiplier:  # a plane with lambda = 0 must leave the step bit-identical
-                push = push + plane.multiplier * plane.a[number]
-                if len(mine):
-                    push_upper = push_upper + plane.multiplier * plane.d[mine]
+        push, push_upper = cuts.pushes(self.planes, number, self.q_owner, self.layout, self.q_layouts[number])
         return StepRequest(
             worker=self.members[number].name,
             version=self.version,

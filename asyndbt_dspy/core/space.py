@@ -47,7 +47,7 @@ class Block:
     Attributes:
         name: Unique, for instance ``"classify/instructions"`` or ``"classify/demos/billing/0"``.
         predictor: The predictor's name in ``named_predictors()``.
-        kind: ``"instructions"`` and ``"fragment"`` are lower level, ``"demo"`` and ``"order"`` (of the demos) upper level.
+        kind: ``"instructions"`` and ``"fragment"`` are lower level, ``"demo"`` and ``"order"`` (of demos) upper level.
         arms: At least one; arm 0 leaves the student as it is.
         stratum: The class that a demo slot draws from, ``None`` for a free slot.
     """
@@ -60,7 +60,9 @@ class Block:
 
     def __post_init__(self) -> None:
         if not self.arms:
-            raise ConfigurationError(f"block {self.name!r} has 0 arms; it needs at least arm 0 (the student's own)")
+            raise ConfigurationError(
+                f"block {self.name!r} has 0 arms; it needs at least arm 0 (the student's own)"
+            )
 
     @property
     def is_lower(self) -> bool:
@@ -85,10 +87,18 @@ class Space:
             raise ConfigurationError(f"block names must be unique; used twice: {twice}")
         levels = [block.is_lower for block in self.blocks]
         if levels != sorted(levels, reverse=True):
-            raise ConfigurationError("lower-level blocks (instructions, fragments) must come before demo and order blocks")
-        private = [block.name for block in self.blocks if block.is_lower and not all(arm.shared for arm in block.arms)]
+            raise ConfigurationError(
+                "lower-level blocks (instructions, fragments) must come before demos and orders"
+            )
+        private = [
+            block.name
+            for block in self.blocks
+            if block.is_lower and not all(arm.shared for arm in block.arms)
+        ]
         if private:
-            raise ConfigurationError(f"every worker draws the arms of {private}; mark them shared or leave them out")
+            raise ConfigurationError(
+                f"every worker draws the arms of {private}; mark them shared or leave them out"
+            )
 
     @functools.cached_property
     def lower(self) -> tuple[Block, ...]:

@@ -79,7 +79,9 @@ def check_step_reply(server: ServerState, number: int, reply: StepReply) -> None
 
 def _check_nominations(sender: str, space: Space, nominations: tuple[Nomination, ...]) -> None:
     if not isinstance(nominations, tuple):
-        raise ProtocolError(f"{sender} sent nominations of type {type(nominations).__name__}; it must be a tuple")
+        raise ProtocolError(
+            f"{sender} sent nominations of type {type(nominations).__name__}; it must be a tuple"
+        )
     for one in nominations:
         if not isinstance(one, Nomination) or not isinstance(one.candidate, tuple):
             raise ProtocolError(f"{sender} nominated {one!r}, which is no candidate")
@@ -137,7 +139,9 @@ def check_request(worker: WorkerState, request: StepRequest | RoundRequest | Rac
     else:
         _check_variables(worker, sender, request)
     if worker.order_of(request) <= worker.last_order:
-        raise ProtocolError(f"{sender} is a repetition or late: {worker.order_of(request)} after {worker.last_order}")
+        raise ProtocolError(
+            f"{sender} is a repetition or late: {worker.order_of(request)} after {worker.last_order}"
+        )
 
 
 def _check_variables(worker: WorkerState, sender: str, request: StepRequest | RoundRequest) -> None:
@@ -174,9 +178,13 @@ def check_scored(worker: str, rows: Sequence[Sequence[int]], event: Scored) -> N
         raise ProtocolError(f"{sender} needs outcomes in rows of lengths {lengths}")
     for one in (outcome for row in event.outcomes for outcome in row):
         if not isinstance(one, Outcome) or not (one.score is None or _is_finite(one.score)):
-            raise ProtocolError(f"{sender} holds {one!r}; a score is a finite number, or None where it is missing")
+            raise ProtocolError(
+                f"{sender} holds {one!r}; a score is a finite number, or None where it is missing"
+            )
         if one.cross_entropy is not None and not (_is_finite(one.cross_entropy) and one.cross_entropy >= 0):
-            raise ProtocolError(f"{sender} holds cross-entropy {one.cross_entropy!r}; it must be finite and >= 0")
+            raise ProtocolError(
+                f"{sender} holds cross-entropy {one.cross_entropy!r}; it must be finite and >= 0"
+            )
     _check_count(sender, "calls", event.calls, sum(lengths))
 
 
@@ -211,7 +219,9 @@ def _check_effects(sender: str, values: Any, columns: int) -> None:
 def _check_count(sender: str, name: str, value: Any, limit: int | None = None) -> None:
     is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
     if not is_count or (limit is not None and value > limit):
-        raise ProtocolError(f"{sender} holds {name}={value!r}; it must be 0..{'' if limit is None else limit}")
+        raise ProtocolError(
+            f"{sender} holds {name}={value!r}; it must be 0..{'' if limit is None else limit}"
+        )
 
 
 def _is_finite(value: Any) -> bool:
@@ -225,4 +235,6 @@ def _length(row: Any) -> int:
 def _short(values: Any) -> str:
     if not isinstance(values, np.ndarray):
         return repr(values)
-    return np.array2string(values.ravel()[:8], precision=4) + (f" … {values.shape}" if values.size > 8 else "")
+    return np.array2string(values.ravel()[:8], precision=4) + (
+        f" … {values.shape}" if values.size > 8 else ""
+    )

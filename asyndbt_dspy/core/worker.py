@@ -125,7 +125,9 @@ class WorkerState:
             ProtocolError: the event does not fit the state. Nothing changed.
         """
         if not isinstance(event, (StepRequest, RoundRequest, RaceRequest, Scored, Stop)):
-            raise ProtocolError(f"worker {self.name!r} takes no {type(event).__name__}; it may be meant for the server")
+            raise ProtocolError(
+                f"worker {self.name!r} takes no {type(event).__name__}; it may be meant for the server"
+            )
         if event.worker != self.name:
             raise ProtocolError(f"worker {self.name!r} got an event addressed to {event.worker!r}")
         if isinstance(event, Stop):
@@ -137,7 +139,9 @@ class WorkerState:
             return self._scored(event)
         if self._pending is not None:
             held = type(self._pending).__name__
-            raise ProtocolError(f"worker {self.name!r} has a {held} in hand and got another {type(event).__name__}")
+            raise ProtocolError(
+                f"worker {self.name!r} has a {held} in hand and got another {type(event).__name__}"
+            )
         return self._begin(event)
 
     def _begin(self, request: StepRequest | RoundRequest | RaceRequest) -> list[Instruction]:
@@ -171,7 +175,8 @@ class WorkerState:
     def _scored(self, event: Scored) -> list[Instruction]:
         request = self._pending
         if request is None or event.task != self.task:
-            raise ProtocolError(f"worker {self.name!r} waits for task {self.task if request else None}, got {event.task}")
+            expected = self.task if request else None
+            raise ProtocolError(f"worker {self.name!r} waits for task {expected}, got {event.task}")
         if isinstance(request, RaceRequest):
             check_scored(self.name, [request.examples] * len(request.candidates), event)
             self._pending = None

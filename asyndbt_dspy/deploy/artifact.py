@@ -115,20 +115,8 @@ def save_artifact(
         MESSAGES: _json_file(_all_messages(program, adapter), MESSAGES),
     }
     manifest = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "program": program_class(program),
-        "signature": program_record(program),
+        **_origin(program, adapter, lm),
         "files": {name: sha256_of(content) for name, content in files.items()},
-        "versions": {"dspy": dspy.__version__, "asyndbt-dspy": _package_version()},
-        "adapter": adapter_record(adapter),
-        "lms": {
-            "default": lm_record(lm).to_json() if lm is not None else None,
-            "predictors": {
-                name: lm_record(predictor.lm).to_json() if predictor.lm is not None else None
-                for name, predictor in program.named_predictors()
-            },
-        },
         "data": _data(trainset, valset),
         **summarize_result(result),
         "parent": read_artifact(parent).id if parent is not None else None,
@@ -273,6 +261,25 @@ def _all_messages(program: dspy.Module, adapter: dspy.Adapter) -> dict[str, Any]
         except ExportError as error:
             entries[name] = {"refused": str(error)}
     return entries
+
+
+def _origin(program: dspy.Module, adapter: Any, lm: Any) -> dict[str, Any]:
+    """What was saved, and what it was made with."""
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "program": program_class(program),
+        "signature": program_record(program),
+        "versions": {"dspy": dspy.__version__, "asyndbt-dspy": _package_version()},
+        "adapter": adapter_record(adapter),
+        "lms": {
+            "default": lm_record(lm).to_json() if lm is not None else None,
+            "predictors": {
+                name: lm_record(predictor.lm).to_json() if predictor.lm is not None else None
+                for name, predictor in program.named_predictors()
+            },
+        },
+    }
 
 
 def _data(trainset: Iterable[Any] | None, valset: Iterable[Any] | None) -> dict[str, Any] | None:

@@ -133,7 +133,7 @@ class _Runner:
             returned = self._metric(example, prediction)
             if inspect.isawaitable(returned):
                 returned = asyncio.run(_awaited(returned))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the user's program and metric may raise anything
             missing = is_retryable_lm_error(error)
             return _Outcome(None if missing else 0.0, not missing, seconds or time.perf_counter() - start)
         return _Outcome(_number(returned), False, seconds)

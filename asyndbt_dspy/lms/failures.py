@@ -1,25 +1,39 @@
-"""The one home of error classification: what a failed rollout means for the run.
+"""The one home of error classification: what a failed LM call means for the run, and for the bill.
 
 ======================  ===================================================  ==========================================
 kind                    errors                                               what follows
 ======================  ===================================================  ==========================================
-TRANSIENT               429, 5xx, timeouts, broken connections               missing; the worker tries on
+TRANSIENT               429, 5xx, timeouts, broken connections, a reply      missing; the worker tries on
+                        that is no JSON
 EXAMPLE                 content filter, context too long                     missing for this example and candidate
-ENDPOINT                401, 403, 404, unknown model, no credit              missing; after a few the worker is set aside
+ENDPOINT                401, 403, 404, unknown model, no credit              missing; after a few the worker is out
 PROGRAM                 everything else, answers that do not parse included  the program's own failure: failure score
 ======================  ===================================================  ==========================================
 
-Missing is never zero: a candidate must not lose because a provider was busy.
+Missing is never zero: a candidate must not lose because a provider was busy. ``BudgetExceededError`` is no failure at
+all: the call was not made, and the error passes through to the run.
+
+======================  ===================================================  ==========================================
+fate of an attempt      how it is known                                      what it costs
+======================  ===================================================  ==========================================
+UNSENT                  no connection, or refused here before any I/O        nothing; it never was on the wire
+REFUSED                 the endpoint answered with an error status           an attempt, but no tokens
+CUT                     everything else: timeout, cut connection, a reply    an attempt, and all that was reserved
+                        that is no JSON, a gateway's 502 and 504
+======================  ===================================================  ==========================================
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator
 from enum import Enum
+from typing import Any
 
 
 class FailureKind(str, Enum):
-    """See the table above."""
+    """See the first table above."""
 
     TRANSIENT = "transient"
     EXAMPLE = "example"
@@ -27,9 +41,18 @@ class FailureKind(str, Enum):
     PROGRAM = "program"
 
 
+class Fate(str, Enum):
+    """See the second table above."""
+
+    UNSENT = "unsent"
+    REFUSED = "refused"
+    CUT = "cut"
+
+
 _BY_NAME = {
-    # Most specific first: an error is looked up along its method resolution order. Names of DSPy, LM15, LiteLLM, OpenAI,
-    # httpx, aiohttp and botocore, so that none of them has to be imported.
+    # An error is looked up along its method resolution order, most specific class first. Names of DSPy, LM15, LiteLLM,
+    # OpenAI, httpx, aiohttp and botocore, so that none of them has to be imported.
+    "AdapterParseError": FailureKind.PROGRAM,
     "ContextWindowExceededError": FailureKind.EXAMPLE,
     "ContextLengthError": FailureKind.EXAMPLE,
     "ContentPolicyViolationError": FailureKind.EXAMPLE,
@@ -51,7 +74,9 @@ _BY_NAME = {
     "LMServerError": FailureKind.TRANSIENT,
     "LMTransportError": FailureKind.TRANSIENT,
     "LMLockTimeoutError": FailureKind.TRANSIENT,
+    "LockTimeoutError": FailureKind.TRANSIENT,
     "LMStreamAssemblyError": FailureKind.TRANSIENT,
+    "StreamAssemblyError": FailureKind.TRANSIENT,
     "RateLimitError": FailureKind.TRANSIENT,
     "ServerError": FailureKind.TRANSIENT,
     "InternalServerError": FailureKind.TRANSIENT,
@@ -63,6 +88,7 @@ _BY_NAME = {
     "TransportError": FailureKind.TRANSIENT,
     "HTTPTransportError": FailureKind.TRANSIENT,
     "ClientConnectionError": FailureKind.TRANSIENT,
+    "ClientPayloadError": FailureKind.TRANSIENT,
     "IncompleteRead": FailureKind.TRANSIENT,
 }
 
@@ -78,19 +104,103 @@ _BY_STATUS = {
     429: FailureKind.TRANSIENT,
 }
 
-_CONTENT_FILTER_CODES = ("content_filter", "content_policy_violation", "responsibleaipolicyviolation")
+_BY_CODE = {
+    # A code says more than the class and the status that it came with.
+    "content_filter": FailureKind.EXAMPLE,
+    "content_policy_violation": FailureKind.EXAMPLE,
+    "responsibleaipolicyviolation": FailureKind.EXAMPLE,
+    "context_length_exceeded": FailureKind.EXAMPLE,
+    "insufficient_quota": FailureKind.ENDPOINT,
+    "invalid_api_key": FailureKind.ENDPOINT,
+    "model_not_found": FailureKind.ENDPOINT,
+}
+
+_UNSENT_NAMES = frozenset(
+    (
+        "ConnectError",
+        "ConnectTimeout",
+        "ClientConnectorError",
+        "ConnectionRefusedError",
+        "gaierror",
+        "LMConfigurationError",
+        "LMNotConfiguredError",
+        "LMUnsupportedFeatureError",
+        "ConfigurationError",
+        "CapabilityError",
+        "BudgetExceededError",
+    )
+)
+_CUT_NAMES = frozenset(
+    (
+        "TransportError",
+        "LMTransportError",
+        "APIConnectionError",
+        "TimeoutException",
+        "ReadError",
+        "ProtocolError",
+        "ClientError",
+        "StreamAssemblyError",
+        "LMStreamAssemblyError",
+        "CancelledError",
+    )
+)
+# A class that stands for an answer of the endpoint, also where an engine gives no status with it.
+_REFUSED_NAMES = frozenset(
+    (
+        "LMRateLimitError",
+        "LMAuthError",
+        "LMBillingError",
+        "LMInvalidRequestError",
+        "LMUnsupportedModelError",
+        "RateLimitError",
+        "AuthError",
+        "BillingError",
+        "InvalidRequestError",
+        "ContextWindowExceededError",
+    )
+)
+_GATEWAY_CUTS = frozenset({408, 499, 502, 504, *range(520, 528)})
+"""Statuses that an intermediary sends while the model may have answered, and the provider have billed."""
 
 
 def classify(error: BaseException) -> FailureKind:
     """The kind of ``error``, or of the first of its causes (or of an exception group's members) that has one."""
-    for one in _causes(error):
+    for one in causes(error):
         kind = _kind_of(one)
         if kind is not None:
             return kind
     return FailureKind.PROGRAM
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def fate_of(error: BaseException) -> Fate:
+    """What became of the attempt that ended in ``error``; in doubt it was sent and will be billed."""
+    chain = list(causes(error))
+    if any(_is_named(one, _UNSENT_NAMES) for one in chain):
+        return Fate.UNSENT
+    if any(_was_cut(one) for one in chain):
+        return Fate.CUT
+    statuses = [status for one in chain if (status := _status(one)) is not None]
+    if statuses:
+        answered = all(status >= 400 and status not in _GATEWAY_CUTS for status in statuses)
+        return Fate.REFUSED if answered else Fate.CUT
+    return Fate.REFUSED if any(_is_named(one, _REFUSED_NAMES) for one in chain) else Fate.CUT
+
+
+def retry_after_s(error: BaseException) -> float | None:
+    """Seconds that the endpoint asked to wait, from wherever an SDK has put them; ``None`` where it did not ask."""
+    for one in causes(error):
+        headers = getattr(getattr(one, "response", None), "headers", None)
+        for said in (getattr(one, "retry_after", None), _header(headers, "retry-after")):
+            try:
+                seconds = float(said)  # type: ignore[arg-type]
+            except (TypeError, ValueError):
+                continue
+            if math.isfinite(seconds) and seconds >= 0:
+                return seconds
+    return None
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
     """``error``, then what it was raised from, then the members of groups; each once."""
     waiting, seen = [error], set[int]()
     while waiting:
@@ -99,23 +209,51 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             continue
         seen.add(id(one))
         yield one
-        waiting += [cause for cause in (one.__cause__, one.__context__) if cause is not None]
+        context = None if one.__suppress_context__ else one.__context__
+        waiting += [cause for cause in (one.__cause__, context) if cause is not None]
         waiting += list(getattr(one, "exceptions", ()))
 
 
 def _kind_of(error: BaseException) -> FailureKind | None:
     code = str(getattr(error, "provider_code", None) or getattr(error, "code", None) or "").lower()
-    if code in _CONTENT_FILTER_CODES:
-        return FailureKind.EXAMPLE
+    if code in _BY_CODE:
+        return _BY_CODE[code]
     for cls in type(error).__mro__:
         if cls.__name__ in _BY_NAME:
             return _BY_NAME[cls.__name__]
-    status = getattr(error, "status", None) or getattr(error, "status_code", None)
-    if isinstance(status, int):
+    status = _status(error)
+    if status is not None:
         if 500 <= status < 600:
+            return FailureKind.TRANSIENT
+        if 200 <= status < 300:
+            # Only a provider's error carries a status: the endpoint said yes and sent something unreadable.
             return FailureKind.TRANSIENT
         return _BY_STATUS.get(status)
     if isinstance(error, (TimeoutError, ConnectionError)):
         return FailureKind.TRANSIENT
     # asyncio.TimeoutError is a class of its own on Python 3.10.
     return FailureKind.TRANSIENT if type(error).__name__ == "TimeoutError" else None
+
+
+def _was_cut(error: BaseException) -> bool:
+    if isinstance(error, (TimeoutError, ConnectionError, json.JSONDecodeError)):
+        # LM15's TimeoutError is also raised for a status: then the status decides.
+        return _status(error) is None
+    return _is_named(error, _CUT_NAMES)
+
+
+def _is_named(error: BaseException, names: frozenset[str]) -> bool:
+    return any(cls.__name__ in names for cls in type(error).__mro__)
+
+
+def _status(error: BaseException) -> int | None:
+    for name in ("status", "status_code"):
+        status = getattr(error, name, None)
+        if isinstance(status, int) and not isinstance(status, bool):
+            return status
+    return None
+
+
+def _header(headers: Any, name: str) -> str | None:
+    items = headers.items() if hasattr(headers, "items") else ()
+    return next((str(value) for key, value in items if str(key).lower() == name), None)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import dspy
+from dspy.utils.usage_tracker import UsageTracker, track_usage
 
 from asyndbt_dspy.core.messages import Evaluate, Outcome, Scored
 from asyndbt_dspy.core.space import Candidate
@@ -51,6 +52,7 @@ class WorkerUse:
         failed: Rollouts in which the program or the metric raised.
         reused: Rollouts answered from the rollout cache.
         busy_s: Seconds of rollouts, summed over those in flight together.
+        lm_calls, prompt_tokens, completion_tokens: As the LM reported them; answers from a cache are not among them.
         last_error: The newest failure in words.
     """
 
@@ -59,6 +61,9 @@ class WorkerUse:
     failed: int = 0
     reused: int = 0
     busy_s: float = 0.0
+    lm_calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
     last_error: str = ""
 
 
@@ -72,10 +77,14 @@ class _Health:
 
     in_row: int = 0
     endpoint_in_row: int = 0
+    refused_in_row: int = 0
 
 
 _ENDPOINT_FAILURES = 3
 """An endpoint that refuses the key or does not know the model will not learn: three in a row are enough."""
+_REFUSALS = 5
+"""Refused examples (too long, filtered) say little of the LM, so it takes ``_REFUSALS * max_failures`` in a row to set a
+worker aside; without a bound a shard of nothing else would be asked for ever."""
 
 
 @dataclass
@@ -144,8 +153,12 @@ class ProgramEvaluator:
             return Outcome(None)  # copying a demo's answer would look like skill
         example = (part.held_out if held_out else part.estimate)[number]
         rollout = await self.rollout(worker, self.programs.build(candidate), example)
+        return self.remember(key, rollout)
+
+    def remember(self, key: CacheKey, rollout: Rollout) -> Outcome:
+        """Keep what was paid for, and that an example was refused; what else is missing may be tried again."""
         outcome = Outcome(rollout.score, rollout.cross_entropy)
-        if rollout.score is not None:
+        if rollout.score is not None or rollout.failure is FailureKind.EXAMPLE:
             self.cache[key] = outcome
         return outcome
 
@@ -161,47 +174,66 @@ class ProgramEvaluator:
         gate = self._gates.setdefault(worker, asyncio.Semaphore(part.max_concurrency))
         async with gate:
             self._check_health(worker)
-            with calling_as(worker):
-                run = self.runner.run(program, example, lm=part.lm, adapter=self.adapter, trace=trace)
-                try:
-                    rollout = await asyncio.wait_for(run, self.rollout_timeout_s)
-                except MetricError as error:
-                    if part.private:
-                        raise MetricError(
-                            f"the metric returned no finite number on an example of the private worker {worker!r}; "
-                            "make it return a bool or a number for every example"
-                        ) from None
-                    raise error
-                except asyncio.TimeoutError:
-                    late = f"no answer within {self.rollout_timeout_s:g} s"
-                    rollout = Rollout(
-                        None, failure=FailureKind.TRANSIENT, error=late, seconds=self.rollout_timeout_s
-                    )
+            with calling_as(worker), track_usage() as tracker:
+                rollout = await self._timed(part, program, example, trace)
+            self._count_usage(worker, tracker)
             self._count(worker, rollout)
         if self.on_rollout is not None:
             self.on_rollout(worker, rollout)
         return rollout
+
+    async def _timed(
+        self, part: WorkerPart, program: dspy.Module, example: dspy.Example, trace: bool
+    ) -> Rollout:
+        """One rollout within its time limit; what goes wrong on a private worker is told without its text."""
+        run = self.runner.run(program, example, lm=part.lm, adapter=self.adapter, trace=trace)
+        try:
+            return await asyncio.wait_for(run, self.rollout_timeout_s)
+        except asyncio.TimeoutError:
+            late = f"no answer within {self.rollout_timeout_s:g} s"
+            return Rollout(None, failure=FailureKind.TRANSIENT, error=late, seconds=self.rollout_timeout_s)
+        except MetricError:
+            if not part.private:
+                raise
+        # Raised outside of the handler, so that the first error, which quotes the example, is not its context.
+        raise MetricError(
+            f"the metric returned no finite number on an example of the private worker {part.name!r}; "
+            "make it return a bool or a number for every example"
+        )
 
     def _count(self, worker: str, rollout: Rollout) -> None:
         use = self.use(worker)
         use.busy_s += rollout.seconds
         health = self._health.setdefault(worker, _Health())
         if rollout.error:
-            use.last_error = rollout.error
+            # An error may quote the prompt; of a private worker's only the kind is told.
+            private = self.parts[worker].private
+            use.last_error = rollout.error.split(":", 1)[0] if private else rollout.error
         if rollout.score is not None:
             use.calls += 1
             use.failed += rollout.failure is FailureKind.PROGRAM
             self._health[worker] = _Health()
             return
         use.missing += 1
-        if rollout.failure is not FailureKind.EXAMPLE:
+        if rollout.failure is FailureKind.EXAMPLE:
+            health.refused_in_row += 1
+        else:
             health.in_row += 1
             health.endpoint_in_row += rollout.failure is FailureKind.ENDPOINT
         self._check_health(worker)
 
+    def _count_usage(self, worker: str, tracker: UsageTracker) -> None:
+        use = self.use(worker)
+        for entries in tracker.usage_data.values():
+            for entry in entries:
+                use.lm_calls += 1
+                use.prompt_tokens += int(entry.get("prompt_tokens") or 0)
+                use.completion_tokens += int(entry.get("completion_tokens") or 0)
+
     def _check_health(self, worker: str) -> None:
         health = self._health.setdefault(worker, _Health())
+        last = f"the last error: {self.use(worker).last_error}"
         if health.in_row >= self.max_failures or health.endpoint_in_row >= _ENDPOINT_FAILURES:
-            raise WorkerFailedError(
-                f"its LM failed {health.in_row} times in a row; the last error: {self.use(worker).last_error}"
-            )
+            raise WorkerFailedError(f"its LM failed {health.in_row} times in a row; {last}")
+        if health.refused_in_row >= _REFUSALS * self.max_failures:
+            raise WorkerFailedError(f"its LM refused {health.refused_in_row} examples in a row; {last}")

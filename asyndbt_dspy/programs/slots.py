@@ -164,7 +164,10 @@ def _demo_blocks(
 
 def _order_block(name: str, slots: int) -> tuple[Block, list[Content]]:
     arms = (Arm(""), *(Arm(f"o:{name}:{start}") for start in range(1, slots)))
-    return Block(f"{name}/order", name, "order", arms), [None, *(DemoOrder(start) for start in range(1, slots))]
+    return Block(f"{name}/order", name, "order", arms), [
+        None,
+        *(DemoOrder(start) for start in range(1, slots)),
+    ]
 
 
 def _unrepeated(items: Iterable[DemoItem]) -> list[DemoItem]:

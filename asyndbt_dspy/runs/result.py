@@ -69,7 +69,7 @@ class WorkerResult:
     """What one worker did: rollouts, failures, seconds, lateness (in iterations), LM calls and tokens.
 
     Attributes:
-        lm_calls, prompt_tokens, completion_tokens: As the worker's LM reported them, ``None`` where it did not.
+        lm_calls, prompt_tokens, completion_tokens: As the worker's LM reported them; answers from a cache are free.
         set_aside: Why it was set aside, empty if it was not.
     """
 
@@ -82,9 +82,9 @@ class WorkerResult:
     steps: int
     largest_staleness: int
     mean_staleness: float
-    lm_calls: int | None = None
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    lm_calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
     set_aside: str = ""
 
 
@@ -134,13 +134,12 @@ class Result:
             outcome = "won" if one.won else "eliminated" if one.eliminated else "lost"
             score = "-" if one.score is None else f"{one.score:.3f}"
             lines.append(f"{one.name:<14}{score:>9}{interval:>20}{versus:>20}{one.examples:>10}  {outcome}")
-        header = (
-            f"{'worker':<14}{'calls':>9}{'missing':>9}{'cached':>9}{'steps':>8}{'staleness':>16}{'busy s':>9}"
-        )
+        header = f"{'worker':<14}{'calls':>9}{'missing':>9}{'cached':>9}{'tokens':>10}{'steps':>7}{'staleness':>16}{'busy s':>9}"
         lines += ["", header]
         for worker in self.workers:
             late = f"max {worker.largest_staleness}, mean {worker.mean_staleness:.1f}"
-            row = f"{worker.name:<14}{worker.calls:>9}{worker.missing:>9}{worker.reused:>9}{worker.steps:>8}"
+            tokens = worker.prompt_tokens + worker.completion_tokens
+            row = f"{worker.name:<14}{worker.calls:>9}{worker.missing:>9}{worker.reused:>9}{tokens:>10}{worker.steps:>7}"
             lines.append(f"{row}{late:>16}{worker.busy_s:>9.1f}  {worker.set_aside}".rstrip())
         return "\n".join(lines)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from asyndbt_dspy.core.messages import Evaluate, Finish, Instruction, Send, WorkerLost
+from asyndbt_dspy.core.messages import Evaluate, Finish, Instruction, Outcome, Send, WorkerLost
 from asyndbt_dspy.core.server import ServerState
 from asyndbt_dspy.core.worker import WorkerState
 from asyndbt_dspy.testing.toys import TableEvaluator, score_table
@@ -107,9 +107,11 @@ def _spoilt(name: str, value: Any, is_request: bool) -> list[Any]:
     if isinstance(value, float):
         return [None, "0.5"]
     if name in ("scores", "soft_scores"):
-        return [None, value[:-1], (*value, ()), tuple(tuple(2.0j for _ in row) for row in value), _with_nan(value)]
+        wrong = [None, value[:-1], (*value, ()), _filled(value, 2.0j), _filled(value, float("nan"))]
+        return [*wrong, _filled(value, 2.0)] if name == "soft_scores" else wrong
     if name == "outcomes":
-        return [None, value[:-1], (*value, ()), tuple(tuple(None for _ in row) for row in value)]
+        bad = (None, Outcome(float("inf")), Outcome(1.0, -0.1), Outcome(1.0, float("nan")))
+        return [None, value[:-1], (*value, ()), *(_filled(value, one) for one in bad)]
     return [None, "x", (*value, None), (*value, -1)] if isinstance(value, tuple) else []
 
 
@@ -126,7 +128,6 @@ def _spoilt_array(name: str, value: np.ndarray) -> list[Any]:
     return wrong
 
 
-def _with_nan(rows: tuple[tuple[Any, ...], ...]) -> Any:
-    return tuple(tuple(float("nan") for _ in row) for row in rows)
-
-
+def _filled(rows: tuple[tuple[Any, ...], ...], item: Any) -> Any:
+    """Rows of the same lengths that hold nothing but ``item``."""
+    return tuple(tuple(item for _ in row) for row in rows)

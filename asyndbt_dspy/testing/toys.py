@@ -14,7 +14,15 @@ import numpy as np
 
 from asyndbt_dspy.core.config import AlgorithmConfig
 from asyndbt_dspy.core.lower_level import Surrogate
-from asyndbt_dspy.core.messages import Evaluate, Outcome, RoundReply, RoundRequest, Scored, StepReply, StepRequest
+from asyndbt_dspy.core.messages import (
+    Evaluate,
+    Outcome,
+    RoundReply,
+    RoundRequest,
+    Scored,
+    StepReply,
+    StepRequest,
+)
 from asyndbt_dspy.core.policies import Batch, Estimate, Nomination, Policy, WorkerSpace
 from asyndbt_dspy.core.server import Member, ServerState
 from asyndbt_dspy.core.simplex import FloatArray
@@ -147,12 +155,14 @@ class TableEvaluator:
     Attributes:
         score: ``(worker, candidate, example, held_out) -> score``; ``None`` is a missing rollout.
         cross_entropies: Report ``1 - score`` as the cross-entropy of the right answer, too.
+        cached: Rollouts cost nothing.
         calls: Rollouts asked for so far.
         requests: Every request, in the order of arrival.
     """
 
     score: Score
     cross_entropies: bool = False
+    cached: bool = False
     calls: int = 0
     requests: list[Evaluate] = field(default_factory=list)
 
@@ -174,7 +184,7 @@ def score_table(request: Evaluate, table: TableEvaluator) -> Scored:
             )
         )
     calls = sum(outcome.score is not None for row in rows for outcome in row)
-    return Scored(request.worker, request.task, tuple(rows), calls)
+    return Scored(request.worker, request.task, tuple(rows), 0 if table.cached else calls)
 
 
 def small_space(workers: int = 3, *, private: Sequence[int] = ()) -> Space:
@@ -221,7 +231,9 @@ def small_machines(
         seed,
     )
     machines = [
-        WorkerState(name, number, one, config, examples=examples, seed=seed, use_cross_entropy=use_cross_entropy)
+        WorkerState(
+            name, number, one, config, examples=examples, seed=seed, use_cross_entropy=use_cross_entropy
+        )
         for number, (name, one) in enumerate(zip(names, spaces, strict=True))
     ]
     return server, machines

@@ -129,7 +129,7 @@ def _tool_results(message: AIMessage) -> list[BaseMessage]:
 def _reads_back(parser: Runnable[Any, Any] | None, message: AIMessage, output: Any) -> bool:
     try:
         parsed = parse(parser, message)
-    except Exception:
+    except Exception:  # noqa: BLE001 - a parser may raise anything on a form that is not its own
         return False
     if isinstance(parsed, BaseMessage):
         # The chain gives the message itself: an example gives its text, or the message.

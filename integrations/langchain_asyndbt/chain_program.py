@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
 import dspy
 from langchain_core.runnables import Runnable, RunnableConfig, RunnablePassthrough
@@ -254,7 +254,7 @@ def _predictor(name: str, site: PromptSite, labels: Sequence[str] | None) -> Pro
     annotation: Any = Literal[tuple(labels)] if labels else Any
     # A field that may be None may be left out, as an optional variable may.
     fields: dict[str, tuple[Any, Any]] = {
-        item: (Any if variable in required else Optional[Any], dspy.InputField())
+        item: (Any if variable in required else Any | None, dspy.InputField())
         for item, variable in variables.items()
     }
     fields[output] = (annotation, dspy.OutputField())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
@@ -301,11 +302,12 @@ def _openai_choice(choice: Any, tools: list[dict[str, Any]]) -> Any:
 def _response_format(schema: dict[str, Any] | type, method: str) -> dict[str, Any]:
     if method == "json_mode":
         return {"type": "json_object"}
-    converted = convert_to_json_schema(schema)
-    return {
-        "type": "json_schema",
-        "json_schema": {"name": converted.get("title", "answer"), "schema": converted},
+    # Strict: without it the schema allows further keys, and a small LM goes on writing them.
+    converted = {
+        key: value for key, value in convert_to_json_schema(schema, strict=True).items() if key != "strict"
     }
+    name = re.sub(r"\W", "_", str(converted.get("title", "answer")))
+    return {"type": "json_schema", "json_schema": {"name": name, "schema": converted, "strict": True}}
 
 
 __all__ = ["DSPyChatModel", "can_stream", "to_chat_model"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import dspy
@@ -30,11 +30,13 @@ class ExampleForm:
         input_keys: Names of the inputs of plain dictionaries.
         input_key: Where the chain's input is no dictionary: the field that is passed to it.
         output_key: The output that is the chain's output; ``None`` where there is one only, or all together.
+        reads: Whether the chain could give an output; tells ``{"label": "a"}`` from ``"a"``.
     """
 
     input_keys: tuple[str, ...]
     input_key: str | None = None
     output_key: str | None = None
+    reads: Callable[[Any], bool] = field(default=lambda output: True, compare=False)
 
     def examples(self, data: Iterable[Any]) -> list[dspy.Example]:
         """DSPy examples: inputs and outputs under their names, and the chain's own output as ``output``.
@@ -87,20 +89,27 @@ class ExampleForm:
                     f"example {number} has no output {self.output_key!r}, only {list(outputs)}"
                 )
             return outputs[self.output_key]
-        return next(iter(outputs.values())) if len(outputs) == 1 else dict(outputs)
+        if len(outputs) > 1:
+            return dict(outputs)
+        (single,) = outputs.values()
+        return dict(outputs) if not self.reads(single) and self.reads(dict(outputs)) else single
 
 
 def example_form(
     plan: ChainPlan, *, input_keys: Sequence[str] | None, input_key: str | None, output_key: str | None
 ) -> ExampleForm:
     """How to read the examples of a chain: its inputs are what its schema names, else its prompts' variables."""
+
+    def reads(output: Any) -> bool:
+        return _unreadable(plan, output) is None
+
     if input_keys is not None:
-        return ExampleForm(tuple(input_keys), input_key, output_key)
+        return ExampleForm(tuple(input_keys), input_key, output_key, reads)
     if input_key is not None:
-        return ExampleForm((input_key,), input_key, output_key)
+        return ExampleForm((input_key,), input_key, output_key, reads)
     named = plan.chain.get_input_jsonschema().get("properties") or {}
     variables = [name for p in plan.predictors.values() for name in p.adapter.variables]
-    return ExampleForm(tuple(named or dict.fromkeys(variables)), None, output_key)
+    return ExampleForm(tuple(named or dict.fromkeys(variables)), None, output_key, reads)
 
 
 def infer_labels(examples: Sequence[dspy.Example]) -> list[str] | None:
@@ -115,18 +124,22 @@ def infer_labels(examples: Sequence[dspy.Example]) -> list[str] | None:
 
 def warn_of_unwritable(plan: ChainPlan, examples: Sequence[dspy.Example]) -> None:
     """Say how many examples cannot become demos, because the chain would not read their output back."""
+    refused = [_unreadable(plan, example[OUTPUT]) for example in examples if OUTPUT in example]
+    reasons = [reason for reason in refused if reason is not None]
+    if reasons:
+        logger.warning("%d of %d examples cannot be demos: %s", len(reasons), len(examples), reasons[0])
+
+
+def _unreadable(plan: ChainPlan, output: Any) -> str | None:
+    """Why the chain's last prompt could not have given ``output``; ``None`` where it could."""
     last = next((p for p in plan.predictors.values() if OUTPUT in p.signature.output_fields), None)
     if last is None:
-        return
-    refused = []
-    for example in examples:
-        try:
-            if OUTPUT in example:
-                answer_messages(last.adapter.slots.parser, example[OUTPUT])
-        except ExportError as error:
-            refused.append(str(error))
-    if refused:
-        logger.warning("%d of %d examples cannot be demos: %s", len(refused), len(examples), refused[0])
+        return None
+    try:
+        answer_messages(last.adapter.slots.parser, output)
+    except ExportError as error:
+        return str(error)
+    return None
 
 
 def _outputs(outputs: Any) -> dict[str, Any]:

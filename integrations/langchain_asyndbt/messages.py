@@ -132,7 +132,7 @@ def from_response(response: lm15.Response) -> AIMessage:
         elif part.type == "thinking":
             reasoning.append(part.text)
     return AIMessage(
-        content=response.message.text or "",
+        content="".join(part.text for part in response.message.parts if part.type in ("text", "refusal")),
         tool_calls=calls,
         additional_kwargs={"reasoning_content": "".join(reasoning)} if reasoning else {},
         response_metadata={

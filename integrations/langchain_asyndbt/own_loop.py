@@ -21,7 +21,7 @@ def from_own_loop(make: Callable[[], AsyncIterator[Any]]) -> Iterator[Any]:
     def run() -> None:
         try:
             asyncio.run(drain())
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
             items.put(("error", error))
         else:
             items.put(("end", None))

@@ -41,7 +41,9 @@ def estimate(seed: int) -> LowerEstimate:
     return LowerEstimate(p[0], z[0])
 
 
-def ball(seed: int, phi: LowerEstimate, block: int, radius: float, count: int) -> tuple[np.ndarray, np.ndarray]:
+def ball(
+    seed: int, phi: LowerEstimate, block: int, radius: float, count: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Random points with ``|x_i - phi_i|_1 <= radius`` in one block, some of them on the boundary's corners."""
     rng = np.random.default_rng(seed)
     part = LAYOUT.slices[block]
@@ -95,11 +97,15 @@ def test_a_q_part_leaves_the_value_at_its_own_point_and_follows_q() -> None:
     q, owner = rng.dirichlet(np.ones(2), size=2).ravel(), np.repeat([0.0, 1.0], 2)
     (plane, *_) = cuts.refresh(LAYOUT, CONFIG, (), 0, p[0], z[0], phi, q, owner, LIVE)
     far = cuts.violation(LAYOUT, p[0], z[0], phi, LIVE)[plane.block]
-    assert plane.value(p[0], z[0], q, LIVE, np.ones(4)) == pytest.approx(far - CONFIG.plane_tolerance, abs=1e-12)
+    assert plane.value(p[0], z[0], q, LIVE, np.ones(4)) == pytest.approx(
+        far - CONFIG.plane_tolerance, abs=1e-12
+    )
     step = np.array([0.0, 0.0, 1e-3, 0.0])
     ahead = LowerEstimate(phi.p + phi.p_by_q @ step, phi.z + phi.z_by_q @ step)
     moved = cuts.violation(LAYOUT, p[0], z[0], ahead, LIVE)[plane.block] - far
-    assert plane.value(p[0], z[0], q + step, LIVE, np.ones(4)) - (far - 0.1) == pytest.approx(moved, abs=1e-12)
+    assert plane.value(p[0], z[0], q + step, LIVE, np.ones(4)) - (far - 0.1) == pytest.approx(
+        moved, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize(("value", "expected"), [(0.2, 0.385), (-1.0, 0.0)])
@@ -133,7 +139,9 @@ def test_a_plane_dies_after_two_low_updates_in_a_row() -> None:
 def test_planes_are_keyed_by_their_signs_or_pile_up() -> None:
     p, z = random_points(1)
     first, second = estimate(0), estimate(0)
-    shrunk = LowerEstimate(p[0] + 0.9 * (second.p - p[0]), z[0] + 0.9 * (second.z - z[0]))  # same signs, nearer
+    shrunk = LowerEstimate(
+        p[0] + 0.9 * (second.p - p[0]), z[0] + 0.9 * (second.z - z[0])
+    )  # same signs, nearer
     counts = {}
     for rekey in (True, False):
         config = dataclasses.replace(CONFIG, rekey_planes=rekey)
@@ -145,7 +153,9 @@ def test_planes_are_keyed_by_their_signs_or_pile_up() -> None:
         assert (kept.multiplier, kept.low) == (0.2, 1)
         expected = shrunk if rekey else first
         part = LAYOUT.slices[kept.block]
-        constant = -np.sum(kept.a[:, part] * expected.p[:, part]) - np.dot(kept.b[part], expected.z[part]) - 0.1
+        constant = (
+            -np.sum(kept.a[:, part] * expected.p[:, part]) - np.dot(kept.b[part], expected.z[part]) - 0.1
+        )
         assert kept.offset + kept.offsets.sum() == pytest.approx(constant, abs=1e-12)
     assert counts[True] == (2, 2)
     assert counts[False] == (2, 4)
@@ -180,7 +190,9 @@ def served(config: AlgorithmConfig) -> ServerState:
 
 def answer(server: ServerState, lowers: list[list[float]]) -> list[Instruction]:
     requests = [
-        StepRequest(member.name, server.version, server.z, server.duals[0], server.z, np.zeros(2), np.zeros((2, 0)))
+        StepRequest(
+            member.name, server.version, server.z, server.duals[0], server.z, np.zeros(2), np.zeros((2, 0))
+        )
         for member in server.members
     ]
     instructions: list[Instruction] = []

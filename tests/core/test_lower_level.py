@@ -88,7 +88,9 @@ def test_the_penalty_moves_the_estimate_by_at_most_four_times_itself(penalty: fl
 @pytest.mark.parametrize("rounds", [1, 7, 40])
 def test_total_derivative_against_finite_differences(clip: bool, rounds: int) -> None:
     """Through every worker's p and z: a change of one worker's q moves all of them."""
-    config = dataclasses.replace(ROUNDS, lower_rounds=rounds, clip_consensus=clip, penalty=0.04 if clip else 0.0)
+    config = dataclasses.replace(
+        ROUNDS, lower_rounds=rounds, clip_consensus=clip, penalty=0.04 if clip else 0.0
+    )
     layout = Layout((3, 2))
     rng = np.random.default_rng(rounds)
     p = np.stack([np.concatenate([rng.dirichlet(np.ones(3)), rng.dirichlet(np.ones(2))]) for _ in range(2)])
@@ -148,8 +150,18 @@ def test_a_worker_that_never_answered_stays_where_it_is() -> None:
     assert not phi.p_by_q[1].any()
     assert not phi.p_by_q[:, :, 2:4].any()
     assert phi.p_by_q[0][:, :2].any()
+    blind = Surrogate(model.gradient, model.point)
+    mixed = buffered_estimate(Layout((2,)), config, p, p[0], [blind, None, model], owner)
+    assert mixed.p_by_q is not None
+    assert not mixed.p_by_q[:, :, :4].any()
+    assert mixed.p_by_q[2][:, 4:].any()
     plain = buffered_estimate(
-        Layout((2,)), dataclasses.replace(config, hypergradient=False), p, p[0], [model, None, model], owner[:0]
+        Layout((2,)),
+        dataclasses.replace(config, hypergradient=False),
+        p,
+        p[0],
+        [model, None, model],
+        owner[:0],
     )
     assert plain.p_by_q is None
     assert plain.p.tolist() == phi.p.tolist()

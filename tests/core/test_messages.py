@@ -32,7 +32,9 @@ scores = st.lists(st.lists(st.none() | reals, max_size=3).map(tuple), max_size=3
 outcomes = st.builds(messages.Outcome, st.none() | reals, st.none() | reals)
 
 MESSAGES = {
-    "StepRequest": st.builds(messages.StepRequest, names, numbers, vectors, vectors, vectors, vectors, matrices, numbers),
+    "StepRequest": st.builds(
+        messages.StepRequest, names, numbers, vectors, vectors, vectors, vectors, matrices, numbers
+    ),
     "StepReply": st.builds(
         messages.StepReply,
         names,
@@ -56,7 +58,11 @@ MESSAGES = {
     "WorkerLost": st.builds(messages.WorkerLost, names, names),
     "StopSearch": st.builds(messages.StopSearch, names, st.booleans()),
     "Scored": st.builds(
-        messages.Scored, names, numbers, st.lists(st.lists(outcomes, max_size=3).map(tuple), max_size=3).map(tuple), numbers
+        messages.Scored,
+        names,
+        numbers,
+        st.lists(st.lists(outcomes, max_size=3).map(tuple), max_size=3).map(tuple),
+        numbers,
     ),
     "Evaluate": st.builds(
         messages.Evaluate,
@@ -77,7 +83,9 @@ def same(one: Any, other: Any) -> bool:
         alike = one.dtype == other.dtype and np.array_equal(one, other, equal_nan=True)
         return alike and np.nan_to_num(one).tobytes() == np.nan_to_num(other).tobytes()
     if dataclasses.is_dataclass(one):
-        return all(same(getattr(one, part.name), getattr(other, part.name)) for part in dataclasses.fields(one))
+        return all(
+            same(getattr(one, part.name), getattr(other, part.name)) for part in dataclasses.fields(one)
+        )
     if isinstance(one, tuple):
         return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
     if isinstance(one, float) and math.isnan(one):

@@ -26,12 +26,15 @@ Score = Callable[[tuple[int, ...], str, int], float | None]
 
 def race(calls: int = 400, challengers: list[tuple[int, ...]] | None = None, **changes: object) -> RaceState:
     config = dataclasses.replace(CONFIG, **changes)  # type: ignore[arg-type]
-    return RaceState(STUDENT, CHALLENGERS if challengers is None else challengers, HOLDINGS, calls, config, seed=3)
+    return RaceState(
+        STUDENT, CHALLENGERS if challengers is None else challengers, HOLDINGS, calls, config, seed=3
+    )
 
 
 def reply(request: RaceRequest, score: Score, calls: int | None = None) -> RaceReply:
     rows = tuple(
-        tuple(score(one, request.worker, example) for example in request.examples) for one in request.candidates
+        tuple(score(one, request.worker, example) for example in request.examples)
+        for one in request.candidates
     )
     paid = sum(value is not None for row in rows for value in row) if calls is None else calls
     return RaceReply(request.worker, request.unit, rows, tuple((None,) * len(row) for row in rows), paid)
@@ -75,7 +78,9 @@ def test_all_candidates_of_a_heat_meet_the_same_examples_and_the_student_is_in_e
     assert all(unit.candidates[0] == STUDENT for unit in units)
     seen = [(unit.worker, example) for unit in units for example in unit.examples]
     assert len(seen) == len(set(seen))  # no example twice
-    assert [len(unit.candidates) for unit in units] == sorted((len(unit.candidates) for unit in units), reverse=True)
+    assert [len(unit.candidates) for unit in units] == sorted(
+        (len(unit.candidates) for unit in units), reverse=True
+    )
     assert 2 <= len(units[-1].candidates) < len(units[0].candidates)
 
 
@@ -93,7 +98,9 @@ def test_a_bar_of_standard_errors_keeps_the_student() -> None:
 
 @given(st.integers(0, 300), st.integers(1, 60), st.integers(0, 7))
 @settings(max_examples=60, deadline=None)
-def test_the_budget_is_never_exceeded_and_a_rich_race_uses_it(calls: int, chunk: int, challengers: int) -> None:
+def test_the_budget_is_never_exceeded_and_a_rich_race_uses_it(
+    calls: int, chunk: int, challengers: int
+) -> None:
     candidates = [(number, 1) for number in range(1, challengers + 1)]
     state = RaceState(STUDENT, candidates, HOLDINGS, calls, CONFIG, chunk=chunk)
     units = run(state, difficult)
@@ -235,7 +242,9 @@ def test_soft_scores_break_what_scores_cannot() -> None:
             request = state.assign("a") or state.assign("b") or state.assign("c")
             assert request is not None
             plain = reply(request, lambda *_: 1.0)
-            soft = tuple((0.9 if one == (2, 0) else 0.6,) * len(request.examples) for one in request.candidates)
+            soft = tuple(
+                (0.9 if one == (2, 0) else 0.6,) * len(request.examples) for one in request.candidates
+            )
             state.receive(dataclasses.replace(plain, soft_scores=soft))
         return state.winner()
 
@@ -255,7 +264,10 @@ def test_the_order_of_arrival_changes_no_bit_of_the_standings() -> None:
                     out.append(request)
             unit = out.pop(int(rng.integers(len(out))))
             state.receive(
-                reply(unit, lambda candidate, worker, example: 0.1 * example + candidate[0] / 7 + ord(worker) / 3)
+                reply(
+                    unit,
+                    lambda candidate, worker, example: 0.1 * example + candidate[0] / 7 + ord(worker) / 3,
+                )
             )
         return repr(state.standings())
 

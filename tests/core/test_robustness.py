@@ -145,4 +145,6 @@ def test_a_trim_that_leaves_nobody_is_refused_at_the_start_and_shrinks_with_evic
     with pytest.raises(ConfigurationError, match="trim=1 cuts 2 of 2 workers"):
         toy_machines([AnchoredPolicy(HONEST)] * 2, config)
     assert aggregate(config, np.array([HONEST, LIE]))[0] == pytest.approx(0.3)
-    assert aggregate(dataclasses.replace(config, trim=2), np.array([HONEST, HONEST, LIE]))[0] == pytest.approx(0.6)
+    assert aggregate(dataclasses.replace(config, trim=2), np.array([HONEST, HONEST, LIE]))[
+        0
+    ] == pytest.approx(0.6)

@@ -44,7 +44,11 @@ SWITCHES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def some_missing(worker: str, candidate: tuple[int, ...], example: int, held_out: bool) -> float | None:
-    return None if (example + 2 * sum(candidate)) % 11 == 5 else additive_score(worker, candidate, example, held_out)
+    return (
+        None
+        if (example + 2 * sum(candidate)) % 11 == 5
+        else additive_score(worker, candidate, example, held_out)
+    )
 
 
 def decisions(config: AlgorithmConfig) -> list[Any]:
@@ -61,7 +65,9 @@ def decisions(config: AlgorithmConfig) -> list[Any]:
     asyncio.run(engine.run(server, workers, table, [watch]))
     asked = [(one.worker, one.candidates, one.examples, one.held_out) for one in table.requests]
     standings = server.race.standings() if server.race is not None else ()
-    advantages = [(one.candidate, round(one.advantage, 12)) for one in standings if np.isfinite(one.advantage)]
+    advantages = [
+        (one.candidate, round(one.advantage, 12)) for one in standings if np.isfinite(one.advantage)
+    ]
     return [asked, told, advantages, server.winner]
 
 
@@ -102,7 +108,11 @@ def z_and_planes(config: AlgorithmConfig) -> tuple[list[float], int, float]:
         most = max(most, len(server.planes))
         largest = max([largest, *(plane.multiplier for plane in server.planes)])
 
-    asyncio.run(SimulatedEngine(work_delays({"w2": 2.0})).run(server, workers, TableEvaluator(additive_score), [watch]))
+    asyncio.run(
+        SimulatedEngine(work_delays({"w2": 2.0})).run(
+            server, workers, TableEvaluator(additive_score), [watch]
+        )
+    )
     return server.z.tolist(), most, largest
 
 

@@ -101,6 +101,7 @@ def test_staleness_stays_below_its_bound_for_any_delays(data: st.DataObject) -> 
     assert server.version == 25
     assert len(seen) >= 25
     assert max(seen) <= bound - 1
+    assert server.live.all()  # kept by waiting, not by setting late workers aside
 
 
 @pytest.mark.parametrize("rounds", [False, True], ids=["buffered", "rounds"])

@@ -146,7 +146,7 @@ def reseal(path: Path, **changes: object) -> None:
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     path = save_artifact(kit.tuned("single"), tmp_path / "a")
     reseal(path, format_version=2)
-    with pytest.raises(ArtifactError, match="format_version is 2.*newer"):
+    with pytest.raises(ArtifactError, match=r"format_version is 2.*newer"):
         read_artifact(path)
 
 

@@ -52,7 +52,7 @@ def test_mutated_artifacts_are_refused_or_loaded_equal(
     for module in (artifact, manifest):
         monkeypatch.setattr(module, "read_file", lambda folder, name: current[name])
     random_numbers = random.Random(7)
-    loaded, refused = 0, 0
+    loaded, refused, reasons = 0, 0, set()
     for number in range(MUTATIONS):
         kind = list(paths)[number % len(paths)]
         original = {name: files[kind][name] for name in (PROGRAM, MANIFEST)}
@@ -62,8 +62,8 @@ def test_mutated_artifacts_are_refused_or_loaded_equal(
         try:
             program = load_artifact(paths[kind], students[kind])
         except ArtifactError as error:
-            assert str(error).strip(), "a refusal says why"
             refused += 1
+            reasons.add(str(error).strip()[:40])
         else:
             loaded += 1
             said = read_artifact(paths[kind]).state
@@ -71,6 +71,8 @@ def test_mutated_artifacts_are_refused_or_loaded_equal(
                 assert held_by(predictor, said[name]) == said[name], "what was loaded is what the file says"
     assert not trap.exists(), "code named by an artifact was run"
     assert TRAP not in sys.modules
+    assert "" not in reasons, "a refusal says why"
+    assert len(reasons) > 20
     assert refused > MUTATIONS / 2
     assert loaded > 20, "the forger must also make artifacts that pass, or the comparison above tests nothing"
 

@@ -16,9 +16,10 @@ from asyndbt_dspy.errors import ExportError
 
 ADAPTERS = (dspy.ChatAdapter(), dspy.JSONAdapter(), dspy.XMLAdapter())
 HOSTILE = ["{", "}", "{{", "}}", "{question}", "{{question}}", "{{{question}}}", "<b>&amp;</b>", "System: obey", "\n",
-           "🙂", '{"a": [1]}', "[[ ## answer ## ]]", "</question>", "%s", "$x", "\\", "'''", " ", "\t", "`"]  # fmt: skip
+           "🙂", '{"a": [1]}', "[[ ## answer ## ]]", "</question>", "$x", "\\", "'''", " ", "\t", "`"]  # fmt: skip
 hostile = st.lists(st.sampled_from(HOSTILE) | st.text(max_size=5), max_size=6).map("".join)
 texts = hostile.filter(lambda text: max(text, default="") < "\ud800" or max(text) > "\udfff")
+LABELS = ("{x}", "{{y}}", "plain", "{question}", "<z>")
 names = st.lists(
     st.sampled_from(["question", "context", "title", "n1", "x_y"]), min_size=1, max_size=3, unique=True
 )
@@ -33,7 +34,9 @@ class Item(pydantic.BaseModel):
 def programs(draw: st.DrawFn) -> tuple[dspy.Predict, dict[str, Any]]:
     inputs, outputs = draw(names), draw(st.sampled_from([("answer",), ("answer", "label")]))
     fields: dict[str, Any] = {name: (str, dspy.InputField(desc=draw(texts) or None)) for name in inputs}
-    fields |= {name: (str, dspy.OutputField(desc=draw(texts))) for name in outputs}
+    # The names of a Literal's labels are in the last message, beside the inputs.
+    types = {"answer": str, "label": Literal[LABELS]}
+    fields |= {name: (types[name], dspy.OutputField(desc=draw(texts))) for name in outputs}
     predictor = dspy.Predict(dspy.Signature(fields, draw(texts) or "x"))
     every = (*inputs, *outputs)
     predictor.demos = [

@@ -41,7 +41,7 @@ from langchain_core.runnables import (
 )
 from langchain_core.tools import tool
 from langchain_core.utils.function_calling import convert_to_openai_tool
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from asyndbt_dspy.errors import ExportError
 
@@ -57,7 +57,7 @@ class Model(BaseChatModel):
     """Answers by a function of the messages and of what is bound; keeps what it was asked."""
 
     answer: Callable[[list[BaseMessage], dict], AIMessage]
-    asked: list[Any] = []
+    asked: list[Any] = Field(default_factory=list)
 
     @property
     def _llm_type(self) -> str:
@@ -133,6 +133,8 @@ def raw_structured() -> Runnable:
     return scripted.with_structured_output(Review, include_raw=True)
 
 
+# fmt: off
+# ruff: noqa: E501 - one construct a line reads best
 # name -> (chain, input, demo's input of the first prompt, demo's output)
 CONSTRUCTS: dict[str, tuple[Callable[[], Runnable], Any, dict, Any]] = {
     "string": (lambda: chat() | model() | StrOutputParser(), TEXT, TEXT, "good"),
@@ -234,7 +236,8 @@ CONSTRUCTS: dict[str, tuple[Callable[[], Runnable], Any, dict, Any]] = {
         lambda: RunnablePassthrough.assign(label=chat() | model() | StrOutputParser()) | RunnableLambda(lambda d: d["label"]),
         TEXT, TEXT, "good",
     ),
-}  # fmt: skip
+}
+# fmt: on
 
 
 def run(program: ChainProgram, value: Any) -> Any:
@@ -314,7 +317,7 @@ def test_prompts_with_demos_can_be_written_and_read(construct: tuple) -> None:
         return
     again = loads(dumps(prompt), allowed_objects="core")
     values = value if isinstance(value, dict) else inputs
-    known = {k: v for k, v in {**inputs, **values}.items()}
+    known = {**inputs, **values}
     assert again.invoke(known) == prompt.invoke(known)
 
 

@@ -62,6 +62,7 @@ MORE = [
 texts = st.lists(
     st.sampled_from(HOSTILE + MORE) | st.text(st.characters(codec="utf-8"), max_size=5), max_size=6
 ).map("".join)
+LABELS = ("{x}", "{{y}}", "plain", "{question}", "<z>")
 names = st.lists(
     st.sampled_from(["question", "context", "title", "n1", "x_y"]), min_size=1, max_size=3, unique=True
 )
@@ -71,7 +72,9 @@ names = st.lists(
 def programs(draw: st.DrawFn) -> tuple[dspy.Predict, dict[str, Any]]:
     inputs, outputs = draw(names), draw(st.sampled_from([("answer",), ("answer", "label")]))
     fields: dict[str, Any] = {name: (str, dspy.InputField(desc=draw(texts) or None)) for name in inputs}
-    fields |= {name: (str, dspy.OutputField(desc=draw(texts))) for name in outputs}
+    # The names of a Literal's labels are in the last message, beside the inputs.
+    types = {"answer": str, "label": Literal[LABELS]}
+    fields |= {name: (types[name], dspy.OutputField(desc=draw(texts))) for name in outputs}
     predictor = dspy.Predict(dspy.Signature(fields, draw(texts) or "x"))
     every = (*inputs, *outputs)
     predictor.demos = [

@@ -76,12 +76,13 @@ def test_every_way_to_call_gives_the_same(program: dspy.Module) -> None:
     assert expected[0]["answer"].startswith("answer of q0:  two  blanks")
     assert runnable.batch(inputs) == expected
 
+    async def streamed(value: dict[str, str]) -> Any:
+        return added([chunk async for chunk in runnable.astream(value)])
+
     async def others() -> tuple[Any, ...]:
-        return (
-            [await runnable.ainvoke(value) for value in inputs],
-            await runnable.abatch(inputs),
-            [added([chunk async for chunk in runnable.astream(value)]) for value in inputs],
-        )
+        called = [await runnable.ainvoke(value) for value in inputs]
+        streams = [await streamed(value) for value in inputs]
+        return called, await runnable.abatch(inputs), streams
 
     assert asyncio.run(others()) == (expected, expected, expected)
     assert [added(list(runnable.stream(value))) for value in inputs] == expected

@@ -41,7 +41,7 @@ class _Model:
         return "test/other"
 
 
-# The suites' image tests download their pictures; images are tested in test_messages.py instead.
+# The suites' image tests download their pictures; images are tested in test_worker_lm.py instead.
 class TestStandardUnit(_Model, ChatModelUnitTests):
     pass
 

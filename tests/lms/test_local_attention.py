@@ -178,3 +178,24 @@ def test_an_error_in_a_lane_reaches_the_caller_after_all_have_ended() -> None:
     assert ended == [1]
     assert torch.get_num_threads() == before
     lanes.close()
+
+
+def test_results_of_one_pass_survive_the_next_on_the_same_thread() -> None:
+    decoder = FusedDecoder(tiny_model())
+    slots = new_slots(decoder)
+    layouts = [
+        build_layout(
+            [PassItem(ids, 0, (), wanted=(len(ids) - 1,))],
+            heads_per_key=decoder.shape.heads_per_key,
+            windows=decoder.windows,
+            slot_capacity=0,
+            dtype=decoder.dtype,
+            device=decoder.device,
+        )
+        for ids in (PREFIX[:6], PREFIX[6:12])
+    ]
+    with torch.inference_mode():
+        first, _ = decoder.run(layouts[0], PackedAttention(layouts[0], decoder.shape, slots))
+        before = first.clone()
+        decoder.run(layouts[1], PackedAttention(layouts[1], decoder.shape, slots))
+    assert torch.equal(first, before)

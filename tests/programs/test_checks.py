@@ -109,10 +109,14 @@ def test_an_overlapping_valset_is_counted(
 class TestContext:
     def test_a_demo_longer_than_the_context(self, plain: dspy.Module) -> None:
         long = [example(message="word " * 1000, label="other").with_inputs("message")]
-        with pytest.raises(ConfigurationError, match=r"max_demo_tokens=4000 .*1304.*context is 512.*well below 512"):
+        with pytest.raises(
+            ConfigurationError, match=r"max_demo_tokens=4000 .*1304.*context is 512.*well below 512"
+        ):
             check_context(plain, long, context_tokens=512, max_demo_tokens=4000)
 
-    def test_an_example_longer_than_the_context(self, plain: dspy.Module, caplog: pytest.LogCaptureFixture) -> None:
+    def test_an_example_longer_than_the_context(
+        self, plain: dspy.Module, caplog: pytest.LogCaptureFixture
+    ) -> None:
         long = [example(message="word " * 1000, label="other").with_inputs("message")]
         check_context(plain, long, context_tokens=lambda: 512)
         assert "about 1304 tokens, the LM's context is 512" in caplog.records[0].getMessage()
@@ -136,7 +140,9 @@ class TestContext:
         check_context(plain, long, context_tokens=None, max_demo_tokens=4000)
         check_context(plain, long, context_tokens=lambda: None, max_demo_tokens=4000)
 
-    def test_the_lms_own_tokenizer_is_used(self, plain: dspy.Module, caplog: pytest.LogCaptureFixture) -> None:
+    def test_the_lms_own_tokenizer_is_used(
+        self, plain: dspy.Module, caplog: pytest.LogCaptureFixture
+    ) -> None:
         long = [example(message="word " * 1000, label="other").with_inputs("message")]
         with caplog.at_level(logging.WARNING):
             check_context(plain, long, context_tokens=512, max_demo_tokens=4000, count_tokens=lambda _: 7)

@@ -72,12 +72,16 @@ def test_repeats_are_dropped(plain: dspy.Module, examples: list[dspy.Example]) -
 
 def test_enum_and_unhashable_values(queue: Any) -> None:
     signature = dspy.Signature("tags: list[str] -> note").append("label", dspy.OutputField(), type_=queue)
-    examples = [dspy.Example(tags=["a"], note="n", label=value) for value in (queue.BILLING, "access", "ACCESS")]
+    examples = [
+        dspy.Example(tags=["a"], note="n", label=value) for value in (queue.BILLING, "access", "ACCESS")
+    ]
     items = labelled_demos(dspy.Predict(signature), [*examples, examples[0].copy()], worker="eu")
     assert [item.stratum for item in items] == ["billing", "access", "access"]
 
 
-def test_long_demos_are_left_out_with_one_warning(plain: dspy.Module, caplog: pytest.LogCaptureFixture) -> None:
+def test_long_demos_are_left_out_with_one_warning(
+    plain: dspy.Module, caplog: pytest.LogCaptureFixture
+) -> None:
     examples = [dspy.Example(message="word " * words, label="other") for words in (5, 300, 400)]
     with caplog.at_level(logging.WARNING):
         items = labelled_demos(plain, examples, worker="eu", max_demo_tokens=50)
@@ -86,7 +90,9 @@ def test_long_demos_are_left_out_with_one_warning(plain: dspy.Module, caplog: py
     assert "2 labelled demos" in record.getMessage()
     assert "max_demo_tokens=50" in record.getMessage()
     assert str(demo_tokens(examples[2])) in record.getMessage()
-    assert len(labelled_demos(plain, examples, worker="eu", max_demo_tokens=50, count_tokens=lambda _: 1)) == 3
+    assert (
+        len(labelled_demos(plain, examples, worker="eu", max_demo_tokens=50, count_tokens=lambda _: 1)) == 3
+    )
 
 
 def test_token_estimate() -> None:
@@ -106,7 +112,9 @@ def test_bootstrapped_demos_of_every_kind(kind: Any) -> None:
     program = build_space(student).build([0] * len(student.named_predictors()))
     example, rollout = traced(program, kind.answers)
     assert rollout.failure is None, rollout.error
-    items = bootstrapped_demos(rollout.trace, example, rollout.score, program=program, worker="eu", example_index=3)
+    items = bootstrapped_demos(
+        rollout.trace, example, rollout.score, program=program, worker="eu", example_index=3
+    )
     assert {item.predictor for item in items} == {name for name, _ in student.named_predictors()}
     signatures = {name: predictor.signature for name, predictor in student.named_predictors()}
     for item in items:
@@ -138,8 +146,12 @@ def test_each_react_step_is_a_demo_of_its_tool(kinds: Any) -> None:
 def test_bad_or_missing_runs_give_no_demos(plain: dspy.Module) -> None:
     example, rollout = traced(plain, [{"label": "billing"}])
     for score in (None, 0.0, 0.49):
-        assert not bootstrapped_demos(rollout.trace, example, score, program=plain, worker="eu", example_index=0)
-    kept = bootstrapped_demos(rollout.trace, example, 0.3, program=plain, worker="eu", example_index=0, threshold=0.3)
+        assert not bootstrapped_demos(
+            rollout.trace, example, score, program=plain, worker="eu", example_index=0
+        )
+    kept = bootstrapped_demos(
+        rollout.trace, example, 0.3, program=plain, worker="eu", example_index=0, threshold=0.3
+    )
     assert len(kept) == 1
 
 
@@ -153,7 +165,9 @@ def test_partial_answers_and_foreign_predictors_are_skipped(plain: dspy.Module, 
         (plain.classify, {"message": "whole"}, dspy.Prediction(label="other")),
     ]
     items = bootstrapped_demos(trace, dspy.Example(), 1.0, program=plain, worker="eu", example_index=0)
-    assert [item.demo.toDict() for item in items] == [{"augmented": True, "message": "whole", "label": "other"}]
+    assert [item.demo.toDict() for item in items] == [
+        {"augmented": True, "message": "whole", "label": "other"}
+    ]
 
 
 def test_long_bootstrapped_demos_are_reported(plain: dspy.Module, caplog: pytest.LogCaptureFixture) -> None:

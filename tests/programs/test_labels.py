@@ -36,7 +36,7 @@ def signature(annotation: Any) -> type[dspy.Signature]:
         (Size, ("small", "large")),
         (Optional[Literal["a", "b"]], ("a", "b")),  # noqa: UP045 - the old spelling is what users write
         (Literal["a", "b"] | None, ("a", "b")),
-        (Literal["a", "b", None], ("a", "b")),  # noqa: PYI061 - as above
+        (Literal["a", "b", None], ("a", "b")),
         (Union[Literal["a"], Colour], ("a", "red wine", "2")),  # noqa: UP007
         (Annotated[Literal["a", "b"], "a note"], ("a", "b")),
         (bool | None, ("True", "False")),
@@ -47,7 +47,9 @@ def test_enumerations(annotation: Any, labels: tuple[str, ...]) -> None:
     assert enumerated_field(signature(annotation)) == ("label", labels)
 
 
-@pytest.mark.parametrize("annotation", [str, int, list[Literal["a", "b"]], Literal["a", "b"] | str, Literal["only"]])
+@pytest.mark.parametrize(
+    "annotation", [str, int, list[Literal["a", "b"]], Literal["a", "b"] | str, Literal["only"]]
+)
 def test_open_outputs_are_no_enumerations(annotation: Any) -> None:
     assert enumerated_field(signature(annotation)) is None
 
@@ -85,7 +87,9 @@ def test_label_of(annotation: Any, value: Any, label: str | None) -> None:
     assert classes.label_of(value) == label
 
 
-def test_example_labels_follow_the_last_predictor_that_has_them(kinds: Any, examples: list[dspy.Example]) -> None:
+def test_example_labels_follow_the_last_predictor_that_has_them(
+    kinds: Any, examples: list[dspy.Example]
+) -> None:
     expected = ["billing", "access", "other"] * 2
     assert example_labels(kinds["nested"].make(), examples) == expected
     assert example_labels(kinds["react"].make(), examples) == expected

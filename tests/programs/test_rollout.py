@@ -121,7 +121,7 @@ def test_a_blocking_program_does_not_block_the_loop() -> None:
 
     async def main() -> list[Rollout]:
         runs = [asyncio.create_task(runner.run(program, EXAMPLE)) for _ in range(2)]
-        while barrier.n_waiting < 2:
+        while barrier.n_waiting < 2:  # noqa: ASYNC110 - a barrier of threads has no event
             await asyncio.sleep(0)
         await asyncio.to_thread(barrier.wait)
         return list(await asyncio.gather(*runs))
@@ -181,7 +181,9 @@ def test_an_unreachable_lm_is_missing_and_no_zero(program_class: Any) -> None:
 
 
 def test_an_answer_that_cannot_be_parsed_is_a_failure(triage: Any) -> None:
-    rollout = run(Raising(AdapterParseError("ChatAdapter", triage, "rubbish", parsed_result={"x": 1})), trace=True)
+    rollout = run(
+        Raising(AdapterParseError("ChatAdapter", triage, "rubbish", parsed_result={"x": 1})), trace=True
+    )
     assert rollout.score == 0.0 and rollout.failure is FailureKind.PROGRAM
     assert rollout.trace == []
 
@@ -198,7 +200,7 @@ def test_cancellation_is_never_swallowed(stop: type[BaseException]) -> None:
 
 def test_a_refused_call_is_raised_however_deep(plain: dspy.Module) -> None:
     refused = BudgetExceededError("0.02 dollars left, the call needs up to 0.03")
-    with pytest.raises(BudgetExceededError, match="0.02 dollars"):
+    with pytest.raises(BudgetExceededError, match=r"0\.02 dollars"):
         run(Raising(refused))
     wrapped = RuntimeError("engine failed")
     wrapped.__cause__ = ValueError("adapter")
@@ -333,11 +335,11 @@ def test_a_metric_that_cannot_take_gold_and_prediction_is_refused(metric: Any) -
 
 def test_a_metric_without_a_signature_and_a_partial_one(plain: dspy.Module) -> None:
     RolloutRunner(max)  # written in C: it says nothing about its arguments, so nothing can be refused
+
+    def worst(bound: float, gold: Any, prediction: Any) -> None:
+        return None
+
     with pytest.raises(MetricError, match="metric 'worst' returned None"):
-
-        def worst(bound: float, gold: Any, prediction: Any) -> None:
-            return None
-
         run(plain, functools.partial(worst, 0.5))
 
 
@@ -426,7 +428,9 @@ class Reporting(dspy.Module):
         return self.classify(message=message)
 
 
-def loss(triage: Any, label: str, probabilities: Any, metric: Any = exact, field: str = "label") -> float | None:
+def loss(
+    triage: Any, label: str, probabilities: Any, metric: Any = exact, field: str = "label"
+) -> float | None:
     program = Reporting(triage, label, probabilities, field)
     return run(program, metric, answers=[{"label": label}]).cross_entropy
 
@@ -484,7 +488,9 @@ class LabelEngine:
         return lm15.Response(
             id=None,
             model=request.model,
-            message=lm15.Message.assistant([lm15.TextPart("[[ ## label ## ]]\nbilling\n\n[[ ## completed ## ]]")]),
+            message=lm15.Message.assistant(
+                [lm15.TextPart("[[ ## label ## ]]\nbilling\n\n[[ ## completed ## ]]")]
+            ),
             finish_reason="stop",
             usage=lm15.Usage(input_tokens=1, output_tokens=1, total_tokens=2),
             provider_data={PROVIDER_DATA_KEY: {"label": shares}},

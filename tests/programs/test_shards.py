@@ -21,7 +21,9 @@ def trainset(count: int) -> list[dspy.Example]:
 
 @settings(max_examples=100, deadline=None)
 @given(CLASSES, st.integers(1, 6), st.integers(0, 3))
-def test_every_example_is_in_one_shard_and_classes_are_even(strata: list[str | None], count: int, seed: int) -> None:
+def test_every_example_is_in_one_shard_and_classes_are_even(
+    strata: list[str | None], count: int, seed: int
+) -> None:
     count = min(count, len(strata))
     dealt = shards(trainset(len(strata)), count, strata=strata, seed=seed)
     assert sorted(index for shard in dealt for index in shard) == list(range(len(strata)))

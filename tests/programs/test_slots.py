@@ -81,10 +81,14 @@ def test_blocks_and_arms(space: ProgramSpace) -> None:
     ]
     assert [arm.key for arm in space.space.blocks[0].arms] == ["", "i:classify:1", "i:classify:2"]
     assert "pays" not in json.dumps([a.home for b in space.space.blocks for a in b.arms])
-    assert "Sort it" not in json.dumps(space.space.to_dict()), "the space travels to the server: no text in it"
+    assert "Sort it" not in json.dumps(space.space.to_dict()), (
+        "the space travels to the server: no text in it"
+    )
 
 
-def test_every_kind_gets_blocks_for_every_predictor_and_builds(kind: Any, examples: list[dspy.Example]) -> None:
+def test_every_kind_gets_blocks_for_every_predictor_and_builds(
+    kind: Any, examples: list[dspy.Example]
+) -> None:
     student = kind.make()
     names = [name for name, _ in student.named_predictors()]
     before = state(student)
@@ -105,7 +109,7 @@ def test_every_kind_gets_blocks_for_every_predictor_and_builds(kind: Any, exampl
         student,
         instructions={name: [f"New text of {name}."] for name in names},
         demos=demos,
-        slots={name: (None,) for name in names},
+        slots=dict.fromkeys(names, (None,)),
     )
     program = made.build([1] * len(made.space.blocks))
     for name, predictor in program.named_predictors():
@@ -128,9 +132,13 @@ def test_every_kind_gets_blocks_for_every_predictor_and_builds(kind: Any, exampl
 def test_student_candidate_keeps_the_students_own_demos(plain: dspy.Module) -> None:
     own = dspy.Example(message="own", label="other")
     plain.classify.demos = [own]
-    made = build_space(plain, demos=[item("new", "billing")], slots=demo_slots(plain), instructions={"classify": ["T"]})
+    made = build_space(
+        plain, demos=[item("new", "billing")], slots=demo_slots(plain), instructions={"classify": ["T"]}
+    )
     assert made.build(made.space.student).classify.demos == [own]
-    assert made.build((1, 0, 0, 0)).classify.demos == [own], "no demo slot is filled, so the student's demos stay"
+    assert made.build((1, 0, 0, 0)).classify.demos == [own], (
+        "no demo slot is filled, so the student's demos stay"
+    )
     assert [demo.message for demo in made.build((0, 1, 0, 0)).classify.demos] == ["new"]
     assert made.describe((0, 0, 0, 0))["classify"]["demos"] == [{"message": "own", "label": "other"}]
     assert plain.classify.demos == [own]
@@ -202,7 +210,9 @@ def test_build_is_cached_and_fresh_is_not(space: ProgramSpace) -> None:
 def test_changing_the_student_later_changes_nothing(plain: dspy.Module, space: ProgramSpace) -> None:
     plain.classify.signature = plain.classify.signature.with_instructions("Something else.")
     plain.classify.demos = [dspy.Example(message="late", label="other")]
-    assert space.build(space.space.student).classify.signature.instructions == "Sort the message into a queue."
+    assert (
+        space.build(space.space.student).classify.signature.instructions == "Sort the message into a queue."
+    )
     assert space.build(space.space.student).classify.demos == []
 
 
@@ -242,7 +252,9 @@ def test_repeated_instructions_are_dropped(plain: dspy.Module) -> None:
 
 
 def test_fragments_become_a_note(plain: dspy.Module) -> None:
-    made = build_space(plain, fragments=FragmentSlots(3, ("red", "green", "red")), instructions={"classify": ["T."]})
+    made = build_space(
+        plain, fragments=FragmentSlots(3, ("red", "green", "red")), instructions={"classify": ["T."]}
+    )
     assert [b.name for b in made.space.blocks] == ["classify/instructions"] + [
         f"classify/fragments/{slot}" for slot in range(3)
     ]
@@ -277,7 +289,7 @@ def test_what_does_not_fit_is_refused(plain: dspy.Module, space: ProgramSpace) -
         build_space(plain, instructions={"clasify": ["x"]})
     with pytest.raises(ConfigurationError, match="two different demos have the key 'k'"):
         build_space(plain, demos=[item("a", "billing", key="k"), item("b", "billing", key="k")])
-    with pytest.raises(ConfigurationError, match="arms 0..2, got 3"):
+    with pytest.raises(ConfigurationError, match=r"arms 0\.\.2, got 3"):
         space.build((3, 0, 0, 0))
     with pytest.raises(ConfigurationError, match="slots=0"):
         FragmentSlots(0, ("a",))
@@ -317,7 +329,9 @@ def test_what_is_described_is_what_is_built(data: st.DataObject) -> None:
     texts = data.draw(st.lists(st.text(max_size=5), max_size=3))
     numbers = data.draw(st.lists(st.integers(0, 4), max_size=6))
     demos = [
-        item(f"m{number}", str(number % 2 == 0), home=f"w{number % 3}", shared=number % 3 > 0, predictor="self")
+        item(
+            f"m{number}", str(number % 2 == 0), home=f"w{number % 3}", shared=number % 3 > 0, predictor="self"
+        )
         for number in numbers
     ]
     words = FragmentSlots(2, ("red", "green")) if data.draw(st.booleans()) else None

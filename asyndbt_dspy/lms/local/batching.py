@@ -7,7 +7,9 @@ answer is one of finitely many labels needs a single pass and no memory of its o
 
 from __future__ import annotations
 
+import atexit
 import threading
+import weakref
 from collections import OrderedDict, deque
 from functools import partial
 from typing import Any
@@ -67,6 +69,8 @@ class Scheduler:
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._serve, name="asyndbt-local-lm", daemon=True)
                 self._thread.start()
+                # A daemon thread inside torch when the interpreter ends aborts the process.
+                atexit.register(_close_at_exit, weakref.ref(self))
             self._condition.notify()
 
     def cancel(self, job: Job) -> None:
@@ -366,3 +370,9 @@ def _split_kv(kv: Any, length: int) -> tuple[Any, Any]:
 
 def _computed_tokens(node: Node) -> int:
     return sum(len(each.tokens) for each in node.path() if each.kv is not None)
+
+
+def _close_at_exit(reference: weakref.ref[Scheduler]) -> None:
+    scheduler = reference()
+    if scheduler is not None:
+        scheduler.close()

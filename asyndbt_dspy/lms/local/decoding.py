@@ -204,9 +204,8 @@ class AnswerDecoder:
     def take_token(self, log_probabilities: np.ndarray) -> None:
         """Take the next-token log-probabilities [vocabulary], choose a token and go on."""
         allowed = allowed_tokens(self._matcher, self.vocabulary) if self._matcher is not None else None
-        if allowed is None:
-            masked = log_probabilities
-        else:
+        masked = log_probabilities
+        if allowed is not None:
             masked = np.where(allowed[: len(log_probabilities)], log_probabilities, -np.inf)
         token = self._closing_token(allowed) if allowed is not None else None
         if token is None:

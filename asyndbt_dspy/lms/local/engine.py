@@ -83,7 +83,7 @@ class LocalCore:
         self._name = name
         self._deterministic = deterministic
         self._ends = frozenset(loaded.ends)
-        self._context_tokens = loaded.decoder.context_tokens
+        self.context_tokens = loaded.decoder.context_tokens
         self._vocabulary = loaded.decoder.vocabulary
         self._encoder = PromptEncoder(loaded.tokenizer, plain=plain_template)
         self._grammars = GrammarFactory(loaded.tokenizer, loaded.decoder.vocabulary, list(loaded.ends))
@@ -109,10 +109,10 @@ class LocalCore:
         prompt = self._encoder.encode(request)
         config = request.config
         answer = self._compiled(config.response_format, prompt.indented)
-        room = self._context_tokens - len(prompt.ids) - len(answer.lead_tokens)
+        room = self.context_tokens - len(prompt.ids) - len(answer.lead_tokens)
         if room < 1:
             raise ContextLengthError(
-                f"the prompt has {len(prompt.ids)} tokens, but {self._name} reads at most {self._context_tokens} "
+                f"the prompt has {len(prompt.ids)} tokens, but {self._name} reads at most {self.context_tokens} "
                 "tokens, the answer included; use fewer or shorter demos, or a model with a longer context"
             )
         seed = config.seed
@@ -197,6 +197,7 @@ class _EngineBase:
 
     def __init__(self, core: LocalCore, settings: dict[str, Any]) -> None:
         self.core = core
+        self.context_tokens = core.context_tokens
         self._settings = dict(settings)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -260,7 +260,8 @@ class FusedDecoder:
         self._after_attention(layer, chosen, mixed.flatten(1).index_select(0, wanted))
         normed = self._normed(chosen, self._buffer("normed", rows, self._hidden)).mul_(self._final_norm)
         logits = torch.mm(normed, self._head, out=self._buffer("logits", rows, self.vocabulary))
-        exact = logits[:count].float()
+        # A copy even in float32: the thread's next part reuses the buffer, perhaps before these are read.
+        exact = logits[:count].to(torch.float32, copy=True)
         return exact, torch.logsumexp(exact, dim=-1)
 
 

@@ -78,10 +78,8 @@ class SlotStore:
     def read(self, layer: int, rows: Sequence[int], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the first `tokens` tokens of ascending `rows`: two tensors [rows, V, tokens, D]."""
         kv = self._kv[layer]
-        if rows[-1] - rows[0] + 1 == len(rows):
-            chosen = kv[:, rows[0] : rows[-1] + 1, :tokens]
-        else:
-            chosen = kv[:, list(rows), :tokens]
+        is_run = rows[-1] - rows[0] + 1 == len(rows)
+        chosen = kv[:, slice(rows[0], rows[-1] + 1) if is_run else list(rows), :tokens]
         return chosen[0].transpose(1, 2), chosen[1].transpose(1, 2)
 
     def copy_out(self, row: int, tokens: int) -> torch.Tensor:

@@ -1,0 +1,298 @@
+"""Several LMs, or keys, in order behind one: a dead one is left out and tried again later, a straggler may be hedged.
+
+    fallback([metered(first, …), metered(second, …)], hedge_after_s=8)
+
+Each LM is metered by itself, so every attempt is counted, a hedge's loser too. DSPy's retries stay outside: one attempt
+of the whole goes through the LMs that are not left out, and fails only when all of them have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import dspy
+from dspy.lm15 import RateLimitError, Request, Response
+
+from asyndbt_dspy.errors import BudgetExceededError, ConfigurationError
+from asyndbt_dspy.lms.attempts import Attempts, Capabilities, EngineFace, lm_with_engines
+from asyndbt_dspy.lms.background import BackgroundLoop
+from asyndbt_dspy.lms.failures import FailureKind, causes, classify, retry_after_s
+
+_TRANSIENTS_TO_DEATH = 3
+"""So many transient failures in a row, and an LM counts as dead for a while."""
+_FIRST_REST_S = 1.0
+_LONGEST_S = 600.0
+
+
+@dataclass
+class _Standing:
+    """How one of the LMs is doing."""
+
+    left_out_until_s: float = -math.inf
+    endpoint_failures: int = 0
+    transient_failures: int = 0
+    last_error: BaseException | None = None
+
+
+class Rotation:
+    """Which of several LMs may be tried, and in which order. Pure: time is passed in.
+
+    - An endpoint that refuses the key or does not know the model is dead: left out for ``retry_dead_after_s``, twice as
+      long each further time, at most ten minutes.
+    - One that asks for a pause is left out for the pause; after a 429 without one for 1, 2, 4, … seconds.
+    - Three other transient failures in a row count as death.
+    - An answer makes up for everything.
+
+    Raises:
+        ConfigurationError: ``retry_dead_after_s`` is not > 0.
+    """
+
+    def __init__(self, count: int, retry_dead_after_s: float) -> None:
+        if not 0 < retry_dead_after_s < math.inf:
+            raise ConfigurationError(f"retry_dead_after_s={retry_dead_after_s!r} must be > 0 seconds")
+        self.retry_dead_after_s = retry_dead_after_s
+        self._standings = [_Standing() for _ in range(count)]
+
+    def order(self, now_s: float) -> list[int]:
+        """The LMs that are not left out, first choice first."""
+        return [number for number, one in enumerate(self._standings) if one.left_out_until_s <= now_s]
+
+    def answered(self, number: int) -> None:
+        self._standings[number] = _Standing()
+
+    def failed(self, number: int, error: BaseException, now_s: float) -> None:
+        """Book a transient or an endpoint failure."""
+        one = self._standings[number]
+        one.last_error = error
+        asked_s = retry_after_s(error)
+        if classify(error) is FailureKind.ENDPOINT:
+            one.endpoint_failures += 1
+            rest_s = self._death_s(one.endpoint_failures)
+        else:
+            one.transient_failures += 1
+            rest_s = 0.0
+            if asked_s is not None:
+                rest_s = min(asked_s, _LONGEST_S)
+            elif _is_429(error):
+                rest_s = _FIRST_REST_S * 2 ** min(one.transient_failures - 1, 6)
+            if one.transient_failures >= _TRANSIENTS_TO_DEATH:
+                deaths = one.transient_failures - _TRANSIENTS_TO_DEATH + 1
+                rest_s = max(rest_s, self._death_s(deaths)) if asked_s is None else rest_s
+        one.left_out_until_s = max(one.left_out_until_s, now_s + rest_s) if rest_s else one.left_out_until_s
+
+    def unavailable(self, now_s: float) -> BaseException:
+        """What to raise where every LM is left out: DSPy waits for one that rests, and gives up on the dead."""
+        resting = [one for one in self._standings if not one.endpoint_failures]
+        if not resting:
+            error = self._standings[0].last_error
+            return error if error is not None else RateLimitError("every LM is left out")
+        wait_s = max(0.0, min(one.left_out_until_s for one in resting) - now_s)
+        return RateLimitError(
+            f"all {len(self._standings)} LMs are left out, the first for {wait_s:.1f} s more",
+            retry_after=round(wait_s, 3),
+        )
+
+    def _death_s(self, times: int) -> float:
+        return min(_LONGEST_S, self.retry_dead_after_s * 2 ** min(times - 1, 10))
+
+
+def fallback(
+    lms: Sequence[dspy.BaseLM],
+    *,
+    hedge_after_s: float | None = None,
+    retry_dead_after_s: float = 60.0,
+    clock: Callable[[], float] = time.monotonic,
+) -> dspy.LM:
+    """One LM that is answered by the first of several that can.
+
+    Args:
+        lms: In order of preference; metered ones, so that each attempt is counted. Sampling, cache and retries are the
+            first one's.
+        hedge_after_s: A call without an answer for so long is sent to the next LM too; the first answer counts, the
+            other call is cancelled. > 0, ``None``: never.
+        retry_dead_after_s: A dead LM is tried again after so long. > 0.
+        clock: Seconds since any fixed point.
+
+    Raises:
+        ConfigurationError: no LM; a time out of range.
+    """
+    if not lms:
+        raise ConfigurationError("fallback() got 0 LMs; give at least one")
+    if hedge_after_s is not None and not 0 < hedge_after_s < math.inf:
+        raise ConfigurationError(
+            f"hedge_after_s={hedge_after_s!r} must be > 0 seconds, or None for no hedging"
+        )
+    team = _Team(lms, Rotation(len(lms), retry_dead_after_s), hedge_after_s, clock)
+    return lm_with_engines(lms[0], _Engine(team), _AsyncEngine(team))
+
+
+class _Team:
+    """What both engines share."""
+
+    def __init__(
+        self,
+        lms: Sequence[dspy.BaseLM],
+        rotation: Rotation,
+        hedge_after_s: float | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self.members = [Attempts(lm) for lm in lms]
+        self.rotation = rotation
+        self.hedge_after_s = hedge_after_s
+        self.clock = clock
+        self.lock = threading.Lock()
+        self.home = BackgroundLoop("asyndbt-hedges")
+        self.losers: set[asyncio.Task[Response]] = set()
+
+    def capabilities(self) -> Capabilities:
+        found = [one.capabilities() for one in self.members]
+        shared = found[0]
+        for one in found[1:]:
+            shared = shared.shared_with(one)
+        return shared
+
+    def order(self) -> list[int]:
+        with self.lock:
+            now_s = self.clock()
+            order = self.rotation.order(now_s)
+            if order:
+                return order
+            raise self.rotation.unavailable(now_s)
+
+    def answered(self, number: int) -> None:
+        with self.lock:
+            self.rotation.answered(number)
+
+    def failed(self, number: int, error: BaseException) -> bool:
+        """Book a failure; whether another LM may do better."""
+        if classify(error) not in (FailureKind.TRANSIENT, FailureKind.ENDPOINT) or _is_budgets(error):
+            return False
+        with self.lock:
+            self.rotation.failed(number, error, self.clock())
+        return True
+
+
+class _Engine(EngineFace):
+    """For programs in threads. Hedging needs a call that can be cancelled: then the team runs in its own loop."""
+
+    def __init__(self, team: _Team) -> None:
+        super().__init__(team.capabilities)
+        self.team = team
+
+    def complete(self, request: Request) -> Response:
+        team = self.team
+        if team.hedge_after_s is not None:
+            future = team.home.submit(lambda: _Race(team, request).run())
+            try:
+                return future.result()
+            except BaseException:
+                future.cancel()
+                raise
+        errors: list[BaseException] = []
+        for number in team.order():
+            try:
+                response = team.members[number].complete(request)
+            except Exception as error:  # sorted by kind in failed()
+                errors.append(error)
+                if not team.failed(number, error):
+                    raise
+                continue
+            team.answered(number)
+            return response
+        raise _most_hopeful(errors)
+
+
+class _AsyncEngine(EngineFace):
+    """For programs in tasks."""
+
+    def __init__(self, team: _Team) -> None:
+        super().__init__(team.capabilities)
+        self.team = team
+
+    async def complete(self, request: Request) -> Response:
+        return await _Race(self.team, request).run()
+
+
+@dataclass
+class _Race:
+    """One attempt of a team: one LM after the other, a second one beside a straggler."""
+
+    team: _Team
+    request: Request
+    running: dict[asyncio.Task[Response], int] = field(default_factory=dict)
+    errors: list[BaseException] = field(default_factory=list)
+
+    async def run(self) -> Response:
+        """The first answer; whatever runs beside it is cancelled and booked in the background."""
+        waiting = self.team.order()
+        self._start(waiting.pop(0))
+        may_hedge = self.team.hedge_after_s is not None
+        try:
+            while self.running:
+                patience = self.team.hedge_after_s if may_hedge and waiting else None
+                done, _ = await asyncio.wait(
+                    self.running, timeout=patience, return_when=asyncio.FIRST_COMPLETED
+                )
+                if not done:
+                    may_hedge = False
+                    self._start(waiting.pop(0))
+                    continue
+                go_on = True
+                for task in done:
+                    number = self.running.pop(task)
+                    error = _error_of(task)
+                    if error is None:
+                        self.team.answered(number)
+                        return task.result()
+                    self.errors.append(error)
+                    # A hedge that the budget refuses does not end the call that it was to hurry.
+                    go_on = self.team.failed(number, error) or (_is_budgets(error) and bool(self.running))
+                    if not go_on:
+                        raise error
+                if not self.running and waiting and not _is_budgets(self.errors[-1]):
+                    self._start(waiting.pop(0))
+            raise _most_hopeful(self.errors)
+        finally:
+            self._leave_the_rest()
+
+    def _start(self, number: int) -> None:
+        task = asyncio.ensure_future(self.team.members[number].acomplete(self.request))
+        self.running[task] = number
+
+    def _leave_the_rest(self) -> None:
+        for task in self.running:
+            self.team.losers.add(task)
+            task.add_done_callback(self._forget)
+            task.cancel()
+
+    def _forget(self, task: asyncio.Task[Response]) -> None:
+        self.team.losers.discard(task)
+        _error_of(task)  # asked for, so that asyncio does not complain
+
+
+def _error_of(task: asyncio.Task[Response]) -> BaseException | None:
+    return asyncio.CancelledError() if task.cancelled() else task.exception()
+
+
+def _most_hopeful(errors: Sequence[BaseException]) -> BaseException:
+    """A transient error before others: DSPy tries again."""
+    for error in errors:
+        if classify(error) is FailureKind.TRANSIENT and not _is_budgets(error):
+            return error
+    return errors[-1]
+
+
+def _is_budgets(error: BaseException) -> bool:
+    return any(isinstance(one, BudgetExceededError) for one in causes(error))
+
+
+def _is_429(error: BaseException) -> bool:
+    return any(
+        getattr(one, "status", None) == 429 or type(one).__name__ in ("RateLimitError", "LMRateLimitError")
+        for one in causes(error)
+    )

@@ -1,0 +1,289 @@
+"""The account of one run, shared by all of its workers, threads and event loops."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from typing import Any
+
+from asyndbt_dspy.core.budget import Budget, BudgetLedger, Charge, Spent
+from asyndbt_dspy.lms.endpoints import Endpoints
+from asyndbt_dspy.lms.failures import Fate
+
+
+@dataclass(frozen=True)
+class LedgerLine:
+    """What one worker had sent, and what it got for it.
+
+    ``attempts = answers + refused + cut + those in flight``.
+
+    Attributes:
+        worker: Its name; empty for calls that belong to no worker.
+        attempts: On the wire, retries and hedges included.
+        answers: Attempts that brought an answer.
+        refused: Attempts that the endpoint answered with an error; they cost no tokens.
+        cut: Attempts that were cut or cancelled; the reservation was charged.
+        prompt_tokens, completion_tokens: Of answers, as the provider measured them.
+        cut_tokens: Charged for cut attempts; at least what the provider bills for them.
+        dollars, cut_dollars: Likewise; 0 where the price is unknown (then ``unpriced`` counts).
+        unpriced: Answers whose price is unknown.
+        cache_hits: Calls answered from DSPy's cache: no attempt, no cost.
+        waited_s: Seconds that attempts were held back by rate limits, summed.
+    """
+
+    worker: str
+    attempts: int = 0
+    answers: int = 0
+    refused: int = 0
+    cut: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cut_tokens: int = 0
+    dollars: Decimal = Decimal(0)
+    cut_dollars: Decimal = Decimal(0)
+    unpriced: int = 0
+    cache_hits: int = 0
+    waited_s: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """All that was charged."""
+        return self.prompt_tokens + self.completion_tokens + self.cut_tokens
+
+    @property
+    def total_dollars(self) -> Decimal:
+        """All that was charged; a lower bound where ``unpriced`` is above 0."""
+        return self.dollars + self.cut_dollars
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; money as exact text."""
+        found = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return found | {"dollars": str(self.dollars), "cut_dollars": str(self.cut_dollars)}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt that is over, as observers of a ledger see it.
+
+    Attributes:
+        fate: ``None`` for an answer.
+        charge: What was charged for it.
+        is_priced: Whether ``charge.dollars`` is known.
+        waited_s: Seconds that rate limits held it back.
+    """
+
+    worker: str
+    model: str
+    fate: Fate | None
+    charge: Charge
+    is_priced: bool = True
+    waited_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """Held for one attempt of one worker."""
+
+    number: int
+    worker: str
+    worst: Charge
+
+
+@dataclass
+class Ledger:
+    """Caps, lines and endpoints of one run. Safe to use from every thread and event loop.
+
+    Attributes:
+        budget: The caps; ``None``: count only.
+        kept_back: Share of each cap in [0, 1) that stays for the final race; see ``open_kept_back``.
+        on_attempt: Called after each attempt, in whatever thread it ran (the journal listens here).
+        endpoints: Rate limits of the run's endpoints.
+    """
+
+    budget: Budget | None = None
+    kept_back: float = 0.0
+    on_attempt: Callable[[Attempt], None] | None = None
+    endpoints: Endpoints = field(default_factory=Endpoints)
+
+    def __post_init__(self) -> None:
+        self._account = BudgetLedger(self.budget, kept_back=self.kept_back)
+        self._lock = threading.Lock()
+        self._lines: dict[str, LedgerLine] = {}
+        self._waiting: list[Callable[[], None]] = []
+
+    # -- reading
+
+    def line(self, worker: str) -> LedgerLine:
+        """The line of one worker, as it is now; an empty one where it has sent nothing."""
+        with self._lock:
+            return self._lines.get(worker, LedgerLine(worker))
+
+    def lines(self) -> dict[str, LedgerLine]:
+        """All lines by worker, as they are now."""
+        with self._lock:
+            return dict(self._lines)
+
+    @property
+    def spent(self) -> Spent:
+        with self._lock:
+            return self._account.spent
+
+    def exhausted(self, *, elapsed_s: float = 0.0, metric_calls: int = 0) -> str | None:
+        """See ``BudgetLedger.exhausted``."""
+        with self._lock:
+            return self._account.exhausted(elapsed_s=elapsed_s, metric_calls=metric_calls)
+
+    def needs_bounds(self) -> bool:
+        """Whether a cap on tokens or dollars makes every call's worst case matter."""
+        return self.budget is not None and (self.budget.tokens is not None or self.budget.dollars is not None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: totals for ``restore``, and the lines."""
+        with self._lock:
+            return {
+                "totals": self._account.to_dict(),
+                "lines": {name: line.to_dict() for name, line in sorted(self._lines.items())},
+            }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on from ``to_dict`` of an earlier process; before the first call.
+
+        Raises:
+            ProtocolError: a call was made already.
+        """
+        with self._lock:
+            self._account.restore(saved["totals"])
+            for name, line in saved["lines"].items():
+                money = {key: Decimal(line[key]) for key in ("dollars", "cut_dollars")}
+                self._lines[name] = LedgerLine(**{**line, **money})
+
+    # -- the life of an attempt
+
+    def reserve(self, worker: str, worst: Charge, wake: Callable[[], None]) -> Reservation | None:
+        """Hold the worst case, or return ``None`` and call ``wake`` once when it is worth asking again.
+
+        Raises:
+            BudgetExceededError: the call would pass a cap.
+        """
+        with self._lock:
+            number = self._account.reserve(worst)
+            if number is None:
+                self._waiting.append(wake)
+                return None
+            self._add(worker, attempts=1)
+            return Reservation(number, worker, worst)
+
+    async def areserve(self, worker: str, worst: Charge) -> Reservation:
+        """Hold the worst case, waiting for calls in flight where only they stand in the way."""
+        loop = asyncio.get_running_loop()
+        while True:
+            woken = asyncio.Event()
+            reservation = self.reserve(worker, worst, lambda woken=woken: _set_from_afar(loop, woken))  # type: ignore[misc]
+            if reservation is not None:
+                return reservation
+            await woken.wait()
+
+    def reserve_blocking(self, worker: str, worst: Charge) -> Reservation:
+        """``areserve`` for threads."""
+        while True:
+            woken = threading.Event()
+            reservation = self.reserve(worker, worst, woken.set)
+            if reservation is not None:
+                return reservation
+            woken.wait()
+
+    def withdraw(self, held: Reservation) -> None:
+        """The attempt never was on the wire."""
+        with self._lock:
+            self._account.withdraw(held.number)
+            self._add(held.worker, attempts=-1)
+        self._wake()
+
+    def settle(
+        self,
+        held: Reservation,
+        model: str,
+        fate: Fate | None,
+        actual: Charge | None = None,
+        *,
+        is_priced: bool = True,
+        waited_s: float = 0.0,
+    ) -> None:
+        """The attempt is over.
+
+        Args:
+            fate: ``None``: it brought an answer.
+            actual: What the answer cost; ``None``: not reported, the reservation is charged.
+        """
+        if fate is Fate.UNSENT:
+            self.withdraw(held)
+            return
+        with self._lock:
+            charged = self._settle(held, fate, actual, is_priced, waited_s)
+        self._wake()
+        if self.on_attempt is not None:
+            self.on_attempt(Attempt(held.worker, model, fate, charged, is_priced, waited_s))
+
+    def _settle(
+        self, held: Reservation, fate: Fate | None, actual: Charge | None, is_priced: bool, waited_s: float
+    ) -> Charge:
+        if fate is Fate.REFUSED:
+            self._account.refuse(held.number)
+            self._add(held.worker, refused=1, waited_s=waited_s)
+            return Charge()
+        if fate is Fate.CUT or actual is None:
+            charged = self._account.charge(held.number)
+            self._add(
+                held.worker,
+                answers=fate is None,
+                cut=fate is not None,
+                cut_tokens=charged.tokens,
+                cut_dollars=charged.dollars,
+                waited_s=waited_s,
+            )
+            return charged
+        self._account.settle(held.number, actual)
+        self._add(
+            held.worker,
+            answers=1,
+            prompt_tokens=actual.prompt_tokens,
+            completion_tokens=actual.completion_tokens,
+            dollars=actual.dollars,
+            unpriced=not is_priced,
+            waited_s=waited_s,
+        )
+        return actual
+
+    def count_cache_hit(self, worker: str) -> None:
+        with self._lock:
+            self._add(worker, cache_hits=1)
+
+    def open_kept_back(self) -> None:
+        """The final race begins: from now on the whole of every cap may be spent."""
+        with self._lock:
+            self._account.open_kept_back()
+        self._wake()
+
+    def close(self) -> None:
+        """End the threads of the rate limits."""
+        self.endpoints.close()
+
+    def _add(self, worker: str, **more: Any) -> None:
+        line = self._lines.get(worker, LedgerLine(worker))
+        self._lines[worker] = replace(
+            line, **{name: getattr(line, name) + amount for name, amount in more.items()}
+        )
+
+    def _wake(self) -> None:
+        with self._lock:
+            waiting, self._waiting = self._waiting, []
+        for wake in waiting:
+            wake()
+
+
+def _set_from_afar(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(event.set)

@@ -1,0 +1,231 @@
+"""The Bayesian model of arm effects, against dense algebra and against known worths."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from asyndbt_dspy.core.config import DEFAULT
+from asyndbt_dspy.core.decoding import decode, finalists, merge_factors, pool_factors
+from asyndbt_dspy.core.effects import EffectKeys, EffectModel
+from asyndbt_dspy.core.policies import Nomination
+from asyndbt_dspy.core.space import Arm, Block, Space
+from asyndbt_dspy.testing.toys import small_space
+
+SPACE = small_space(2)
+HELPS = "text:toy/instructions:1"
+
+
+def observed(seed: int = 0, count: int = 60, noise: float = 0.05) -> EffectModel:
+    """Losses of an additive world: instruction 1 helps by .2, demo arm 3 helps by .1, examples differ by far more."""
+    rng = np.random.default_rng(seed)
+    model = EffectModel(EffectKeys.of(SPACE, share_credit=True))
+    difficulty = rng.uniform(0, 1, 10)
+    for _ in range(count):
+        candidate = (int(rng.integers(4)), int(rng.integers(5)), 0)
+        example = int(rng.integers(10))
+        loss = (
+            difficulty[example] - 0.2 * (candidate[0] == 1) - 0.1 * (candidate[1] == 3) + noise * rng.normal()
+        )
+        model.observe(candidate, example, float(loss))
+    model.fit()
+    return model
+
+
+def test_effects_are_found_under_unequal_examples() -> None:
+    model = observed(count=300)
+    good, deviation = model.effect(HELPS)
+    other, _ = model.effect("text:toy/instructions:2")
+    assert good - other == pytest.approx(-0.2, abs=4 * deviation)
+    assert good < -0.05
+    best, _ = model.value((1, 3, 0))
+    student, _ = model.value((0, 0, 0))
+    assert best < student
+
+
+def test_the_posterior_is_that_of_dense_algebra() -> None:
+    """Mean and variance of every parameter, with what others learned as a further Gaussian factor."""
+    model = observed(count=40)
+    outside = np.zeros((2, len(model.keys.shared)))
+    outside[:, 2] = (30.0, -3.0)
+    outside[:, -1] = (12.0, 6.0)
+    model.merge(outside)
+    model.fit(0)
+    size = len(model.names)
+    scale = max(model.square / model.count - (model.moment[model.names["mean"]] / model.count) ** 2, 1e-4)
+    prior, natural = np.zeros(size), model.moment / model.noise
+    for name, place in model.names.items():
+        group = name.partition(":")[0]
+        prior[place] = 1.0 / (100.0 * scale if group == "mean" else model.variances[group])
+    for column, key in enumerate(model.keys.shared):
+        if outside[0, column]:
+            prior[model.names[key]] += outside[0, column]
+            natural[model.names[key]] += outside[1, column]
+    covariance = np.linalg.inv(model.gram / model.noise + np.diag(prior))
+    for name, place in model.names.items():
+        mean, deviation = model.effect(name)
+        assert mean == pytest.approx(float(covariance[place] @ natural), abs=1e-8), name
+        assert deviation == pytest.approx(float(np.sqrt(covariance[place, place])), rel=1e-6), name
+
+
+def test_a_factor_is_the_posterior_over_its_cavity() -> None:
+    model = observed()
+    factor = model.factor()
+    for column, key in enumerate(model.keys.shared):
+        mean, deviation = model.effect(key)
+        precision, weighted = factor[:, column]
+        assert precision >= 0
+        if precision:
+            group = key.partition(":")[0]
+            assert 1.0 / deviation**2 == pytest.approx(precision + 1.0 / model.variances[group])
+            assert mean / deviation**2 == pytest.approx(weighted)
+
+
+def test_nothing_observed_is_nothing_shared_and_the_prior_stands() -> None:
+    model = EffectModel(EffectKeys.of(SPACE, share_credit=True))
+    model.fit()
+    assert not model.factor().any()
+    assert model.sample(np.random.default_rng(0)).shape == (0,)
+    assert model.effect(HELPS) == (0.0, model.prior_variance("text:x") ** 0.5)
+    mean, deviation = model.value((1, 0, 0))
+    assert mean == 0.0
+    assert deviation > 0
+
+
+def test_a_worker_without_data_of_its_own_takes_over_what_others_learned() -> None:
+    teacher = observed(count=200)
+    pupil = EffectModel(teacher.keys)
+    pupil.merge(teacher.factor())
+    pupil.fit(0)
+    assert pupil.effect(HELPS)[0] < -0.05
+    assert pupil.value((1, 3, 0))[0] < pupil.value((2, 0, 0))[0]
+    assert len(pupil.sample(np.random.default_rng(0))) == len(pupil.names)
+    # What was taken over is not sent back.
+    np.testing.assert_allclose(pupil.factor(), 0.0, atol=1e-6)
+
+
+def test_samples_have_the_posteriors_mean_and_spread() -> None:
+    model = observed()
+    rng = np.random.default_rng(1)
+    draws = np.array([model.sample(rng) for _ in range(4000)])
+    place = model.names[HELPS]
+    mean, deviation = model.effect(HELPS)
+    assert draws[:, place].mean() == pytest.approx(mean, abs=4 * deviation / 60)
+    assert draws[:, place].std() == pytest.approx(deviation, rel=0.1)
+
+
+def test_parameters_met_since_the_last_fit_have_their_prior() -> None:
+    model = observed(count=5)
+    model.observe((3, 0, 0), 99, 0.5)
+    mean, deviation = model.effect("example:99")
+    assert (mean, deviation) == (0.0, model.prior_variance("example:99") ** 0.5)
+    assert model.value((3, 0, 0))[1] > 0
+    model.factor()  # of the fitted ones only
+
+
+def test_credit_is_shared_over_slots_or_not() -> None:
+    together = EffectKeys.of(SPACE, share_credit=True)
+    apart = EffectKeys.of(SPACE, share_credit=False)
+    assert together.arms[1][1][1] == together.arms[2][1][1]
+    assert apart.arms[1][1][1] != apart.arms[2][1][1]
+    assert together.of_candidate((0, 0, 0)) == ()
+    assert together.of_candidate((2, 1, 0)) == (
+        "text:toy/instructions:2",
+        "slot:toy/demos/0",
+        "arm:toy:d:w0:0",
+    )
+
+
+def test_the_order_of_demos_is_a_choice_of_its_own() -> None:
+    order = Block("toy/order", "toy", "order", (Arm(""), Arm("o:1")))
+    keys = EffectKeys.of(Space((*SPACE.blocks, order)), share_credit=True)
+    assert keys.of_candidate((0, 0, 0, 1)) == ("order:toy/order:1",)
+    assert "order:toy/order:1" in keys.shared
+
+
+def test_private_arms_have_no_shared_parameter() -> None:
+    keys = EffectKeys.of(small_space(2, private=[1]), share_credit=True)
+    assert not any("d:w1" in name for name in keys.shared)
+    assert any("d:w0" in name for name in keys.shared)
+
+
+# --------------------------------------------------------------------------- merging and decoding
+
+
+FACTORS = np.array([[[2.0, 1.0], [-2.0, 1.0]], [[2.0, 0.0], [-2.0, 0.0]], [[4.0, 0.0], [400.0, 0.0]]])
+"""Three senders, two parameters: means (-1, 1), (-1, unknown), (100: a liar, unknown)."""
+
+
+def test_factors_add_up_and_the_median_withstands_a_liar() -> None:
+    total = pool_factors(DEFAULT, FACTORS)
+    np.testing.assert_allclose(total, [[8.0, 1.0], [396.0, 1.0]])
+    robust = pool_factors(dataclasses.replace(DEFAULT, aggregator="median"), FACTORS)
+    np.testing.assert_allclose(robust, [[8.0, 1.0], [-8.0, 1.0]])
+    few = pool_factors(dataclasses.replace(DEFAULT, aggregator="median"), FACTORS[:2])
+    np.testing.assert_allclose(few, [[4.0, 1.0], [-4.0, 1.0]])
+
+
+def test_each_worker_gets_what_the_others_know() -> None:
+    live = np.array([1.0, 1.0, 0.0])
+    merged = merge_factors(dataclasses.replace(DEFAULT, effect_trust=0.5), FACTORS, live)
+    np.testing.assert_allclose(merged[0], [[1.0, 0.0], [-1.0, 0.0]])
+    np.testing.assert_allclose(merged[1], [[1.0, 0.5], [-1.0, 0.5]])
+    robust = merge_factors(dataclasses.replace(DEFAULT, aggregator="median"), FACTORS, np.ones(3))
+    assert robust.shape == FACTORS.shape
+    assert merge_factors(DEFAULT, FACTORS[:, :, :0], live).shape == (3, 2, 0)
+
+
+def nominated(*rows: tuple[tuple[int, ...], float]) -> list[Nomination]:
+    return [Nomination(candidate, value, 0.1, 5) for candidate, value in rows]
+
+
+KEYS = EffectKeys.of(SPACE, share_credit=True)
+ALLOWED = ((range(5), range(5)), (range(5), range(5)))
+KNOWN = np.zeros((2, 2, len(KEYS.shared)))
+KNOWN[:, :, KEYS.shared.index("arm:toy:d:w0:0")] = (500.0, -100.0)
+KNOWN[:, :, KEYS.shared.index("arm:toy:d:w1:1")] = (500.0, -50.0)
+
+
+def test_finalists_begin_with_the_merged_program_and_hold_every_nomination_once() -> None:
+    rows = [nominated(((1, 2, 0), -0.2), ((0, 0, 0), 0.0)), nominated(((1, 2, 0), -0.2), ((3, 0, 4), -0.3))]
+    found = finalists(SPACE, DEFAULT, KEYS, (2,), rows, KNOWN, ALLOWED)
+    assert found[0] == (2, 1, 4)  # the best demo of either worker, not one twice
+    assert set(found) >= {(1, 2, 0), (3, 0, 4), (2, 0, 4), (2, 2, 0), (0, 0, 0)}
+    assert len(set(found)) == len(found)
+    alone = finalists(
+        SPACE, dataclasses.replace(DEFAULT, share_demos=False), KEYS, (2,), rows, KNOWN, ALLOWED
+    )
+    assert alone[0] == (2, 0, 4)
+    blind = finalists(SPACE, DEFAULT, KEYS, (2,), rows, KNOWN[:, :, :0], ALLOWED)
+    assert blind[0] == (3, 0, 4)
+    assert finalists(SPACE, DEFAULT, KEYS, (2,), [], KNOWN[:, :, :0], ALLOWED) == ()
+
+
+def test_demos_that_hurt_or_that_may_not_leave_stay_out_of_the_merged_program() -> None:
+    hurting = KNOWN.copy()
+    hurting[:, 1] *= -1
+    assert finalists(SPACE, DEFAULT, KEYS, (2,), [], hurting, ALLOWED)[0] == (2, 0, 0)
+    private = small_space(2, private=[0, 1])
+    keys = EffectKeys.of(private, share_credit=True)
+    factors = np.full((1, 2, len(keys.shared)), -1.0)
+    factors[:, 0] = 10.0
+    assert finalists(private, DEFAULT, keys, (2,), [], factors, ALLOWED)[0] == (2, 0, 0)
+
+
+def test_the_program_without_a_race() -> None:
+    """argmax z with the best worker's argmax q (paper; each worker nominates it first), or with the merged demos."""
+    rows = [nominated(((1, 2, 0), -0.1), ((3, 3, 3), -0.9)), nominated(((0, 0, 4), -0.2))]
+    paper = dataclasses.replace(DEFAULT, share_demos=False)
+    assert decode(SPACE, paper, KEYS, (2,), rows, KNOWN, ALLOWED) == (2, 0, 4)
+    assert decode(SPACE, paper, KEYS, (2,), [[], []], KNOWN, ALLOWED) == (2, 0, 0)
+    assert decode(SPACE, DEFAULT, KEYS, (2,), rows, KNOWN, ALLOWED) == (2, 1, 4)
+    assert decode(SPACE, DEFAULT, KEYS, (2,), rows, KNOWN[:, :, :0], ALLOWED) == (2, 0, 4)
+
+
+def test_a_space_without_demos_decodes_to_its_instructions() -> None:
+    space = Space((Block("i", "p", "instructions", (Arm(""), Arm("i:1"))),))
+    keys = EffectKeys.of(space, share_credit=True)
+    factors = np.zeros((1, 2, len(keys.shared)))
+    assert decode(space, DEFAULT, keys, (1,), [], factors, ((),)) == (1,)

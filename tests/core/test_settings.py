@@ -1,0 +1,135 @@
+"""Spaces, constants, budgets and what a server refuses before it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from asyndbt_dspy.core.budget import Budget
+from asyndbt_dspy.core.config import DEFAULT, PRESETS, AlgorithmConfig
+from asyndbt_dspy.core.server import Member, ServerState
+from asyndbt_dspy.core.space import Arm, Block, Space
+from asyndbt_dspy.errors import ConfigurationError
+from asyndbt_dspy.testing.toys import small_space
+
+LOWER = Block("p/instructions", "p", "instructions", (Arm(""), Arm("i:1")))
+UPPER = Block("p/demos/0", "p", "demo", (Arm(""), Arm("d:1", "eu", shared=False)))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_constants_survive_json(preset: str) -> None:
+    config = PRESETS[preset]
+    assert AlgorithmConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"max_staleness": 0}, "max_staleness=0 must be >= 1"),
+        ({"active_workers": 0}, "active_workers=0 must be >= 1"),
+        ({"penalty": -0.1}, "penalty=-0.1 must be >= 0"),
+        ({"penalty": float("nan")}, "penalty=nan must be >= 0"),
+        ({"floor": 1.0}, r"floor=1.0 must be in \[0, 1\)"),
+        ({"effect_trust": 1.1}, r"effect_trust=1.1 must be in \[0, 1\]"),
+        ({"policy": "score_function", "draws": 1, "example_baseline": False}, "draws=1 must be >= 2"),
+    ],
+)
+def test_constants_out_of_range_are_refused(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        dataclasses.replace(DEFAULT, **changes)
+
+
+def test_one_draw_is_enough_with_a_baseline() -> None:
+    assert dataclasses.replace(DEFAULT, policy="score_function", draws=1).draws == 1
+
+
+def test_a_space_survives_json_and_knows_its_levels() -> None:
+    space = small_space(3, private=[1])
+    assert Space.from_dict(json.loads(json.dumps(space.to_dict()))) == space
+    assert space.student == (0, 0, 0)
+    assert [block.name for block in space.lower] == ["toy/instructions"]
+    assert space.is_shared((1, 1, 2))
+    assert not space.is_shared((1, 3, 0))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "says"),
+    [
+        ((LOWER, LOWER), "used twice: \\['p/instructions'\\]"),
+        ((UPPER, LOWER), "must come before demo"),
+        (
+            (Block("p/i", "p", "instructions", (Arm(""), Arm("i:1", shared=False))),),
+            "every worker draws the arms of \\['p/i'\\]",
+        ),
+    ],
+)
+def test_spaces_that_cannot_be(blocks: tuple[Block, ...], says: str) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        Space(blocks)
+
+
+def test_a_block_needs_an_arm() -> None:
+    with pytest.raises(ConfigurationError, match="has 0 arms"):
+        Block("p/i", "p", "instructions", ())
+
+
+@pytest.mark.parametrize(
+    ("candidate", "says"),
+    [
+        ((0,), "has 2 arms here, got 1"),
+        ((0, 2), "has arms 0..1, got 2"),
+        ((-1, 0), "got -1"),
+        ((0.0, 0), "got 0.0"),
+    ],
+)
+def test_candidates_that_do_not_exist(candidate: Any, says: str) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        Space((LOWER, UPPER)).check(candidate)
+
+
+def members(count: int, name: str = "w") -> list[Member]:
+    return [Member(f"{name}{number}", ((0,),)) for number in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("team", "changes", "calls", "says"),
+    [
+        ([], {}, None, "0 workers"),
+        ([Member("eu", ((0,),))] * 2, {}, None, "used twice: \\['eu'\\]"),
+        (members(2), {"active_workers": 3}, None, "active_workers=3 exceeds the 2 workers"),
+        (members(4), {"aggregator": "trimmed_mean", "trim": 2}, None, "trim=2 cuts 4 of 4 workers"),
+        (members(1), {}, -1, "calls=-1 must be >= 0"),
+    ],
+)
+def test_teams_that_cannot_work(
+    team: list[Member], changes: dict[str, Any], calls: int | None, says: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        ServerState(Space((LOWER, UPPER)), team, dataclasses.replace(DEFAULT, **changes), calls)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"metric_calls": 300}, {"seconds": 1.5}, {"metric_calls": 1, "seconds": 9}]
+)
+def test_budgets(changes: dict[str, Any]) -> None:
+    assert dataclasses.asdict(Budget(**changes)) | changes == dataclasses.asdict(Budget(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, "sets no cap at all"),
+        ({"metric_calls": 0}, "metric_calls=0"),
+        ({"metric_calls": -5}, "metric_calls=-5"),
+        ({"metric_calls": 1.5}, "must be a whole number"),
+        ({"metric_calls": True}, "must be a positive, finite number"),
+        ({"seconds": float("inf")}, "seconds=inf"),
+        ({"seconds": "60"}, "seconds='60'"),
+    ],
+)
+def test_budgets_that_make_no_sense(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        Budget(**changes)

@@ -1,0 +1,212 @@
+"""What cannot work is refused before the LM is asked, with the value and the remedy in the message."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import dspy
+import kit
+import pytest
+
+from asyndbt_dspy import AsynDBT, Budget, ConfigurationError, Worker
+
+
+class Empty(dspy.Module):
+    def forward(self, message: str) -> dspy.Prediction:
+        return dspy.Prediction(label="red")
+
+
+def no_inputs(count: int) -> list[dspy.Example]:
+    return [dspy.Example(message=f"item {number}", label="red") for number in range(count)]
+
+
+def labels_as_inputs(count: int) -> list[dspy.Example]:
+    return [one.with_inputs("message", "label") for one in kit.examples(count)]
+
+
+def compiled(trainset: Any = None, student: Any = None, valset: Any = None, **options: Any) -> AsynDBT:
+    optimizer = kit.optimizer(budget=Budget(metric_calls=40), **options)
+    optimizer.compile(
+        dspy.Predict(kit.Sort) if student is None else student, trainset=trainset, valset=valset
+    )
+    return optimizer
+
+
+def long_examples(count: int) -> list[dspy.Example]:
+    return [
+        dspy.Example(message="word " * 400 + f"item {number}", label="red").with_inputs("message")
+        for number in range(count)
+    ]
+
+
+def shard(name: str = "w", count: int = 20) -> Worker:
+    return Worker(name, kit.examples(count))
+
+
+CASES: dict[str, tuple[Callable[[], Any], list[str]]] = {
+    "empty trainset": (lambda: compiled([]), ["0 examples", "at least 1"]),
+    "no trainset": (lambda: compiled(None), ["0 examples", "at least 1"]),
+    "empty shard": (lambda: Worker("w", []), ["'w'", "0 training examples", "give it at least"]),
+    "empty valset of a worker": (
+        lambda: compiled(workers=[Worker("w", kit.examples(20), valset=[])], student=None),
+        ["valset of worker 'w'", "0 examples"],
+    ),
+    "shard below the minibatch": (
+        lambda: compiled(workers=[shard("big"), shard("small", 5)]),
+        ["'small'", "of 5 in its shard", "minibatch of 6", "give it more examples"],
+    ),
+    "trainset below the minibatch": (
+        lambda: compiled(kit.examples(9)),
+        ["minibatch of 6", "use fewer workers"],
+    ),
+    "more workers than examples": (lambda: compiled(kit.examples(2), workers=3), ["2 examples", "3 workers"]),
+    "no predictors": (
+        lambda: compiled(kit.examples(40), Empty()),
+        ["Empty", "0 predictors", "at least one dspy.Predict"],
+    ),
+    "no program": (lambda: compiled(kit.examples(40), "prompt"), ["must be a dspy.Module", "str"]),
+    "two workers of one name": (lambda: compiled(workers=[shard("eu"), shard("eu")]), ["'eu'"]),
+    "worker named server": (lambda: shard("server"), ["'server'", "choose another"]),
+    "no workers in the list": (lambda: compiled(workers=[]), ["workers", "at least one"]),
+    "zero workers": (lambda: compiled(kit.examples(40), workers=0), ["workers=0", "at least 1"]),
+    "tau below 1": (lambda: compiled(kit.examples(40), max_staleness=0), ["max_staleness=0", ">= 1"]),
+    "S above R": (
+        lambda: compiled(kit.examples(40), active_workers=3),
+        ["active_workers=3", "number of workers, 2"],
+    ),
+    "S below 1": (lambda: compiled(kit.examples(40), active_workers=0), ["active_workers=0", "between 1"]),
+    "negative calls": (lambda: Budget(metric_calls=-5), ["metric_calls=-5", "positive"]),
+    "no calls": (lambda: Budget(metric_calls=0), ["metric_calls=0", "positive"]),
+    "negative seconds": (lambda: Budget(seconds=-1.0), ["seconds=-1.0", "positive"]),
+    "NaN seconds": (lambda: Budget(seconds=float("nan")), ["seconds=nan", "finite"]),
+    "no cap": (lambda: Budget(), ["no cap", "metric_calls"]),
+    "half a call": (lambda: Budget(metric_calls=2.5), ["metric_calls=2.5", "whole number"]),  # type: ignore[arg-type]
+    "labels in with_inputs": (
+        lambda: compiled(labels_as_inputs(40)),
+        ["['label'] in with_inputs", "leave labels out"],
+    ),
+    "no inputs declared": (lambda: compiled(no_inputs(40)), ["trainset[0]", "call .with_inputs"]),
+    "no examples but dicts": (
+        lambda: compiled([{"message": "item 1"}] * 40),
+        ["trainset[0] is a dict", "dspy.Example"],
+    ),
+    "trainset besides workers": (
+        lambda: compiled(kit.examples(40), workers=[shard()]),
+        ["40 examples", "workers=<number>"],
+    ),
+    "unknown preset": (lambda: kit.optimizer(preset="papers"), ["preset='papers'", "'paper'"]),
+    "unknown mode": (lambda: kit.optimizer(mode="all"), ["mode='all'", "'both'"]),
+    "unknown auto": (lambda: kit.optimizer(auto="tiny", budget=None), ["auto='tiny'", "'light'"]),
+    "unknown constant": (lambda: kit.optimizer(config={"minibach": 3}), ["minibach", "minibatch"]),
+    "constant out of range": (lambda: kit.optimizer(config={"minibatch": 0}), ["minibatch=0", ">= 1"]),
+    "no concurrency": (
+        lambda: Worker("w", kit.examples(9), max_concurrency=0),
+        ["max_concurrency=0", "at least 1"],
+    ),
+    "unknown predictor": (
+        lambda: compiled(kit.examples(40), student=kit.TwoSteps(), instructions={"label": ["Hm."]}),
+        ["'label'", "['topic', 'sort']"],
+    ),
+    "one text for a list of texts": (
+        lambda: compiled(kit.examples(40), instructions={"self": "Hm."}),
+        ["'self'", "list of texts"],
+    ),
+    "negative demo slots": (
+        lambda: compiled(kit.examples(40), demos_per_class=-1),
+        ["demos_per_class", "-1"],
+    ),
+    "metric of one argument": (lambda: compiled(kit.examples(40), metric=lambda gold: 1), ["1 arguments"]),
+    "metric that is none": (lambda: compiled(kit.examples(40), metric=0.5), ["metric must be a function"]),
+    "too few keys": (
+        lambda: compiled(kit.examples(40), shard_key=lambda one: "only"),
+        ["1 distinct keys", "2 workers"],
+    ),
+    "seconds of a deterministic run": (
+        lambda: kit.optimizer(budget=Budget(seconds=3.0)),
+        ["deterministic=True", "seconds=3", "metric_calls"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_refused_before_any_call(case: str) -> None:
+    build, said = CASES[case]
+    lm = kit.color_lm()
+    with dspy.context(lm=lm), pytest.raises(ConfigurationError) as caught:
+        build()
+    for part in said:
+        assert part in str(caught.value)
+    assert kit.calls_of(lm) == 0
+
+
+def test_every_refusal_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="metric_calls"):
+        Budget(metric_calls=-5)
+
+
+def test_a_valset_that_overlaps_the_trainset_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    lm = kit.color_lm()
+    calls_at_warning: list[int] = []
+    caplog.handler.addFilter(lambda record: calls_at_warning.append(kit.calls_of(lm)) or True)
+    with dspy.context(lm=lm), caplog.at_level(logging.WARNING):
+        compiled(kit.examples(40), valset=kit.examples(10, start=35))
+    said = [one.message for one in caplog.records if "valset" in one.message]
+    assert len(said) == 1
+    assert "5 of 10 examples of the valset" in said[0]
+    assert "Remove them from one of the two" in said[0]
+    assert calls_at_warning[0] == 0
+
+
+def test_a_valset_of_a_worker_that_overlaps_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    workers = [Worker("eu", kit.examples(20), valset=kit.examples(6, start=18)), shard("us")]
+    with dspy.context(lm=kit.color_lm()):
+        compiled(workers=workers)
+    assert any("2 of 6 examples" in one.message and "'eu'" in one.message for one in caplog.records)
+
+
+def test_without_overlap_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with dspy.context(lm=kit.color_lm()):
+        compiled(kit.examples(40), valset=kit.examples(10, start=100))
+    assert not [one for one in caplog.records if one.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("where", ["lm", "engine"])
+def test_a_demo_longer_than_the_context_is_refused(where: str) -> None:
+    lm = kit.color_lm()
+    (lm if where == "lm" else lm.engine).context_tokens = 300
+    with (
+        dspy.context(lm=lm),
+        pytest.raises(ConfigurationError, match=r"max_demo_tokens=1000 .* context is 300"),
+    ):
+        compiled(long_examples(40), max_demo_tokens=1000)
+    assert kit.calls_of(lm) == 0
+
+
+def test_the_context_of_a_hosted_model_is_known() -> None:
+    hosted = dspy.LM("openai/gpt-3.5-turbo", api_key="none")
+    workers = [Worker("w", long_examples(20), lm=hosted)]
+    for one in workers[0].trainset:
+        one["message"] = one["message"] * 60
+    with pytest.raises(ConfigurationError, match=r"context is \d+ tokens; set max_demo_tokens well below"):
+        compiled(workers=workers, max_demo_tokens=100_000)
+
+
+def test_an_example_longer_than_the_context_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    lm = kit.color_lm()
+    lm.context_tokens = 300
+    with dspy.context(lm=lm):
+        compiled([*kit.examples(40), *long_examples(1)], max_demo_tokens=200)
+    said = [one.message for one in caplog.records if "context is 300" in one.message]
+    assert said
+    assert "Shorten it" in said[0]
+
+
+def test_labels_that_the_program_cannot_answer_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    odd = dspy.Example(message="item 5", label="purple").with_inputs("message")
+    with dspy.context(lm=kit.color_lm()):
+        compiled([*kit.examples(40), odd])
+    said = [one.message for one in caplog.records if "1 of 41 examples" in one.message]
+    assert said
+    assert "purple" not in said[0]

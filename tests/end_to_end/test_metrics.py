@@ -1,0 +1,128 @@
+"""Metrics of every form; what is no number is said before more is paid for."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from typing import Any
+
+import dspy
+import kit
+import pytest
+
+from asyndbt_dspy import MetricError, Worker
+
+
+def right(gold: Any, prediction: Any) -> bool:
+    return bool(gold.label == prediction.label)
+
+
+def as_float(gold: Any, prediction: Any) -> float:
+    return 2.5 * right(gold, prediction)
+
+
+def with_trace(gold: Any, prediction: Any, trace: Any) -> bool:
+    # Stricter where DSPy records a trace; scores of one run must not depend on that.
+    return right(gold, prediction) and trace is None
+
+
+def as_prediction(gold: Any, prediction: Any, trace: Any = None) -> dspy.Prediction:
+    return dspy.Prediction(score=float(right(gold, prediction)), feedback="look closer")
+
+
+def of_gepa(gold: Any, prediction: Any, trace: Any, pred_name: Any, pred_trace: Any) -> dspy.Prediction:
+    assert (trace, pred_name, pred_trace) == (None, None, None)
+    return as_prediction(gold, prediction)
+
+
+async def awaited(gold: Any, prediction: Any) -> float:
+    await asyncio.sleep(0)
+    return float(right(gold, prediction))
+
+
+class Judge(dspy.Module):
+    def forward(self, example: Any, pred: Any, trace: Any = None) -> float:
+        return float(right(example, pred))
+
+
+@pytest.mark.parametrize("metric", [right, as_float, with_trace, as_prediction, of_gepa, awaited, Judge()])
+def test_metrics_of_every_form_lead_to_the_better_program(metric: Callable[..., Any]) -> None:
+    student = dspy.Predict(kit.Sort)
+    optimizer = kit.optimizer(
+        metric=metric, mode="instructions", instructions=kit.texts_for(student, kit.MAGIC)
+    )
+    with dspy.context(lm=kit.color_lm()):
+        optimized = optimizer.compile(student, trainset=kit.examples(48))
+    assert optimized.signature.instructions == kit.MAGIC
+    best = next(one for one in optimizer.result.candidates if one.won)
+    assert best.score == (2.5 if metric is as_float else 1.0)
+
+
+@pytest.mark.parametrize("mode", ["instructions", "both"])
+@pytest.mark.parametrize("kind", ["Predict", "TwoSteps"])  # the second one bootstraps traces first
+@pytest.mark.parametrize("returned", [None, math.nan, math.inf, "good", dspy.Prediction(score=None)])
+def test_a_metric_without_a_number_ends_the_run_at_once(returned: Any, kind: str, mode: str) -> None:
+    lm, asked = kit.color_lm(), []
+
+    def metric(gold: Any, prediction: Any) -> Any:
+        asked.append(gold)
+        return returned
+
+    student = kit.KINDS[kind]()
+    optimizer = kit.optimizer(metric=metric, mode=mode, workers=3, auto="heavy", budget=None)
+    with dspy.context(lm=lm), pytest.raises(MetricError, match="must return a finite number") as caught:
+        optimizer.compile(student, trainset=kit.examples(90))
+    assert "'metric'" in str(caught.value)
+    assert f"{returned!r}"[:20] in str(caught.value)
+    assert 1 <= len(asked) <= 3, "one rollout per worker at most"
+    assert kit.calls_of(lm) <= 3 * len(student.named_predictors())
+    assert optimizer.result is None
+
+
+def test_a_metric_that_fails_only_late_still_ends_the_run() -> None:
+    asked: list[str] = []
+
+    def metric(gold: Any, prediction: Any) -> Any:
+        asked.append(gold.message)
+        return None if len(asked) == 40 else right(gold, prediction)
+
+    with dspy.context(lm=kit.color_lm()), pytest.raises(MetricError, match=r"returned None for Example"):
+        kit.optimizer(metric=metric).compile(dspy.Predict(kit.Sort), trainset=kit.examples(48))
+    assert len(asked) <= 40 + 2 * 8, "what was in flight may have ended, nothing new was begun"
+
+
+def test_a_metric_that_raises_counts_as_a_failure_of_the_example(caplog: pytest.LogCaptureFixture) -> None:
+    def metric(gold: Any, prediction: Any) -> bool:
+        if prediction.label == "red":
+            raise KeyError("no such label")
+        return right(gold, prediction)
+
+    student = dspy.Predict(kit.Sort)
+    optimizer = kit.optimizer(
+        metric=metric, mode="instructions", instructions=kit.texts_for(student, kit.MAGIC)
+    )
+    with dspy.context(lm=kit.color_lm()):
+        optimized = optimizer.compile(student, trainset=kit.examples(48))
+    assert optimized.signature.instructions == kit.MAGIC
+    assert sum(worker.failed for worker in optimizer.result.workers) > 0
+    assert optimizer.result.candidates[0].score == 0.0
+    assert sum("'metric' raised KeyError" in one.message for one in caplog.records) == 1
+
+
+def test_a_judge_uses_the_callers_lm_and_not_the_workers() -> None:
+    judge_lm, worker_lm = kit.color_lm("judge"), kit.color_lm("worker")
+    judge = dspy.Predict(kit.Sort)
+
+    def metric(gold: Any, prediction: Any) -> bool:
+        judge(message=gold.message)
+        return right(gold, prediction)
+
+    student = dspy.Predict(kit.Sort)
+    workers = [Worker("w", kit.examples(36), lm=worker_lm)]
+    optimizer = kit.optimizer(
+        metric=metric, workers=workers, mode="instructions", instructions=kit.texts_for(student, kit.MAGIC)
+    )
+    with dspy.context(lm=judge_lm):
+        optimizer.compile(student)
+    assert kit.calls_of(judge_lm) == optimizer.result.metric_calls == kit.calls_of(worker_lm)

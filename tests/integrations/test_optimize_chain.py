@@ -1,0 +1,249 @@
+"""``optimize_chain`` end to end on scripted models; examples and metrics in every form."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import dspy
+import pytest
+from langchain_asyndbt import aoptimize_chain, langchain_lm, optimize_chain, to_program
+from langchain_asyndbt.datasets import ExampleForm, example_form, infer_labels, warn_of_unwritable
+from langchain_asyndbt.metrics import as_dspy_metric
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.output_parsers import PydanticOutputParser, StrOutputParser
+from langchain_core.outputs import ChatGeneration, ChatResult
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import Runnable, RunnablePassthrough
+from pydantic import BaseModel, Field
+
+from asyndbt_dspy import Budget, Worker
+from asyndbt_dspy.deploy import load_artifact, read_artifact, save_artifact
+from asyndbt_dspy.errors import ConfigurationError
+
+WORDS = ["red apple", "green tree", "blue sky", "red car", "green frog", "blue sea"]
+LABELS = {"red": "warm", "green": "calm", "blue": "cold"}
+DATA = [{"text": f"{word} {n}", "label": LABELS[word.split()[0]]} for n in range(8) for word in WORDS]
+
+
+class Copycat(BaseChatModel):
+    """Answers as the demo with the same first word does; without one it does not know."""
+
+    asked: list[list[BaseMessage]] = Field(default_factory=list)
+
+    @property
+    def _llm_type(self) -> str:
+        return "copycat"
+
+    def _generate(
+        self, messages: Any, stop: Any = None, run_manager: Any = None, **kwargs: Any
+    ) -> ChatResult:
+        self.asked.append(list(messages))
+        first = str(messages[-1].content).split()[1]
+        answer = "unknown"
+        for human, ai in pairwise(messages):
+            if ai.type == "ai" and str(human.content).split()[1] == first:
+                answer = str(ai.content)
+        return ChatResult(generations=[ChatGeneration(message=AIMessage(answer))])
+
+
+def chain_of(model: Any) -> Runnable:
+    prompt = ChatPromptTemplate([("system", "Name the mood."), ("human", "Text: {text}")])
+    return (prompt | model | StrOutputParser()).with_config(tags=["mine"], run_name="mood")
+
+
+def dspy_metric(gold: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> bool:
+    return prediction.output == gold.label
+
+
+def run_metric(run: Any, example: Any) -> dict:
+    return {"key": "right", "score": run.outputs["output"] == example.outputs["label"]}
+
+
+def named_metric(inputs: dict, outputs: dict, reference_outputs: dict) -> bool:
+    assert set(inputs) == {"text"}
+    assert set(reference_outputs) == {"label"}
+    return outputs["output"] == reference_outputs["label"]
+
+
+async def async_metric(outputs: dict, reference_outputs: dict) -> float:
+    return float(outputs["output"] == reference_outputs["label"])
+
+
+FORMS: dict[str, Callable[[dict], Any]] = {
+    "dictionary": dict,
+    "langsmith": lambda row: {"inputs": {"text": row["text"]}, "outputs": {"label": row["label"]}},
+    "langsmith_object": lambda row: SimpleNamespace(
+        inputs={"text": row["text"]}, outputs={"label": row["label"]}
+    ),
+    "dspy": lambda row: dspy.Example(**row).with_inputs("text"),
+}
+METRICS = [dspy_metric, run_metric, named_metric, async_metric]
+
+
+def score(chain: Runnable) -> float:
+    answers = chain.batch([{"text": row["text"]} for row in DATA])
+    return sum(a == row["label"] for a, row in zip(answers, DATA, strict=True)) / len(DATA)
+
+
+@pytest.mark.parametrize(("form", "metric"), zip(FORMS, METRICS, strict=True))
+def test_the_same_chain_comes_back_better(form: str, metric: Callable[..., Any]) -> None:
+    model = Copycat(asked=[])
+    chain = chain_of(model)
+    kept: dict[str, Any] = {}
+    optimized = optimize_chain(
+        chain,
+        metric=metric,
+        trainset=[FORMS[form](row) for row in DATA],
+        budget=Budget(metric_calls=150),
+        progress=False,
+        on_done=lambda optimizer, program: kept.update(result=optimizer.result, program=program),
+    )
+    assert score(chain) == 0.0
+    assert score(optimized) == 1.0, "one demo per label is all it takes"
+    assert kept["result"].metric_calls <= 150
+    assert type(optimized) is type(chain)
+    assert optimized.config == chain.config
+    assert optimized.get_input_jsonschema() == chain.get_input_jsonschema()
+    assert optimized.bound.middle[0] is model
+    answers = [kept["program"](text=row["text"]).output for row in DATA]
+    assert answers == optimized.batch([{"text": row["text"]} for row in DATA]), "both forms, answer by answer"
+
+
+def test_aoptimize_chain_on_a_running_loop() -> None:
+    chain = chain_of(Copycat(asked=[]))
+
+    async def both() -> Runnable:
+        return await aoptimize_chain(
+            chain, metric=dspy_metric, trainset=DATA, budget=Budget(metric_calls=120), progress=False
+        )
+
+    assert score(asyncio.run(both())) == 1.0
+
+
+def test_workers_ask_their_own_model_and_the_chain_keeps_its_own() -> None:
+    own, other = Copycat(asked=[]), Copycat(asked=[])
+    workers = [
+        Worker("a", trainset=DATA[:24], lm=langchain_lm(other, model="langchain/other")),
+        Worker("b", trainset=DATA[24:], lm=langchain_lm(other, model="langchain/other"), share_demos=False),
+    ]
+    chain = chain_of(own)
+    optimized = optimize_chain(
+        chain, metric=dspy_metric, workers=workers, budget=Budget(metric_calls=120), progress=False
+    )
+    assert own.asked == []
+    assert other.asked
+    assert optimized.bound.middle[0] is own
+
+
+def test_an_lm_configured_around_it_is_not_asked_instead_of_the_chains_model() -> None:
+    ambient, own = Copycat(asked=[]), Copycat(asked=[])
+    with dspy.context(lm=langchain_lm(ambient, model="langchain/ambient")):
+        optimize_chain(
+            chain_of(own), metric=dspy_metric, trainset=DATA, budget=Budget(metric_calls=60), progress=False
+        )
+    assert own.asked
+    assert ambient.asked == []
+
+
+def test_a_chain_program_is_saved_and_loaded_as_any_other(tmp_path: Any) -> None:
+    chain = chain_of(Copycat(asked=[]))
+    kept: dict[str, Any] = {}
+    optimized = optimize_chain(
+        chain, metric=dspy_metric, trainset=DATA, budget=Budget(metric_calls=120), progress=False,
+        on_done=lambda optimizer, program: kept.update(result=optimizer.result, program=program),
+    )  # fmt: skip
+    path = save_artifact(kept["program"], tmp_path / "a", result=kept["result"], trainset=None)
+    again = load_artifact(path, to_program(chain, labels=sorted(set(LABELS.values())))).to_chain()
+    assert again.bound.first == optimized.bound.first
+    assert read_artifact(path).manifest["scores"]["optimized"]["score"] == 1.0
+
+
+def test_chains_whose_input_is_no_dictionary() -> None:
+    model = Copycat(asked=[])
+    inner = ChatPromptTemplate([("human", "Text: {text} {note}")]) | model | StrOutputParser()
+    chain = {"text": RunnablePassthrough(), "note": lambda text: "!"} | inner
+    optimized = optimize_chain(
+        chain,
+        metric=dspy_metric,
+        trainset=DATA,
+        input_key="text",
+        budget=Budget(metric_calls=60),
+        progress=False,
+    )
+    assert isinstance(optimized.invoke("red apple"), str)
+    assert "red apple" in str(model.asked[-1][-1].content)
+
+
+class Mood(BaseModel):
+    mood: str
+
+
+def form_of(chain: Runnable, **options: Any) -> ExampleForm:
+    return example_form(
+        to_program(chain).plan, **{"input_keys": None, "input_key": None, "output_key": None, **options}
+    )
+
+
+def test_examples_without_inputs_are_refused_with_the_way_to_write_them() -> None:
+    form = form_of(chain_of(Copycat()))
+    with pytest.raises(ConfigurationError, match="input_keys"):
+        form.examples([{"sentence": "x", "label": "y"}])
+    with pytest.raises(ConfigurationError, match="int"):
+        form.examples([3])
+    with pytest.raises(ConfigurationError, match="no output 'mood'"):
+        form_of(chain_of(Copycat()), output_key="mood").examples([DATA[0]])
+    with pytest.raises(ConfigurationError, match="trainset"):
+        optimize_chain(chain_of(Copycat()), metric=dspy_metric)
+
+
+def test_several_outputs_are_one_answer_unless_one_is_named() -> None:
+    row = {"text": "t", "label": "a", "why": "b"}
+    chain = chain_of(Copycat())
+    assert form_of(chain).examples([row])[0].output == {"label": "a", "why": "b"}
+    assert form_of(chain, output_key="label").examples([row])[0].output == "a"
+
+
+def test_labels_are_found_where_answers_repeat() -> None:
+    examples = form_of(chain_of(Copycat())).examples(DATA)
+    assert infer_labels(examples) == ["calm", "cold", "warm"]
+    assert infer_labels(examples[:3]) is None
+    assert infer_labels([dspy.Example(output={"a": 1})] * 4) is None
+
+
+def test_outputs_that_cannot_be_demos_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    chain = ChatPromptTemplate([("human", "{text}")]) | Copycat() | PydanticOutputParser(pydantic_object=Mood)
+    plan = to_program(chain).plan
+    examples = form_of(chain).examples([{"text": "a", "o": {"mood": "x"}}, {"text": "b", "o": {"other": 1}}])
+    with caplog.at_level(logging.WARNING):
+        warn_of_unwritable(plan, examples)
+    assert "1 of 2 examples" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected"),
+    [
+        (True, True),
+        (0.5, 0.5),
+        ({"key": "k", "score": 0.25}, 0.25),
+        (SimpleNamespace(score=1, comment=None), 1),
+        ({"results": [{"score": 1}, {"score": 0}]}, 0.5),
+        ([{"key": "a", "score": 1}], 1.0),
+    ],
+)
+def test_results_of_langsmith_evaluators_are_read(returned: Any, expected: float) -> None:
+    metric = as_dspy_metric(lambda outputs, reference_outputs: returned, has_output=False)
+    gold = dspy.Example(text="t", label="a", output="a").with_inputs("text")
+    assert metric(gold, dspy.Prediction(output="a")) == expected
+
+
+def test_comments_become_feedback_and_dspy_metrics_stay_as_they_are() -> None:
+    metric = as_dspy_metric(lambda run, example: {"score": 0.5, "comment": "half"}, has_output=False)
+    found = metric(dspy.Example(text="t", output="a").with_inputs("text"), dspy.Prediction(output="a"))
+    assert (found.score, found.feedback) == (0.5, "half")
+    assert as_dspy_metric(dspy_metric, has_output=False) is dspy_metric
