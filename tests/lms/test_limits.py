@@ -59,15 +59,16 @@ def test_a_pause_does_not_save_up_quota() -> None:
 def test_tokens_of_a_minute(tokens: int) -> None:
     """Also where one call is more than a second's worth, or more than a minute's."""
     per_minute = 60_000
+    count = 240_000 // tokens
 
     async def run() -> list[float]:
         gate = EndpointGate(RateLimits(tokens_per_minute=per_minute))
-        return await send(gate, 240_000 // tokens, tokens)
+        return await send(gate, count, tokens)
 
     times, took_s = run_virtually(run())
     calls = per_minute / tokens
     assert most_in_window(times, 60.0) <= calls + max(1, calls / 60) + 1
-    assert took_s == pytest.approx(240, rel=0.05)
+    assert took_s == pytest.approx(count * tokens / 1000, rel=0.05)
 
 
 def test_measured_tokens_make_the_guess_good() -> None:
@@ -155,7 +156,7 @@ def test_pauses_double_while_the_endpoint_keeps_refusing_and_end_with_an_answer(
         return [*pauses, gate.now() - before_s]
 
     pauses, _ = run_virtually(run())
-    assert pauses == [0, 1, 2, 4, 8, 16, 32, 60, 60, 1]
+    assert pauses == pytest.approx([0, 1, 2, 4, 8, 16, 32, 60, 60, 1], abs=0.01)
 
 
 def test_an_endpoint_that_copes_with_ten_is_given_about_ten() -> None:
@@ -298,10 +299,10 @@ def test_a_429_guards_an_endpoint_that_had_no_limits() -> None:
     endpoint = endpoints.get("one", RateLimits())
     first, second = endpoint.enter_blocking(0, None), endpoint.enter_blocking(0, None)
     endpoint.leave(first, None, is_too_much=True, retry_after_s=0.3)
+    endpoint.leave(second, None, was_answered=True)
     start_s = time.monotonic()
     third = endpoint.enter_blocking(0, None)
     assert time.monotonic() - start_s >= 0.25
-    endpoint.leave(second, None, was_answered=True)
     endpoint.leave(third, None, was_answered=True)
     endpoints.close()
 

@@ -10,6 +10,9 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+_TICK_S = 1e-7
+
+
 class _JumpingSelector(selectors.SelectSelector):
     def __init__(self) -> None:
         super().__init__()
@@ -19,8 +22,8 @@ class _JumpingSelector(selectors.SelectSelector):
         found = super().select(0)
         if not found and timeout is None:
             raise RuntimeError("every task waits for something that no timer will bring")
-        if not found and timeout:
-            self.now_s += timeout
+        # A real clock moves all the time. Without the tick, a timer that rounding has put a hair too early comes forever.
+        self.now_s += _TICK_S if found else (timeout or 0.0) + _TICK_S
         return found
 
 
