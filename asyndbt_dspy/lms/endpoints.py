@@ -27,10 +27,13 @@ class Pass:
     """The right to send one attempt; give it back with ``Endpoint.leave``.
 
     Attributes:
+        slots: The worker's slots of which the attempt has taken one.
         waited_s: Seconds that the attempt was held back.
         announced_tokens: What it was taken to cost.
+        entered_s: When it went out, monotonic clock.
     """
 
+    slots: Slots | None = None
     waited_s: float = 0.0
     announced_tokens: float = 0.0
     entered_s: float = 0.0
@@ -86,10 +89,12 @@ class Endpoint:
         return ticket.passed
 
     def enter_blocking(self, tokens: float, slots: Slots | None) -> Pass:
-        """``enter`` for threads."""
+        """``enter`` for threads. On an event loop's own thread it waits for no other attempt: they could never end."""
+        is_on_loop = blocks_a_loop()
+        slots = None if is_on_loop else slots
         if self._enters_freely(slots):
             return Pass(announced_tokens=tokens, entered_s=time.monotonic())
-        ticket = _Ticket(self, tokens, slots)
+        ticket = _Ticket(self, tokens, slots, is_beside=is_on_loop)
         future: concurrent.futures.Future[Any] = self._home.submit(ticket.wait)
         try:
             future.result()
@@ -102,7 +107,6 @@ class Endpoint:
     def leave(
         self,
         passed: Pass,
-        slots: Slots | None,
         *,
         tokens: float | None = None,
         was_answered: bool = False,
@@ -120,20 +124,20 @@ class Endpoint:
         with self._lock:
             if is_too_much:
                 self._is_guarded = True
-            if not self._is_guarded and slots is None:
+            if not self._is_guarded and passed.slots is None:
                 self._unguarded -= 1
                 return
         over = 0.0 if tokens is None else tokens - passed.announced_tokens
 
         def gone() -> None:
-            gate = self._get_gate()
+            gate = self.gate()
             if is_too_much:
                 gate.refused(retry_after_s, passed.entered_s)
             elif was_answered:
                 gate.answered()
             gate.leave(tokens_over=over)
-            if slots is not None:
-                slots.semaphore.release()
+            if passed.slots is not None:
+                passed.slots.semaphore.release()
 
         self._home.loop.call_soon_threadsafe(gone)
 
@@ -145,7 +149,7 @@ class Endpoint:
             self._unguarded += 1
             return True
 
-    def _get_gate(self) -> EndpointGate:
+    def gate(self) -> EndpointGate:
         """The gate; only in the home loop."""
         with self._lock:
             if self._gate is None:
@@ -173,21 +177,23 @@ class Slots:
 class _Ticket:
     """One wait. Who gives up first, caller or gate, is decided under a lock, so that no slot is lost between them."""
 
-    def __init__(self, endpoint: Endpoint, tokens: float, slots: Slots | None) -> None:
+    def __init__(
+        self, endpoint: Endpoint, tokens: float, slots: Slots | None, *, is_beside: bool = False
+    ) -> None:
         self._endpoint = endpoint
-        self._slots = slots
+        self._is_beside = is_beside
         self._lock = threading.Lock()
         self._asked_s = time.monotonic()
         self._is_admitted = False
         self._is_abandoned = False
-        self.passed = Pass(announced_tokens=tokens)
+        self.passed = Pass(slots, announced_tokens=tokens)
 
     async def wait(self) -> None:
-        slots, endpoint = self._slots, self._endpoint
+        slots, gate = self.passed.slots, self._endpoint.gate()
         if slots is not None:
             await slots.semaphore.acquire()
         try:
-            await endpoint._get_gate().enter(self.passed.announced_tokens)
+            await (gate.enter_beside if self._is_beside else gate.enter)(self.passed.announced_tokens)
         except BaseException:
             if slots is not None:
                 slots.semaphore.release()
@@ -197,7 +203,7 @@ class _Ticket:
             self.passed.waited_s = self.passed.entered_s - self._asked_s
             self._is_admitted = not self._is_abandoned
         if not self._is_admitted:
-            endpoint.leave(self.passed, slots)
+            self._endpoint.leave(self.passed)
 
     def abandon(self) -> None:
         """The caller does not wait any more; what it was given meanwhile goes back."""
@@ -205,7 +211,7 @@ class _Ticket:
             self._is_abandoned = True
             must_leave = self._is_admitted
         if must_leave:
-            self._endpoint.leave(self.passed, self._slots)
+            self._endpoint.leave(self.passed)
 
 
 class Endpoints:
@@ -235,6 +241,15 @@ class Endpoints:
     def close(self) -> None:
         """End the background thread."""
         self._home.close()
+
+
+def blocks_a_loop() -> bool:
+    """Whether this thread runs an event loop: a plain program or metric that calls an LM right on it."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def endpoint_key(lm: Any, find_env: Callable[[str], str | None] = os.environ.get) -> str:

@@ -10,7 +10,8 @@ from decimal import Decimal
 from typing import Any
 
 from asyndbt_dspy.core.budget import Budget, BudgetLedger, Charge, Spent
-from asyndbt_dspy.lms.endpoints import Endpoints
+from asyndbt_dspy.errors import BudgetExceededError
+from asyndbt_dspy.lms.endpoints import Endpoints, blocks_a_loop
 from asyndbt_dspy.lms.failures import Fate
 
 
@@ -187,12 +188,22 @@ class Ledger:
             await woken.wait()
 
     def reserve_blocking(self, worker: str, worst: Charge) -> Reservation:
-        """``areserve`` for threads."""
+        """``areserve`` for threads.
+
+        Raises:
+            BudgetExceededError: also where this is an event loop's own thread and only calls in flight stand in the way:
+                those of that loop would never end.
+        """
         while True:
             woken = threading.Event()
             reservation = self.reserve(worker, worst, woken.set)
             if reservation is not None:
                 return reservation
+            if blocks_a_loop():
+                raise BudgetExceededError(
+                    "an LM call on the event loop's own thread would have to wait for calls in flight to leave it a share "
+                    "of the budget; make the metric or program async, or raise the budget"
+                )
             woken.wait()
 
     def withdraw(self, held: Reservation) -> None:

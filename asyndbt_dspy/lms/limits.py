@@ -147,14 +147,18 @@ class EndpointGate:
     async def enter(self, tokens: float) -> None:
         """Wait until an attempt of about so many tokens may go out; attempts go in the order of their calls."""
         async with self._turn:
-            if self._requests is not None:
-                await self._requests.acquire(1)
-            if self._tokens is not None:
-                await self._pay_tokens(tokens)
+            await self._pay(tokens)
             while (wait := self._hold_s()) > 0:
                 self._changed.clear()
                 await _until(self._changed, wait)
             self.in_flight += 1
+
+    async def enter_beside(self, tokens: float) -> None:
+        """``enter`` for a caller that others wait for: rates and pauses hold, but it waits for no other attempt."""
+        await self._pay(tokens)
+        while (pause := self._blocked_until - self._clock()) > 0:
+            await asyncio.sleep(pause)
+        self.in_flight += 1
 
     def leave(self, *, tokens_over: float = 0.0) -> None:
         """An attempt is over. ``tokens_over``: measured less announced tokens; the next attempts pay, or are paid."""
@@ -201,8 +205,12 @@ class EndpointGate:
             return pause
         return math.inf if self.in_flight > max(0.0, self.most_in_flight - 1) else 0.0
 
-    async def _pay_tokens(self, tokens: float) -> None:
-        assert self._tokens is not None
+    async def _pay(self, tokens: float) -> None:
+        """One request, and so many tokens, out of the minute's quota."""
+        if self._requests is not None:
+            await self._requests.acquire(1)
+        if self._tokens is None:
+            return
         due = tokens + self._owed_tokens
         self._owed_tokens = min(due, 0.0)
         while due > 0:

@@ -131,7 +131,7 @@ class _Meter:
         is_priced = self.tariff.worst is not None
         self.ledger.settle(held, request.model, None, actual, is_priced=is_priced, waited_s=passed.waited_s)
         tokens = None if actual is None else float(actual.tokens)
-        self.endpoint.leave(passed, self.slots, tokens=tokens, was_answered=True)
+        self.endpoint.leave(passed, tokens=tokens, was_answered=True)
         if response.finish_reason == "content_filter" and not (response.message.text or "").strip():
             raise InvalidRequestError(
                 "the provider's content filter left nothing of the answer", provider_code="content_filter"
@@ -146,7 +146,6 @@ class _Meter:
         is_too_much = classify(error) is FailureKind.TRANSIENT and (_is_429(error) or asked_s is not None)
         self.endpoint.leave(
             passed,
-            self.slots,
             tokens=None if fate is Fate.CUT else 0.0,
             is_too_much=is_too_much,
             retry_after_s=asked_s,

@@ -234,12 +234,12 @@ def test_threads_and_loops_share_one_quota() -> None:
         for _ in range(10):
             passed = endpoint.enter_blocking(0, None)
             note()
-            endpoint.leave(passed, None)
+            endpoint.leave(passed)
 
     async def one() -> None:
         passed = await endpoint.enter(0, None)
         note()
-        endpoint.leave(passed, None)
+        endpoint.leave(passed)
 
     async def in_loop() -> None:
         await asyncio.gather(*[one() for _ in range(10)])
@@ -270,7 +270,7 @@ def test_slots_bound_what_one_worker_has_in_flight_and_a_cancelled_wait_loses_no
             seen.append(in_flight)
             await asyncio.sleep(0.002)
             in_flight -= 1
-            endpoint.leave(passed, slots)
+            endpoint.leave(passed)
 
         for _ in range(5):
             tasks = [asyncio.ensure_future(one()) for _ in range(8)]
@@ -286,11 +286,25 @@ def test_slots_bound_what_one_worker_has_in_flight_and_a_cancelled_wait_loses_no
     assert max(seen) == 2
 
 
+def test_a_plain_call_on_the_loop_itself_waits_for_no_task_of_that_loop() -> None:
+    """A metric without ``async`` that asks a judge: the slot that it would wait for is held by a task behind it."""
+    endpoints = Endpoints()
+    endpoint, slots = endpoints.get("one", RateLimits(requests_per_minute=6000)), endpoints.slots(1)
+
+    async def run() -> None:
+        held = await endpoint.enter(0, slots)
+        endpoint.leave(endpoint.enter_blocking(0, slots))
+        endpoint.leave(held)
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+    endpoints.close()
+
+
 def test_an_endpoint_without_limits_starts_no_thread() -> None:
     before = threading.active_count()
     endpoints = Endpoints()
     endpoint = endpoints.get("one", RateLimits())
-    endpoint.leave(endpoint.enter_blocking(0, None), None, was_answered=True)
+    endpoint.leave(endpoint.enter_blocking(0, None), was_answered=True)
     assert threading.active_count() == before
 
 
@@ -298,12 +312,12 @@ def test_a_429_guards_an_endpoint_that_had_no_limits() -> None:
     endpoints = Endpoints()
     endpoint = endpoints.get("one", RateLimits())
     first, second = endpoint.enter_blocking(0, None), endpoint.enter_blocking(0, None)
-    endpoint.leave(first, None, is_too_much=True, retry_after_s=0.3)
-    endpoint.leave(second, None, was_answered=True)
+    endpoint.leave(first, is_too_much=True, retry_after_s=0.3)
+    endpoint.leave(second, was_answered=True)
     start_s = time.monotonic()
     third = endpoint.enter_blocking(0, None)
     assert time.monotonic() - start_s >= 0.25
-    endpoint.leave(third, None, was_answered=True)
+    endpoint.leave(third, was_answered=True)
     endpoints.close()
 
 
@@ -313,7 +327,7 @@ def test_the_smaller_limits_hold_and_later_ones_are_refused() -> None:
     assert endpoints.get("one", RateLimits(60, 1000)) is endpoint
     assert endpoint.limits == RateLimits(60, 1000)
     assert endpoints.get("one", RateLimits()).limits == RateLimits(60, 1000)
-    endpoint.leave(endpoint.enter_blocking(0, None), None)
+    endpoint.leave(endpoint.enter_blocking(0, None))
     with pytest.raises(ConfigurationError, match="came too late"):
         endpoints.get("one", RateLimits(30))
     endpoints.close()
