@@ -156,7 +156,7 @@ class EndpointGate:
     async def enter_beside(self, tokens: float) -> None:
         """``enter`` for a caller that others wait for: rates and pauses hold, but it waits for no other attempt."""
         await self._pay(tokens)
-        while (pause := self._blocked_until - self._clock()) > 0:
+        while (pause := self._blocked_until - self._clock()) > 0:  # noqa: ASYNC110 - the state may change from another thread, which has no asyncio.Event
             await asyncio.sleep(pause)
         self.in_flight += 1
 
