@@ -121,7 +121,7 @@ def test_a_blocking_program_does_not_block_the_loop() -> None:
 
     async def main() -> list[Rollout]:
         runs = [asyncio.create_task(runner.run(program, EXAMPLE)) for _ in range(2)]
-        while barrier.n_waiting < 2:  # noqa: ASYNC110 - a barrier of threads has no event
+        while barrier.n_waiting < 2:
             await asyncio.sleep(0)
         await asyncio.to_thread(barrier.wait)
         return list(await asyncio.gather(*runs))
