@@ -147,7 +147,8 @@ def score_saved(path: pathlib.Path) -> list[str]:
 def main() -> None:
     arguments = parse()
     logging.getLogger("dspy").setLevel(logging.WARNING)
-    dspy.configure(lm=local_lm(arguments.lm), adapter=dspy.JSONAdapter())
+    # float32: a reloaded program then answers exactly as the saved one, whatever else is in the batch.
+    dspy.configure(lm=local_lm(arguments.lm, deterministic=True), adapter=dspy.JSONAdapter())
     if arguments.score:
         print(json.dumps(score_saved(arguments.score)))
         return
