@@ -117,28 +117,27 @@ class EngineFace:
         # A program is deep-copied with its LMs; money and limits are the run's, not the program's.
         return self
 
-    # Asked for at every call, and DSPy's own answer may look into its price table: not before it is needed.
-    @property
-    def _known(self) -> Capabilities:
+    def ask_capabilities(self) -> Capabilities:
+        """Asked for at every call; DSPy reads tables for its answer, so once is enough."""
         if self._capabilities is None:
             self._capabilities = self._find_capabilities()
         return self._capabilities
 
     @property
     def supports_function_calling(self) -> bool:
-        return self._known.supports_function_calling
+        return self.ask_capabilities().supports_function_calling
 
     @property
     def supports_reasoning(self) -> bool:
-        return self._known.supports_reasoning
+        return self.ask_capabilities().supports_reasoning
 
     @property
     def supports_response_schema(self) -> bool:
-        return self._known.supports_response_schema
+        return self.ask_capabilities().supports_response_schema
 
     @property
     def supported_params(self) -> frozenset[str]:
-        return self._known.supported_params
+        return self.ask_capabilities().supported_params
 
     def stream(self, request: Request) -> Any:
         """Refused: an optimizer's worker does not stream."""

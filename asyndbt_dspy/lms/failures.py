@@ -186,6 +186,14 @@ def fate_of(error: BaseException) -> Fate:
     return Fate.REFUSED if any(_is_named(one, _REFUSED_NAMES) for one in chain) else Fate.CUT
 
 
+def is_rate_limited(error: BaseException) -> bool:
+    """Whether the endpoint said that it is too much (429)."""
+    return any(
+        _status(one) == 429 or _is_named(one, frozenset({"RateLimitError", "LMRateLimitError"}))
+        for one in causes(error)
+    )
+
+
 def retry_after_s(error: BaseException) -> float | None:
     """Seconds that the endpoint asked to wait, from wherever an SDK has put them; ``None`` where it did not ask."""
     for one in causes(error):

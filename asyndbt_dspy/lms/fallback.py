@@ -21,7 +21,7 @@ from dspy.lm15 import RateLimitError, Request, Response
 from asyndbt_dspy.errors import BudgetExceededError, ConfigurationError
 from asyndbt_dspy.lms.attempts import Attempts, Capabilities, EngineFace, lm_with_engines
 from asyndbt_dspy.lms.background import BackgroundLoop
-from asyndbt_dspy.lms.failures import FailureKind, causes, classify, retry_after_s
+from asyndbt_dspy.lms.failures import FailureKind, causes, classify, is_rate_limited, retry_after_s
 
 _TRANSIENTS_TO_DEATH = 3
 """So many transient failures in a row, and an LM counts as dead for a while."""
@@ -78,7 +78,7 @@ class Rotation:
             rest_s = 0.0
             if asked_s is not None:
                 rest_s = min(asked_s, _LONGEST_S)
-            elif _is_429(error):
+            elif is_rate_limited(error):
                 rest_s = _FIRST_REST_S * 2 ** min(one.transient_failures - 1, 6)
             if one.transient_failures >= _TRANSIENTS_TO_DEATH:
                 deaths = one.transient_failures - _TRANSIENTS_TO_DEATH + 1
@@ -289,10 +289,3 @@ def _most_hopeful(errors: Sequence[BaseException]) -> BaseException:
 
 def _is_budgets(error: BaseException) -> bool:
     return any(isinstance(one, BudgetExceededError) for one in causes(error))
-
-
-def _is_429(error: BaseException) -> bool:
-    return any(
-        getattr(one, "status", None) == 429 or type(one).__name__ in ("RateLimitError", "LMRateLimitError")
-        for one in causes(error)
-    )

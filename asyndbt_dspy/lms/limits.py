@@ -156,8 +156,7 @@ class EndpointGate:
     async def enter_beside(self, tokens: float) -> None:
         """``enter`` for a caller that others wait for: rates and pauses hold, but it waits for no other attempt."""
         await self._pay(tokens)
-        while (pause := self._blocked_until - self._clock()) > 0:  # noqa: ASYNC110 - the state may change from another thread, which has no asyncio.Event
-            await asyncio.sleep(pause)
+        await asyncio.sleep(max(0.0, self._blocked_until - self._clock()))
         self.in_flight += 1
 
     def leave(self, *, tokens_over: float = 0.0) -> None:

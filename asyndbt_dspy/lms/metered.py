@@ -11,6 +11,7 @@ cache hit.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import logging
 import time
@@ -28,14 +29,14 @@ from asyndbt_dspy.lms.attempts import Attempts, EngineFace, lm_with_engines
 from asyndbt_dspy.lms.bounds import likely_tokens, worst_completion_tokens, worst_prompt_tokens
 from asyndbt_dspy.lms.callers import current_caller
 from asyndbt_dspy.lms.endpoints import Endpoint, Pass, Slots, endpoint_key
-from asyndbt_dspy.lms.failures import FailureKind, Fate, classify, fate_of, retry_after_s
+from asyndbt_dspy.lms.failures import FailureKind, Fate, classify, fate_of, is_rate_limited, retry_after_s
 from asyndbt_dspy.lms.ledger import Ledger, Reservation
 from asyndbt_dspy.lms.limits import LimiterName, RateLimits
 from asyndbt_dspy.lms.prices import Price, Tariff
 
 logger = logging.getLogger(__name__)
 
-_SEND_GRACE_S = 0.25
+_SEND_GRACE_S = 0.5
 """An attempt that is cancelled sooner is let run so long: then it was sent, and is an attempt for both sides."""
 _CANCEL_WAIT_S = 1.0
 
@@ -83,8 +84,11 @@ def metered(
         ledger.endpoints.get(endpoint or endpoint_key(lm), limits),
         None if max_concurrency is None else ledger.endpoints.slots(max_concurrency),
     )
-    counter = _CacheHits(meter)
-    return lm_with_engines(lm, _Engine(meter), _AsyncEngine(meter), callbacks=[*lm.callbacks, counter])
+    engines = _Engine(meter), _AsyncEngine(meter)
+    if isinstance(getattr(lm, "engine", None), str):
+        # Reads the tables now, and imports LiteLLM where it is needed: seconds that must not fall into the first attempt.
+        engines[0].ask_capabilities()
+    return lm_with_engines(lm, *engines, callbacks=[*lm.callbacks, _CacheHits(meter)])
 
 
 class _Meter:
@@ -143,7 +147,9 @@ class _Meter:
         fate = fate_of(error)
         asked_s = retry_after_s(error)
         self.ledger.settle(held, request.model, fate, waited_s=passed.waited_s)
-        is_too_much = classify(error) is FailureKind.TRANSIENT and (_is_429(error) or asked_s is not None)
+        is_too_much = classify(error) is FailureKind.TRANSIENT and (
+            is_rate_limited(error) or asked_s is not None
+        )
         self.endpoint.leave(
             passed,
             tokens=None if fate is Fate.CUT else 0.0,
@@ -207,21 +213,29 @@ class _AsyncEngine(_Metered):
 
 
 async def _sent(attempt: Awaitable[Response]) -> Response:
-    """Await an attempt. One that is cancelled right at its start is let go out first, so that both sides count it."""
+    """Await an attempt. One that is cancelled right at its start is let go out first, so that both sides count it.
+
+    Without that, nobody could tell whether it had been sent. What is cut off all the same is counted and charged.
+    """
     task = asyncio.ensure_future(attempt)
     started_s = time.monotonic()
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
+        await _let_go_out(task, started_s + _SEND_GRACE_S)
         if not task.done():
-            try:
-                await asyncio.wait([task], timeout=max(0.0, started_s + _SEND_GRACE_S - time.monotonic()))
-            finally:
-                task.cancel()
-                await asyncio.wait([task], timeout=_CANCEL_WAIT_S)
+            task.cancel()
+            await asyncio.wait([task], timeout=_CANCEL_WAIT_S)
         if task.done() and not task.cancelled():
             task.exception()  # asked for, so that asyncio does not complain; nobody waits for the outcome
         raise
+
+
+async def _let_go_out(task: asyncio.Task[Response], end_s: float) -> None:
+    """Wait for the attempt until ``end_s``, however often we are cancelled meanwhile: it is a fraction of a second."""
+    while not task.done() and (left_s := end_s - time.monotonic()) > 0:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([task], timeout=left_s)
 
 
 def _for_dspy(error: BaseException) -> BaseException:
@@ -235,11 +249,6 @@ def _for_dspy(error: BaseException) -> BaseException:
         # An answer that is no JSON, say: to be asked again, but DSPy knows it only as a provider's error.
         return error if is_retryable_lm_error(error) else TransportError(str(error))
     return error
-
-
-def _is_429(error: BaseException) -> bool:
-    names = {cls.__name__ for cls in type(error).__mro__}
-    return getattr(error, "status", None) == 429 or bool(names & {"RateLimitError", "LMRateLimitError"})
 
 
 def _check_caps(lm: dspy.BaseLM, ledger: Ledger, tariff: Tariff, worker: str | None) -> None:

@@ -24,6 +24,12 @@ def lm_on(provider: Provider, engine: str, **settings: Any) -> dspy.LM:
     return dspy.LM(known.pop("model", "openai/m"), api_base=provider.url, engine=engine, **known)
 
 
+async def until(is_so: Callable[[], object]) -> None:
+    """Wait for a state that another thread brings about."""
+    while not is_so():
+        await asyncio.sleep(0.005)
+
+
 def outcome_of(error: BaseException) -> str:
     if any(isinstance(one, BudgetExceededError) for one in causes(error)):
         return "budget"

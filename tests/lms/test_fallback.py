@@ -11,7 +11,7 @@ from typing import Any
 import dspy
 import pytest
 from dspy import lm15
-from metering import PRICE, lm_on, outcome_of
+from metering import PRICE, lm_on, outcome_of, until
 
 from asyndbt_dspy.core.budget import Budget
 from asyndbt_dspy.errors import ConfigurationError
@@ -273,8 +273,7 @@ def test_a_cancelled_call_cancels_what_runs_for_it() -> None:
 
         async def run() -> None:
             task = asyncio.ensure_future(lm.acall("question"))
-            while provider.attempts < 2:
-                await asyncio.sleep(0.01)
+            await until(lambda: provider.attempts == 2)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task

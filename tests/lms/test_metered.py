@@ -13,16 +13,17 @@ import pytest
 from dspy.lm15 import Message, Response, TextPart, Usage
 from dspy.utils.callback import BaseCallback
 from dspy.utils.dummies import DummyLM
-from metering import PRICE, PRICES, call_many, lm_on, outcome_of
+from metering import PRICE, PRICES, call_many, lm_on, outcome_of, until
 
 from asyndbt_dspy.core.budget import Budget
-from asyndbt_dspy.errors import ConfigurationError
+from asyndbt_dspy.errors import BudgetExceededError, ConfigurationError
 from asyndbt_dspy.lms.callers import calling_as
 from asyndbt_dspy.lms.failures import FailureKind, Fate, classify
 from asyndbt_dspy.lms.ledger import Attempt, Ledger
 from asyndbt_dspy.lms.metered import metered
 from asyndbt_dspy.lms.prices import Price
 from asyndbt_dspy.lms.scripted import scripted_lm
+from asyndbt_dspy.programs.rollout import RolloutRunner
 from asyndbt_dspy.testing.provider import Call, Fault, Provider
 
 both_engines = pytest.mark.parametrize("engine", ["auto", "litellm"])
@@ -99,8 +100,7 @@ def test_a_plain_call_on_the_loop_itself_does_not_wait_for_the_loops_own_calls()
 
         async def run() -> None:
             first = asyncio.ensure_future(lm.acall("question"))
-            while not ledger.spent.reserved_tokens:
-                await asyncio.sleep(0.005)
+            await until(lambda: ledger.spent.reserved_tokens)
             with pytest.raises(dspy.LMError, match="on the event loop's own thread"):
                 lm("question")
             await first
@@ -163,11 +163,14 @@ def test_a_refused_connection_is_no_attempt(engine: str) -> None:
 @both_engines
 def test_a_cancelled_call_is_counted_by_both_sides_and_charged(engine: str) -> None:
     """Cancelled at once, early and in the middle."""
-    with Provider(latency_s=1.5) as provider:
+    with Provider(fault=lambda call: Fault("slow", seconds=1.5) if call.number >= 9 else Fault()) as provider:
         ledger = Ledger()
         lm = metered(lm_on(provider, engine), ledger=ledger, worker="a", prices=PRICE)
 
         async def run() -> None:
+            await asyncio.gather(
+                *[lm.acall(f"warm {number}") for number in range(9)]
+            )  # clients and pools exist
             tasks = [asyncio.ensure_future(lm.acall(f"question {number}")) for number in range(9)]
             for number, task in enumerate(tasks):
                 asyncio.get_running_loop().call_later((number % 3) * 0.15, task.cancel)
@@ -175,8 +178,9 @@ def test_a_cancelled_call_is_counted_by_both_sides_and_charged(engine: str) -> N
 
         asyncio.run(run())
         line = ledger.line("a")
-        assert line.attempts == line.cut == provider.attempts
-        assert line.cut_tokens >= provider.tokens
+        assert (line.attempts, line.answers) == (provider.attempts, 9)
+        assert line.cut == provider.attempts - 9 > 0
+        assert line.cut_tokens >= sum(call.tokens for call in provider.calls[9:])
         assert ledger.spent.reserved_tokens == 0
 
 
@@ -428,6 +432,29 @@ def test_a_deep_copied_program_shares_the_ledger() -> None:
     program.lm = metered(scripted_lm(lambda messages: "[[ ## answer ## ]]\nred"), ledger=ledger, worker="a")
     program.deepcopy()(q="?")
     assert ledger.line("a").attempts == 1
+
+
+def test_a_refused_call_ends_a_rollout_as_what_it_is() -> None:
+    """Neither a score of zero nor a missing run; and the adapters do not ask again in another format."""
+    ledger = Ledger(Budget(lm_calls=1))
+    asked: list[Any] = []
+
+    def script(messages: Any) -> str:
+        asked.append(messages)
+        return "[[ ## answer ## ]]\nred"
+
+    lm = metered(scripted_lm(script), ledger=ledger, worker="a")
+    example = dspy.Example(q="?", answer="red").with_inputs("q")
+    runner = RolloutRunner(lambda gold, pred: gold.answer == pred.answer)
+
+    async def run() -> None:
+        assert (await runner.run(dspy.Predict("q -> answer"), example, lm=lm)).score == 1.0
+        with pytest.raises(BudgetExceededError, match="1 LM calls of 1 LM calls are spent"):
+            await runner.run(dspy.Predict("q -> answer"), example, lm=lm)
+
+    asyncio.run(run())
+    runner.close()
+    assert len(asked) == 1
 
 
 # -- refusals before any call

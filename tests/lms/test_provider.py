@@ -11,6 +11,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+from metering import until
 
 from asyndbt_dspy.errors import ConfigurationError
 from asyndbt_dspy.testing.provider import Call, Fault, Provider, count_tokens, most_in_window
@@ -100,8 +101,7 @@ def test_it_can_be_slow_and_serve_others_meanwhile() -> None:
             return time.monotonic() - start_s
 
         first = asyncio.ensure_future(one())
-        while not provider.attempts:
-            await asyncio.sleep(0.005)
+        await until(lambda: provider.attempts)
         return [await one(), await first]
 
     with Provider(fault=fault) as provider:
