@@ -8,7 +8,6 @@ import dataclasses
 import logging
 import math
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -16,22 +15,13 @@ import dspy
 from dspy.teleprompt import Teleprompter
 
 from asyndbt_dspy import preparation
+from asyndbt_dspy.compilation import prepare
 from asyndbt_dspy.core.budget import Budget
 from asyndbt_dspy.core.config import PRESETS, AlgorithmConfig
-from asyndbt_dspy.core.policies import WorkerSpace
-from asyndbt_dspy.core.server import ServerState
-from asyndbt_dspy.core.validation import check_config
-from asyndbt_dspy.core.worker import WorkerState
 from asyndbt_dspy.engines.local import LocalEngine
 from asyndbt_dspy.engines.protocols import Engine, Recorded
 from asyndbt_dspy.engines.simulated import SimulatedEngine, work_delays
 from asyndbt_dspy.errors import ConfigurationError, NoLiveWorkersError
-from asyndbt_dspy.programs import checks
-from asyndbt_dspy.programs.evaluator import ProgramEvaluator
-from asyndbt_dspy.programs.rollout import Rollout, RolloutRunner
-from asyndbt_dspy.programs.slots import DemoItem, ProgramSpace, demo_slots
-from asyndbt_dspy.reporting import make_result
-from asyndbt_dspy.runs.observers import CurveRecorder, ProgressBar
 from asyndbt_dspy.runs.result import Result
 from asyndbt_dspy.workers import Worker
 
@@ -41,9 +31,6 @@ AUTO_METRIC_CALLS = {"light": 300, "medium": 1_200, "heavy": 4_000}
 """Metric calls of ``auto``."""
 _ENFORCED = ("metric_calls", "seconds")
 """Caps that a compile enforces. The others of ``Budget`` hold where LMs are metered (``asyndbt_dspy.lms.metered``)."""
-_BOOTSTRAP_FRACTION = 0.12
-_BOOTSTRAP_CALLS = 1_000
-"""What ``_BOOTSTRAP_FRACTION`` is taken of where metric calls are not bounded."""
 _PAPER_FRAGMENTS = 8
 """Word slots of the paper preset here; the paper's 75 need hundreds of thousands of calls (``fragments=75`` sets them)."""
 
@@ -230,7 +217,7 @@ class AsynDBT(Teleprompter):
     ) -> dspy.Module:
         """``compile`` as a coroutine of the running loop."""
         self.result, self.recorded = None, []
-        run = await self._prepare(student, trainset, teacher, valset)
+        run = await prepare(self, student, trainset, teacher, valset)
         self.recorded = run.recorded
         try:
             await run.search()
@@ -246,140 +233,6 @@ class AsynDBT(Teleprompter):
             )
         return program
 
-    async def _prepare(
-        self,
-        student: dspy.Module,
-        trainset: Sequence[dspy.Example] | None,
-        teacher: dspy.Module | None,
-        valset: Sequence[dspy.Example] | None,
-    ) -> _Run:
-        started = time.perf_counter()
-        checks.check_student(student)
-        workers = preparation.make_workers(
-            self.workers, trainset, student, shard_key=self.shard_key, seed=self.seed
-        )
-        self._check_data(student, workers, valset)
-        config = preparation.resolve(self.config, len(workers), self.active_workers, self.max_staleness)
-        needs_pool = self.options.mode != "instructions"
-        shards = preparation.split_shards(
-            workers, valset, student, config, needs_pool=needs_pool, seed=self.seed
-        )
-        return await self._arrange(student, teacher, shards, config, started)
-
-    def _check_data(
-        self, student: dspy.Module, workers: Sequence[Worker], valset: Sequence[dspy.Example] | None
-    ) -> None:
-        """Refuse what cannot work before any LM call."""
-        preparation.check_names(student, self.options.instructions)
-        check_config([worker.name for worker in workers], dataclasses.replace(self.config, active_workers=1))
-        layout = demo_slots(
-            student, demos_per_class=self.options.demos_per_class, demo_slots=self.options.demo_slots
-        )
-        for worker in workers:
-            lm = worker.lm or dspy.settings.lm
-            checks.check_inputs(
-                student,
-                worker.trainset,
-                valset=worker.valset,
-                name=f"trainset of worker {worker.name!r}",
-                context_tokens=lambda lm=lm: preparation.context_tokens(lm),  # type: ignore[misc]
-                max_demo_tokens=self.options.max_demo_tokens,
-                slots=None if self.options.mode == "instructions" else layout,
-            )
-        if valset:
-            checks.check_examples(student, valset, name="valset")
-            checks.check_overlap([one for worker in workers for one in worker.trainset], valset)
-
-    async def _arrange(
-        self,
-        student: dspy.Module,
-        teacher: dspy.Module | None,
-        shards: Sequence[preparation.Shard],
-        config: AlgorithmConfig,
-        started: float,
-    ) -> _Run:
-        plain = preparation.make_space(
-            student, shards, dataclasses.replace(self.options, fragments=0), {}, ()
-        )
-        evaluator = ProgramEvaluator(
-            plain,
-            preparation.make_parts(shards),
-            RolloutRunner(self.metric, failure_score=self.failure_score),
-            rollout_timeout_s=self.rollout_timeout_s,
-            max_failures=self.max_failures,
-        )
-        try:
-            probes = await self._probe(evaluator, shards)
-            items, rollouts = await self._demos(student, teacher, shards, evaluator)
-            texts = await preparation.instruction_arms(student, shards, self.options, rollouts, self.seed)
-        except BaseException:
-            evaluator.runner.close()
-            raise
-        programs = preparation.make_space(student, shards, self.options, texts, items)
-        evaluator.programs = programs
-        for worker, rollout in probes.items():
-            evaluator.remember((programs.space.student, worker, False, 0), rollout)  # paid for already
-        cross_entropies = [one.cross_entropy is not None for one in probes.values() if one.score is not None]
-        use_cross_entropy = self.loss == "auto" and bool(cross_entropies) and all(cross_entropies)
-        calls, spent = self.budget.metric_calls, sum(use.calls for use in evaluator.uses.values())
-        left = None if calls is None else max(0, calls - spent)
-        members = preparation.make_members(programs, shards, config)
-        server = ServerState(programs.space, members, config, left, self.seed)
-        states = [
-            WorkerState(
-                shard.worker.name,
-                index,
-                WorkerSpace(programs.space, members[index].allowed),
-                config,
-                examples=len(shard.estimate),
-                seed=self.seed,
-                use_cross_entropy=use_cross_entropy,
-            )
-            for index, shard in enumerate(shards)
-        ]
-        return _Run(self, programs, shards, evaluator, server, states, spent, started)
-
-    async def _probe(
-        self, evaluator: ProgramEvaluator, shards: Sequence[preparation.Shard]
-    ) -> dict[str, Rollout]:
-        """The student's rollout on the first example of each worker, as far as the budget reaches.
-
-        It shows a metric that returns nothing before more is paid for, and whether labels have distributions.
-        """
-        student = evaluator.programs.build(evaluator.programs.space.student)
-        names = [shard.worker.name for shard in shards[: self.budget.metric_calls]]
-        runs = [
-            evaluator.rollout(name, student, shard.estimate[0])
-            for name, shard in zip(names, shards, strict=False)
-        ]
-        rollouts = await preparation.gather_rollouts(runs)
-        preparation.check_lm(student, shards, rollouts)
-        return {name: one for name, one in zip(names, rollouts, strict=True) if one is not None}
-
-    async def _demos(
-        self,
-        student: dspy.Module,
-        teacher: dspy.Module | None,
-        shards: Sequence[preparation.Shard],
-        evaluator: ProgramEvaluator,
-    ) -> tuple[list[DemoItem], list[tuple[str, dspy.Example, Rollout]]]:
-        """Demo arms, and the runs (worker, example, rollout) that traces were taken from."""
-        options, plain = self.options, evaluator.programs
-        found = [] if options.mode == "instructions" else preparation.labelled_items(student, shards, options)
-        rollouts: list[tuple[str, dspy.Example, Rollout]] = []
-        if preparation.wants_bootstrap(student, teacher, options, found) or options.proposer is not None:
-            calls = self.budget.metric_calls or _BOOTSTRAP_CALLS
-            spent = sum(use.calls for use in evaluator.uses.values())
-            spend = max(0, min(int(calls * _BOOTSTRAP_FRACTION), calls - spent))
-            program = teacher or plain.build(plain.space.student)
-            threshold = max(0.5, self.failure_score)
-            traced, rollouts = await preparation.bootstrap_items(
-                evaluator, program, shards, options, spend, threshold
-            )
-            known = {name for name, _ in student.named_predictors()}  # a teacher may have other predictors
-            found = [*(item for item in traced if item.predictor in known), *found]
-        return preparation.choose_demos(found, options, self.seed), rollouts
-
     def make_engine(self) -> Engine:
         """The engine of one run."""
         if self.engine is not None:
@@ -387,61 +240,6 @@ class AsynDBT(Teleprompter):
         if self.deterministic:
             return SimulatedEngine(work_delays(), eager=True)
         return LocalEngine(deadline_s=self.budget.seconds or math.inf)
-
-
-class _Run:
-    """One compile in progress."""
-
-    def __init__(
-        self,
-        optimizer: AsynDBT,
-        programs: ProgramSpace,
-        shards: Sequence[preparation.Shard],
-        evaluator: ProgramEvaluator,
-        server: ServerState,
-        workers: Sequence[WorkerState],
-        spent: int,
-        started: float,
-    ) -> None:
-        self.optimizer = optimizer
-        self.programs = programs
-        self.shards = shards
-        self.evaluator = evaluator
-        self.server = server
-        self.workers = workers
-        self.spent = spent
-        self.started = started
-        self.recorded: list[Recorded] = []
-        self.curve = CurveRecorder(server)
-        self.bar = ProgressBar(server, optimizer.budget.metric_calls, spent) if optimizer.progress else None
-
-    async def search(self) -> None:
-        observers: list[Any] = [self.recorded.append, self.curve]
-        if self.bar is not None:
-            observers.append(self.bar)
-        await self.optimizer.make_engine().run(self.server, self.workers, self.evaluator, observers)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        self.evaluator.runner.close()
-
-    def reasons(self) -> str:
-        errors = {name: use.last_error for name, use in self.evaluator.uses.items() if use.last_error}
-        return "; ".join(f"{name}: {error}" for name, error in errors.items()) or "no answer in time"
-
-    def result(self) -> Result:
-        settings = {**self.optimizer.get_params(), "algorithm": self.server.config.to_dict()}
-        return make_result(
-            self.programs,
-            self.server,
-            self.workers,
-            self.evaluator,
-            self.curve,
-            self.recorded,
-            seconds=time.perf_counter() - self.started,
-            settings=settings,
-        )
 
 
 def _check_choice(name: str, value: Any, choices: Any) -> None:

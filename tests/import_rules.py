@@ -62,6 +62,7 @@ PARTS = {
     "asyndbt_dspy.runs.report": _part("asyndbt_dspy.runs", CORE, libraries="jinja2 matplotlib"),
     "asyndbt_dspy.testing": _part(CORE, "asyndbt_dspy.engines.protocols", libraries="numpy"),
     "asyndbt_dspy.optimizer": WHOLE_PACKAGE,
+    "asyndbt_dspy.compilation": WHOLE_PACKAGE,
     "asyndbt_dspy.preparation": WHOLE_PACKAGE,
     "asyndbt_dspy.reporting": WHOLE_PACKAGE,
     "asyndbt_dspy.workers": WHOLE_PACKAGE,

@@ -32,7 +32,7 @@ def test_the_checker_reads_the_whole_tree(project: Project) -> None:
     assert any(module.startswith("benchmarks.") for module in project.modules)
     imported = {
         found.module
-        for found in project.imports("asyndbt_dspy.optimizer", project.trees["asyndbt_dspy.optimizer"])
+        for found in project.imports("asyndbt_dspy.compilation", project.trees["asyndbt_dspy.compilation"])
     }
     assert {"dspy", "asyndbt_dspy.core.server", "asyndbt_dspy.runs.result"} <= imported
 

@@ -11,6 +11,8 @@ import kit
 import pytest
 
 from asyndbt_dspy import AsynDBT, Budget, ConfigurationError
+from asyndbt_dspy import optimizer as optimizer_module
+from asyndbt_dspy.compilation import prepare
 from asyndbt_dspy.core.messages import decode, encode
 from asyndbt_dspy.engines.protocols import Recorded, replay
 
@@ -138,7 +140,7 @@ def fresh_machines(optimizer: AsynDBT) -> Any:
     """Server and workers as a compile builds them, before the first event."""
 
     async def build() -> Any:
-        run = await optimizer._prepare(dspy.Predict(kit.Sort), TRAIN, None, None)
+        run = await prepare(optimizer, dspy.Predict(kit.Sort), TRAIN, None, None)
         run.close()
         return run
 
@@ -152,13 +154,12 @@ def test_recorded_events_rebuild_server_and_workers(
     preset: str, deterministic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[Any] = []
-    prepare = AsynDBT._prepare
 
     async def watched(self: AsynDBT, *arguments: Any) -> Any:
         runs.append(await prepare(self, *arguments))
         return runs[-1]
 
-    monkeypatch.setattr(AsynDBT, "_prepare", watched)
+    monkeypatch.setattr(optimizer_module, "prepare", watched)
     _, optimizer, _ = compiled(kit.shuffled_lm(3), preset=preset, deterministic=deterministic)
     (ran,) = runs
     monkeypatch.undo()

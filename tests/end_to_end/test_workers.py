@@ -13,6 +13,7 @@ import kit
 import pytest
 
 from asyndbt_dspy import AsynDBT, Budget, MetricError, Worker
+from asyndbt_dspy.compilation import prepare
 from asyndbt_dspy.core.messages import encode
 from asyndbt_dspy.engines.protocols import SERVER
 
@@ -35,7 +36,7 @@ def prepared(optimizer: AsynDBT, trainset: Any, valset: Any = None, lm: Any = No
     import asyncio
 
     async def build() -> Any:
-        run = await optimizer._prepare(dspy.Predict(kit.Sort), trainset, None, valset)
+        run = await prepare(optimizer, dspy.Predict(kit.Sort), trainset, None, valset)
         run.close()
         return run
 

@@ -1,0 +1,231 @@
+"""From ``AsynDBT.compile``'s arguments to machines that can run: probes, demos, instruction arms, server and workers."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import dspy
+
+from asyndbt_dspy import preparation
+from asyndbt_dspy.core.config import AlgorithmConfig
+from asyndbt_dspy.core.policies import WorkerSpace
+from asyndbt_dspy.core.server import ServerState
+from asyndbt_dspy.core.validation import check_config
+from asyndbt_dspy.core.worker import WorkerState
+from asyndbt_dspy.engines.protocols import Recorded
+from asyndbt_dspy.programs import checks
+from asyndbt_dspy.programs.evaluator import ProgramEvaluator
+from asyndbt_dspy.programs.rollout import Rollout, RolloutRunner
+from asyndbt_dspy.programs.slots import DemoItem, ProgramSpace, demo_slots
+from asyndbt_dspy.reporting import make_result
+from asyndbt_dspy.runs.observers import CurveRecorder, ProgressBar
+from asyndbt_dspy.runs.result import Result
+from asyndbt_dspy.workers import Worker
+
+if TYPE_CHECKING:
+    from asyndbt_dspy.optimizer import AsynDBT
+
+_BOOTSTRAP_FRACTION = 0.12
+_BOOTSTRAP_CALLS = 1_000
+"""What ``_BOOTSTRAP_FRACTION`` is taken of where metric calls are not bounded."""
+
+
+async def prepare(
+    optimizer: AsynDBT,
+    student: dspy.Module,
+    trainset: Sequence[dspy.Example] | None,
+    teacher: dspy.Module | None,
+    valset: Sequence[dspy.Example] | None,
+) -> Run:
+    started = time.perf_counter()
+    checks.check_student(student)
+    workers = preparation.make_workers(
+        optimizer.workers, trainset, student, shard_key=optimizer.shard_key, seed=optimizer.seed
+    )
+    _check_data(optimizer, student, workers, valset)
+    config = preparation.resolve(
+        optimizer.config, len(workers), optimizer.active_workers, optimizer.max_staleness
+    )
+    needs_pool = optimizer.options.mode != "instructions"
+    shards = preparation.split_shards(
+        workers, valset, student, config, needs_pool=needs_pool, seed=optimizer.seed
+    )
+    return await _arrange(optimizer, student, teacher, shards, config, started)
+
+
+def _check_data(
+    optimizer: AsynDBT, student: dspy.Module, workers: Sequence[Worker], valset: Sequence[dspy.Example] | None
+) -> None:
+    """Refuse what cannot work before any LM call."""
+    preparation.check_names(student, optimizer.options.instructions)
+    check_config([worker.name for worker in workers], dataclasses.replace(optimizer.config, active_workers=1))
+    layout = demo_slots(
+        student, demos_per_class=optimizer.options.demos_per_class, demo_slots=optimizer.options.demo_slots
+    )
+    for worker in workers:
+        lm = worker.lm or dspy.settings.lm
+        checks.check_inputs(
+            student,
+            worker.trainset,
+            valset=worker.valset,
+            name=f"trainset of worker {worker.name!r}",
+            context_tokens=lambda lm=lm: preparation.context_tokens(lm),  # type: ignore[misc]
+            max_demo_tokens=optimizer.options.max_demo_tokens,
+            slots=None if optimizer.options.mode == "instructions" else layout,
+        )
+    if valset:
+        checks.check_examples(student, valset, name="valset")
+        checks.check_overlap([one for worker in workers for one in worker.trainset], valset)
+
+
+async def _arrange(
+    optimizer: AsynDBT,
+    student: dspy.Module,
+    teacher: dspy.Module | None,
+    shards: Sequence[preparation.Shard],
+    config: AlgorithmConfig,
+    started: float,
+) -> Run:
+    plain = preparation.make_space(
+        student, shards, dataclasses.replace(optimizer.options, fragments=0), {}, ()
+    )
+    evaluator = ProgramEvaluator(
+        plain,
+        preparation.make_parts(shards),
+        RolloutRunner(optimizer.metric, failure_score=optimizer.failure_score),
+        rollout_timeout_s=optimizer.rollout_timeout_s,
+        max_failures=optimizer.max_failures,
+    )
+    try:
+        probes = await _probe(optimizer, evaluator, shards)
+        items, rollouts = await _demos(optimizer, student, teacher, shards, evaluator)
+        texts = await preparation.instruction_arms(
+            student, shards, optimizer.options, rollouts, optimizer.seed
+        )
+    except BaseException:
+        evaluator.runner.close()
+        raise
+    programs = preparation.make_space(student, shards, optimizer.options, texts, items)
+    evaluator.programs = programs
+    for worker, rollout in probes.items():
+        evaluator.remember((programs.space.student, worker, False, 0), rollout)  # paid for already
+    cross_entropies = [one.cross_entropy is not None for one in probes.values() if one.score is not None]
+    use_cross_entropy = optimizer.loss == "auto" and bool(cross_entropies) and all(cross_entropies)
+    calls, spent = optimizer.budget.metric_calls, sum(use.calls for use in evaluator.uses.values())
+    left = None if calls is None else max(0, calls - spent)
+    members = preparation.make_members(programs, shards, config)
+    server = ServerState(programs.space, members, config, left, optimizer.seed)
+    states = [
+        WorkerState(
+            shard.worker.name,
+            index,
+            WorkerSpace(programs.space, members[index].allowed),
+            config,
+            examples=len(shard.estimate),
+            seed=optimizer.seed,
+            use_cross_entropy=use_cross_entropy,
+        )
+        for index, shard in enumerate(shards)
+    ]
+    return Run(optimizer, programs, shards, evaluator, server, states, spent, started)
+
+
+async def _probe(
+    optimizer: AsynDBT, evaluator: ProgramEvaluator, shards: Sequence[preparation.Shard]
+) -> dict[str, Rollout]:
+    """The student's rollout on the first example of each worker, as far as the budget reaches.
+
+    It shows a metric that returns nothing before more is paid for, and whether labels have distributions.
+    """
+    student = evaluator.programs.build(evaluator.programs.space.student)
+    names = [shard.worker.name for shard in shards[: optimizer.budget.metric_calls]]
+    runs = [
+        evaluator.rollout(name, student, shard.estimate[0])
+        for name, shard in zip(names, shards, strict=False)
+    ]
+    rollouts = await preparation.gather_rollouts(runs)
+    preparation.check_lm(student, shards, rollouts)
+    return {name: one for name, one in zip(names, rollouts, strict=True) if one is not None}
+
+
+async def _demos(
+    optimizer: AsynDBT,
+    student: dspy.Module,
+    teacher: dspy.Module | None,
+    shards: Sequence[preparation.Shard],
+    evaluator: ProgramEvaluator,
+) -> tuple[list[DemoItem], list[tuple[str, dspy.Example, Rollout]]]:
+    """Demo arms, and the runs (worker, example, rollout) that traces were taken from."""
+    options, plain = optimizer.options, evaluator.programs
+    found = [] if options.mode == "instructions" else preparation.labelled_items(student, shards, options)
+    rollouts: list[tuple[str, dspy.Example, Rollout]] = []
+    if preparation.wants_bootstrap(student, teacher, options, found) or options.proposer is not None:
+        calls = optimizer.budget.metric_calls or _BOOTSTRAP_CALLS
+        spent = sum(use.calls for use in evaluator.uses.values())
+        spend = max(0, min(int(calls * _BOOTSTRAP_FRACTION), calls - spent))
+        program = teacher or plain.build(plain.space.student)
+        threshold = max(0.5, optimizer.failure_score)
+        traced, rollouts = await preparation.bootstrap_items(
+            evaluator, program, shards, options, spend, threshold
+        )
+        known = {name for name, _ in student.named_predictors()}  # a teacher may have other predictors
+        found = [*(item for item in traced if item.predictor in known), *found]
+    return preparation.choose_demos(found, options, optimizer.seed), rollouts
+
+
+class Run:
+    """One compile in progress."""
+
+    def __init__(
+        self,
+        optimizer: AsynDBT,
+        programs: ProgramSpace,
+        shards: Sequence[preparation.Shard],
+        evaluator: ProgramEvaluator,
+        server: ServerState,
+        workers: Sequence[WorkerState],
+        spent: int,
+        started: float,
+    ) -> None:
+        self.optimizer = optimizer
+        self.programs = programs
+        self.shards = shards
+        self.evaluator = evaluator
+        self.server = server
+        self.workers = workers
+        self.spent = spent
+        self.started = started
+        self.recorded: list[Recorded] = []
+        self.curve = CurveRecorder(server)
+        self.bar = ProgressBar(server, optimizer.budget.metric_calls, spent) if optimizer.progress else None
+
+    async def search(self) -> None:
+        observers: list[Any] = [self.recorded.append, self.curve]
+        if self.bar is not None:
+            observers.append(self.bar)
+        await self.optimizer.make_engine().run(self.server, self.workers, self.evaluator, observers)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.evaluator.runner.close()
+
+    def reasons(self) -> str:
+        errors = {name: use.last_error for name, use in self.evaluator.uses.items() if use.last_error}
+        return "; ".join(f"{name}: {error}" for name, error in errors.items()) or "no answer in time"
+
+    def result(self) -> Result:
+        settings = {**self.optimizer.get_params(), "algorithm": self.server.config.to_dict()}
+        return make_result(
+            self.programs,
+            self.server,
+            self.workers,
+            self.evaluator,
+            self.curve,
+            self.recorded,
+            seconds=time.perf_counter() - self.started,
+            settings=settings,
+        )
