@@ -71,9 +71,9 @@ def main() -> None:
 
         sys.exit(report.main(arguments.report, arguments.json, arguments.plots, arguments.write_docs))
     if arguments.measure_settings:
-        from quality_bench import measure
+        from quality_bench import measure, settings
 
-        measure.main(arguments.budgets)
+        measure.main(arguments.budgets, arguments.optimizers or settings.SEARCHERS)
         return
     if arguments.data is None or not Path(arguments.data).is_dir():
         sys.exit(

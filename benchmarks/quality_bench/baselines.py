@@ -30,15 +30,20 @@ def _manual_prompt(job: Job) -> Outcome:
     return _outcome(program)
 
 
-def _zero_shot_cot(job: Job) -> Outcome:
-    """A reasoning before the label (``dspy.ChainOfThought``), without demos."""
-    program = job.task.build()
+def with_reasoning(task: Task) -> dspy.Module:
+    """The student with a reasoning before the label."""
+    program = task.build()
     if isinstance(program, dspy.Predict):
-        return _outcome(dspy.ChainOfThought(program.signature))
+        return dspy.ChainOfThought(program.signature)
     for name, one in list(program.named_predictors()):
         if "label" in one.signature.output_fields:
             setattr(program, name, dspy.ChainOfThought(one.signature))
-    return _outcome(program)
+    return program
+
+
+def _zero_shot_cot(job: Job) -> Outcome:
+    """A reasoning before the label (``dspy.ChainOfThought``), without demos."""
+    return _outcome(with_reasoning(job.task))
 
 
 def demos_per_prompt(task: Task) -> int:

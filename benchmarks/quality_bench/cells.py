@@ -106,7 +106,7 @@ def run(key: Key, lms: Lms, folder: Path, *, incumbents: bool = False, test_limi
     )
     calls = lms.book.start(key.seed)
     started = time.perf_counter()
-    with dspy.context(lm=lms.task, adapter=dspy.JSONAdapter()), _quiet():
+    with dspy.context(lm=lms.task, adapter=dspy.JSONAdapter()), quiet():
         outcome = optimizer.run(job)
         seconds, made, proposed = time.perf_counter() - started, calls.of("task"), calls.of("proposer")
         lms.book.start(key.seed)  # what follows is not the optimizer's
@@ -169,6 +169,16 @@ def program_state(program: dspy.Module) -> dict[str, Any]:
     }
 
 
+def student_of(key: Key) -> dspy.Module:
+    """A program whose predictors have the names and fields of the cell's state."""
+    task = tasks.TASKS[key.task]
+    if key.optimizer != "zero_shot_cot":
+        return task.build()
+    from quality_bench import baselines
+
+    return baselines.with_reasoning(task)
+
+
 def with_state(program: dspy.Module, state: dict[str, Any]) -> dspy.Module:
     """``program`` with the instructions and demos of a row."""
     for name, predictor in program.named_predictors():
@@ -193,7 +203,7 @@ def versions() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Optimizers print, log and warn a lot; errors that matter are raised."""
     held = logging.root.manager.disable
     logging.disable(logging.ERROR)

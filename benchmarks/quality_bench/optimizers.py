@@ -162,6 +162,16 @@ def _copro(job: Job, chosen: dict[str, Any] | None = None) -> Outcome:
     return Outcome(made, chosen)
 
 
+SEARCHES: dict[str, Callable[..., Outcome]] = {
+    "bootstrap_rs": _bootstrap_rs,
+    "mipro_v2": _mipro_v2,
+    "simba": _simba,
+    "gepa": _gepa,
+    "copro": _copro,
+}
+"""The optimizers with a ladder of settings: ``(job, settings) -> Outcome``; without settings the committed ones."""
+
+
 class _WatchedAsynDBT(AsynDBT):
     """Keeps what the run would return at several points of its budget."""
 

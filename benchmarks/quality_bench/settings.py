@@ -70,10 +70,13 @@ def _bootstrap_rs(budget: int, shape: Shape) -> list[Rung]:
 
 
 def _mipro_v2(budget: int, shape: Shape) -> list[Rung]:
+    documented = [_mipro_trials(candidates, shape) for candidates in range(2, 20)]
+    pairs = [(2, trials) for trials in range(1, documented[0])]
+    for candidates, first, end in zip(range(2, 19), documented, documented[1:], strict=False):
+        pairs += [(candidates, trials) for trials in range(first, max(first + 1, end))]
+    pairs += [(18, trials) for trials in range(documented[-1], 90, 3)]
     rungs = []
-    for candidates, trials in [(n, _mipro_trials(n, shape)) for n in range(1, 19)] + [
-        (18, trials) for trials in range(_mipro_trials(18, shape) + 2, 90, 3)
-    ]:
+    for candidates, trials in pairs:
         minibatch = shape.valid > 50  # MIPROv2's own rule
         each = min(35, shape.valid) if minibatch else shape.valid
         full = shape.valid * (1 + trials // 5 + (trials % 5 != 0)) if minibatch else 0
@@ -162,31 +165,32 @@ _LADDERS: dict[str, Callable[[int, Shape], list[Rung]]] = {
 
 
 def select(rungs: list[Rung], budget: int, measure: Callable[[Rung], float]) -> tuple[Rung, float]:
-    """The rung to use: the largest within the budget if it uses >= 90 % of it, else the next larger.
+    """The rung to use, and its calls: the largest within the budget if it uses >= 90 % of it, else the next larger.
 
     Args:
-        rungs: By their calls.
-        measure: The calls that a rung really makes; assumed to grow with the rungs.
+        rungs: By their estimated calls; the walk starts at the one that the estimate would choose.
+        measure: The calls that a rung really makes; taken to grow with the rungs.
     """
-    low, high, known = 0, len(rungs), {}
-    while low < high:
-        middle = (low + high) // 2
-        known[middle] = measure(rungs[middle])
-        if known[middle] <= budget:
-            low = middle + 1
-        else:
-            high = middle
-    within = low - 1
-    if within >= 0 and known.setdefault(within, 0.0) >= 0.9 * budget:
-        return rungs[within], known[within]
-    larger = min(within + 1, len(rungs) - 1)
-    if larger not in known:
-        known[larger] = measure(rungs[larger])
-    return rungs[larger], known[larger]
+    known: dict[int, float] = {}
+
+    def calls(place: int) -> float:
+        if place not in known:
+            known[place] = measure(rungs[place])
+        return known[place]
+
+    place = max((number for number, rung in enumerate(rungs) if rung.calls <= budget), default=0)
+    while place > 0 and calls(place) > budget:
+        place -= 1
+    while place + 1 < len(rungs) and calls(place + 1) <= budget:
+        place += 1
+    if calls(place) < 0.9 * budget and place + 1 < len(rungs):
+        place += 1
+    return rungs[place], calls(place)
 
 
 @cache
-def _table() -> dict[str, Any]:
+def table() -> dict[str, Any]:
+    """The committed choices."""
     return json.loads(CHOSEN.read_text(encoding="utf-8")) if CHOSEN.exists() else {}
 
 
@@ -196,7 +200,7 @@ def key(optimizer: str, budget: int, shape: Shape) -> str:
 
 def settings_for(optimizer: str, budget: int, shape: Shape) -> Settings:
     """The committed setting; for a budget that was not measured the choice by estimated calls."""
-    known = _table().get(key(optimizer, budget, shape))
+    known = table().get(key(optimizer, budget, shape))
     if known is not None:
         return dict(known["settings"])
     return select(ladder(optimizer, budget, shape), budget, lambda rung: rung.calls)[0].settings

@@ -1,0 +1,219 @@
+"""Tables for people, and the JSON line."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from quality_bench import cells, summary, tasks
+from quality_bench.summary import Line, Summary
+
+CAVEAT = (
+    "The proposers are the LMs themselves, of 135 and 270 million parameters: that cripples methods that live on "
+    "proposals (`mipro_v2`, `simba`, `gepa`, `copro`). With a strong proposer they may well do better than here."
+)
+BEGIN, END = "<!-- quality tables: begin -->", "<!-- quality tables: end -->"
+
+
+def main(path: Path, as_json: bool, plots: Path | None, docs: Path | None) -> str | None:
+    """Print the report of a results file; returns what is wrong, for ``sys.exit``."""
+    rows = cells.read(path)
+    if not rows:
+        return f"{path} holds no rows; run the benchmark with --out {path} first"
+    found = [summary.summarise(rows, budget) for budget in summary.budgets_of(rows)]
+    if as_json:
+        sys.stdout.write(json.dumps(as_line(found)) + "\n")
+    else:
+        sys.stdout.write(text(found) + "\n")
+    if plots is not None:
+        from quality_bench import plots as drawing
+
+        drawing.draw(rows, found, plots)
+    if docs is not None:
+        write_docs(docs, text(found))
+    return None
+
+
+def as_line(found: Sequence[Summary]) -> dict[str, object]:
+    """``{"budgets": {"300": {"asyndbt": {"mean_test", "rank", "harm"}}}}``, scores and harm in percent."""
+    return {
+        "budgets": {
+            str(one.budget): {
+                line.optimizer: {
+                    "mean_test": round(line.mean_test, 2),
+                    "rank": None if line.rank is None else round(line.rank, 2),
+                    "harm": None if line.harm is None else round(line.harm, 2),
+                }
+                for line in one.lines
+            }
+            for one in found
+        }
+    }
+
+
+def write_docs(path: Path, tables: str) -> None:
+    """Put the tables between the markers of a Markdown file.
+
+    Raises:
+        ValueError: the file has no markers.
+    """
+    content = path.read_text(encoding="utf-8")
+    if BEGIN not in content or END not in content:
+        raise ValueError(f"{path} needs the lines {BEGIN} and {END}, between which the tables go")
+    before, _, rest = content.partition(BEGIN)
+    after = rest.partition(END)[2]
+    path.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}", encoding="utf-8")
+
+
+def text(found: Sequence[Summary]) -> str:
+    """The whole report as Markdown."""
+    return "\n\n".join(part for one in found for part in _budget(one))
+
+
+def _budget(one: Summary) -> list[str]:
+    parts = [f"### {one.budget} task-LM calls", _coverage(one), _main_table(one), _claims(one)]
+    parts += [f"Score per task and LM at {one.budget} calls (percent):", _cell_table(one)]
+    if one.variants:
+        parts += [
+            f"Ablation at {one.budget} calls (difference: `asyndbt` minus the variant):",
+            _variants(one),
+        ]
+    parts.append(_paper(one))
+    return [part for part in parts if part]
+
+
+def _coverage(one: Summary) -> str:
+    held_out = sum(not tasks.TASKS[task].tuning for task, _ in one.common)
+    said = (
+        f"Means over {len(one.common)} cells (task × LM), {held_out} of them on tasks and programs that no constant "
+        "was chosen on; 95 % intervals by bootstrap over cells and seeds. Ranks are of seed means, and ties (less than two "
+        "paired standard errors over the test examples) share the better rank. Harm: part of the runs "
+        "more than two paired standard errors below the student."
+    )
+    if one.incomplete:
+        said += f" Not in every cell, so not ranked: {', '.join(one.incomplete)}."
+    return said
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in body)])
+
+
+def _main_table(one: Summary) -> str:
+    head = [
+        "optimizer",
+        "test",
+        "95 %",
+        "rank",
+        "harm",
+        "asyndbt −",
+        "95 %",
+        "win/tie/loss",
+        "LM calls",
+        "of budget",
+        "proposer calls",
+        "seconds",
+        "runs",
+    ]
+    return _table(head, [_main_row(one, line) for line in one.lines])
+
+
+def _main_row(one: Summary, line: Line) -> list[str]:
+    versus = line.against
+    return [
+        f"`{line.optimizer}`",
+        f"{line.mean_test:.1f}",
+        f"{line.low:.1f}–{line.high:.1f}",
+        "–" if line.rank is None else f"{line.rank:.1f}",
+        "–" if line.harm is None else f"{line.harm:.0f} %",
+        "–" if versus is None else f"{versus.difference:+.1f}",
+        "–" if versus is None else f"{versus.low:+.1f} … {versus.high:+.1f}",
+        "–" if versus is None else f"{versus.wins}/{versus.ties}/{versus.losses} (p={versus.p_value:.2g})",
+        f"{line.calls:.0f}",
+        f"{100 * line.calls / one.budget:.0f} %",
+        f"{line.proposer_calls:.0f}",
+        f"{line.seconds:.0f}",
+        str(line.runs),
+    ]
+
+
+def _claims(one: Summary) -> str:
+    ours = next((line for line in one.lines if line.optimizer == summary.OURS), None)
+    best = one.best_other
+    if ours is None or best is None:
+        return ""
+    gap = ours.mean_test - best.mean_test
+    rank = "–" if ours.rank is None else f"{ours.rank:.2f}"
+    harm = "–" if ours.harm is None else f"{ours.harm:.1f} %"
+    said = [
+        f"`asyndbt` minus the best ranked other (`{best.optimizer}`): {gap:+.1f} points (wanted: +3 or more). "
+        f"Average rank {rank} (wanted: 2.5 or less). Harm {harm} (wanted: 2 % or less)."
+    ]
+    if one.median_reach is not None:
+        part = "never" if math.isinf(one.median_reach) else f"{one.median_reach:.2f}"
+        said.append(
+            f"Calls to hold the best other's final score, as a part of that one's calls: median {part} over "
+            f"{len(one.reach)} cells (wanted: 0.5 or less)."
+        )
+    return " ".join([*said, CAVEAT])
+
+
+def _cell_table(one: Summary) -> str:
+    names = [line.optimizer for line in one.lines]
+    body = [
+        [
+            f"{task}, {lm}",
+            *(f"{scores[name]:.1f}" if name in scores else "–" for name in names),
+        ]
+        for (task, lm), scores in one.scores.items()
+    ]
+    return _table(["cell", *(f"`{name}`" for name in names)], body)
+
+
+def _variants(one: Summary) -> str:
+    body = []
+    for line in one.variants:
+        versus = line.against
+        assert versus is not None  # variants share cells with AsynDBT
+        body.append(
+            [
+                f"`{line.optimizer}`",
+                f"{line.mean_test:.1f}",
+                f"{versus.difference:+.1f}",
+                f"{versus.low:+.1f} … {versus.high:+.1f}",
+                f"{versus.wins}/{versus.ties}/{versus.losses}",
+                str(line.runs),
+            ]
+        )
+    return _table(["variant", "test", "asyndbt −", "95 %", "win/tie/loss", "runs"], body)
+
+
+_PAPER = (
+    ("cendbt", "asyndbt_paper"),
+    ("asyndbt_paper", "bdpl"),
+    ("asyndbt_paper", "random_icl"),
+    ("asyndbt_paper", "kate"),
+    ("asyndbt_demo_only", "asyndbt_prompt_only"),
+)
+"""The paper's ordering: the first of a pair is at least as good."""
+
+
+def _paper(one: Summary) -> str:
+    means = {line.optimizer: line.mean_test for line in one.lines}
+    body = [
+        [
+            f"`{a}` ≥ `{b}`",
+            f"{means[a]:.1f} / {means[b]:.1f}",
+            "holds" if means[a] >= means[b] else "does not hold",
+        ]
+        for a, b in _PAPER
+        if a in means and b in means
+    ]
+    if not body:
+        return ""
+    head = f"The paper's ordering at {one.budget} calls (the last line: demos matter more than instructions):"
+    return f"{head}\n\n{_table(['ordering', 'test', 'here'], body)}"

@@ -1,0 +1,239 @@
+"""From rows to numbers: per budget every optimizer's mean, rank, harm and calls. No text here."""
+
+from __future__ import annotations
+
+import math
+import statistics as plain
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from quality_bench import optimizers
+from quality_bench.cells import Row
+from quality_bench.statistics import (
+    bootstrap_interval,
+    calls_to_reach,
+    mean,
+    paired_difference,
+    ranks,
+    sign_test,
+    verdict,
+)
+
+Cell = tuple[str, str]
+"""(task, LM)."""
+OURS = "asyndbt"
+_POINTS = tuple(point / 10 for point in range(1, 11))
+
+
+@dataclass(frozen=True)
+class Against:
+    """One optimizer paired with AsynDBT over the cells that both have.
+
+    Attributes:
+        difference, low, high: AsynDBT's mean minus its, in points, with a 95 % interval.
+        wins, ties, losses: Cells by ``statistics.verdict`` of AsynDBT.
+        p_value: Of the sign test over wins and losses.
+    """
+
+    difference: float
+    low: float
+    high: float
+    wins: int
+    ties: int
+    losses: int
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """One optimizer at one budget. Scores in percent, ``harm`` in percent of its runs; ``None`` where unknown.
+
+    Attributes:
+        rank: Mean rank over the common cells; ``None`` where not ranked.
+        cells, runs: What it was measured on.
+        calls, proposer_calls, seconds: Means over its runs.
+    """
+
+    optimizer: str
+    mean_test: float
+    low: float
+    high: float
+    rank: float | None
+    harm: float | None
+    cells: int
+    runs: int
+    calls: float
+    proposer_calls: float
+    seconds: float
+    against: Against | None
+
+
+@dataclass
+class Summary:
+    """One budget.
+
+    Attributes:
+        common: Cells that every ranked optimizer has; means and ranks are over these.
+        lines: The best first.
+        variants: AsynDBT with other options, each over the cells that it shares with AsynDBT.
+        reach: Per cell AsynDBT's calls to reach the best other's final score, as a part of that one's calls.
+        scores: ``{cell: {optimizer: mean over seeds}}``.
+        incomplete: Ranked optimizers that lack more than half of the cells: shown, not ranked.
+    """
+
+    budget: int
+    common: list[Cell]
+    lines: list[Line]
+    variants: list[Line]
+    reach: dict[Cell, float]
+    scores: dict[Cell, dict[str, float]]
+    incomplete: list[str] = field(default_factory=list)
+
+    @property
+    def best_other(self) -> Line | None:
+        others = [one for one in self.lines if one.rank is not None and not optimizers.is_ours(one.optimizer)]
+        return max(others, key=lambda one: one.mean_test, default=None)
+
+    @property
+    def median_reach(self) -> float | None:
+        return plain.median(self.reach.values()) if self.reach else None
+
+
+class Table:
+    """The rows of one budget by cell and optimizer; methods that do not search belong to every budget."""
+
+    def __init__(self, rows: Iterable[Row], budget: int) -> None:
+        self.rows: dict[Cell, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+        for row in rows:
+            if row["budget"] in (budget, 0):
+                self.rows[row["task"], row["lm"]][row["optimizer"]].append(row)
+
+    def score(self, cell: Cell, name: str) -> float:
+        return mean([row["test"] for row in self.rows[cell][name]])
+
+    def rates(self, cell: Cell, name: str) -> list[float]:
+        """Per test example how often it was right, over the seeds."""
+        bits = [row["test_bits"] for row in self.rows[cell][name]]
+        return [sum(letter == "1" for letter in column) / len(bits) for column in zip(*bits, strict=True)]
+
+    def cells_of(self, name: str) -> list[Cell]:
+        return sorted(cell for cell, found in self.rows.items() if name in found)
+
+    def names(self) -> list[str]:
+        return sorted({name for found in self.rows.values() for name in found})
+
+
+def budgets_of(rows: Iterable[Row]) -> list[int]:
+    return sorted({row["budget"] for row in rows} - {0})
+
+
+def summarise(rows: Sequence[Row], budget: int) -> Summary:
+    """The numbers of one budget.
+
+    Raises:
+        KeyError: rows of an optimizer that this benchmark does not know.
+    """
+    table = Table(rows, budget)
+    names = [name for name in table.names() if "[" not in name]
+    ranked = [name for name in names if optimizers.find(name).ranked]
+    fullest = max((len(table.cells_of(name)) for name in ranked), default=0)
+    incomplete = [name for name in ranked if 2 * len(table.cells_of(name)) < fullest]
+    ranked = [name for name in ranked if name not in incomplete]
+    common = sorted(set.intersection(*(set(table.cells_of(name)) for name in ranked))) if ranked else []
+    placed = {cell: _ranks(table, cell, ranked) for cell in common}
+    lines = []
+    for name in names:
+        own = [cell for cell in common if name in table.rows[cell]] or table.cells_of(name)
+        rank = mean([placed[cell][name] for cell in common]) if name in ranked and common else None
+        lines.append(_line(table, name, own, rank))
+    variants = []
+    for name in table.names():
+        shared = [cell for cell in table.cells_of(name) if OURS in table.rows[cell]]
+        if "[" in name and shared:
+            variants.append(_line(table, name, shared, None))
+    lines.sort(key=lambda line: -line.mean_test)
+    scores = {
+        cell: {name: table.score(cell, name) for name in table.rows[cell]} for cell in sorted(table.rows)
+    }
+    others = [name for name in ranked if not optimizers.is_ours(name)]
+    reach = {cell: part for cell in common if (part := _reach(table, cell, others, budget)) is not None}
+    return Summary(budget, common, lines, variants, reach, scores, incomplete)
+
+
+def _ranks(table: Table, cell: Cell, names: Sequence[str]) -> dict[str, int]:
+    rates = {name: table.rates(cell, name) for name in names}
+    tied = {(a, b): verdict(rates[a], rates[b]) == 0 for a in names for b in names if a != b}
+    return ranks({name: table.score(cell, name) for name in names}, tied)
+
+
+def _line(table: Table, name: str, own: Sequence[Cell], rank: float | None) -> Line:
+    rows = [row for cell in own for row in table.rows[cell][name]]
+    groups = [[row["test"] for row in table.rows[cell][name]] for cell in own]
+    low, high = bootstrap_interval(groups)
+    return Line(
+        optimizer=name,
+        mean_test=mean([mean(group) for group in groups]),
+        low=low,
+        high=high,
+        rank=rank,
+        harm=_harm(table, name, own),
+        cells=len(own),
+        runs=len(rows),
+        calls=mean([row["task_lm_calls"] for row in rows]),
+        proposer_calls=mean([row["proposer_calls"] for row in rows]),
+        seconds=mean([row["seconds"] for row in rows]),
+        against=_against(table, name, own),
+    )
+
+
+def _harm(table: Table, name: str, own: Sequence[Cell]) -> float | None:
+    """Runs whose program is more than two paired standard errors below the student, in percent."""
+    known = []
+    for cell in own:
+        if "student" in table.rows[cell] and name != "student":
+            student = table.rates(cell, "student")
+            known += [
+                verdict([float(letter) for letter in row["test_bits"]], student) < 0
+                for row in table.rows[cell][name]
+            ]
+    return 100 * sum(known) / len(known) if known else None
+
+
+def _against(table: Table, name: str, own: Sequence[Cell]) -> Against | None:
+    shared = [cell for cell in own if OURS in table.rows[cell]]
+    if name == OURS or not shared:
+        return None
+    verdicts = [verdict(table.rates(cell, OURS), table.rates(cell, name)) for cell in shared]
+    gaps = [paired_difference(table.rates(cell, OURS), table.rates(cell, name))[0] for cell in shared]
+    low, high = bootstrap_interval([[gap] for gap in gaps])
+    wins, losses = verdicts.count(1), verdicts.count(-1)
+    return Against(mean(gaps), low, high, wins, verdicts.count(0), losses, sign_test(wins, losses))
+
+
+def _reach(table: Table, cell: Cell, others: Sequence[str], budget: int) -> float | None:
+    """AsynDBT's calls to hold the best other's final score, over that one's calls; ``inf`` if it never does."""
+    rows = [row for row in table.rows[cell].get(OURS, []) if row.get("incumbents")]
+    if not rows or not others:
+        return None
+    best = max(others, key=lambda name: table.score(cell, name))
+    spent = mean([row["task_lm_calls"] for row in table.rows[cell][best]]) or budget
+    calls = calls_to_reach(curve(rows, budget), table.score(cell, best))
+    return math.inf if calls is None else calls / spent
+
+
+def curve(rows: Sequence[Row], budget: int) -> list[tuple[float, float]]:
+    """``(calls, test score)`` of the incumbents, the mean over rows at ten points of the budget."""
+    points = []
+    for part in _POINTS:
+        calls = part * budget
+        values = []
+        for row in rows:
+            known = [one["test"] for one in row["incumbents"] if one["calls"] <= calls]
+            if part == 1.0 or calls >= row["task_lm_calls"]:
+                values.append(row["test"])
+            elif known:
+                values.append(known[-1])
+        if len(values) == len(rows):
+            points.append((calls, mean(values)))
+    return points

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from quality_bench import report, settings, statistics, summary, tasks
+from quality_bench.settings import Rung
+from result_rows import made_row
+
+HALF = "10" * 50
+
+
+def test_ranks_share_the_better_one_with_the_head_of_their_group_only() -> None:
+    scores = {"a": 90.0, "b": 88.0, "c": 86.0, "d": 50.0}
+    tied = {("a", "b"): True, ("b", "c"): True, ("a", "c"): False, ("c", "d"): False}
+    assert statistics.ranks(scores, tied) == {"a": 1, "b": 1, "c": 3, "d": 4}
+    assert statistics.ranks({"a": 1.0, "b": 1.0}, {}) == {"a": 1, "b": 1}
+
+
+def test_the_sign_test_is_exact() -> None:
+    assert statistics.sign_test(0, 0) == 1
+    assert statistics.sign_test(5, 0) == pytest.approx(2 / 32)
+    assert statistics.sign_test(4, 2) == pytest.approx(2 * (1 + 6 + 15) / 64)
+
+
+def test_paired_differences_by_hand() -> None:
+    # differences 1, 0, 0, -1, 1 (mean .2, sum of squares about it 2.8)
+    centre, error = statistics.paired_difference([1, 1, 0, 0, 1], [0, 1, 0, 1, 0])
+    assert centre == pytest.approx(20)
+    assert error == pytest.approx(100 * math.sqrt(2.8 / 4 / 5))
+    assert statistics.verdict([1.0] * 9 + [0.0], [0.0] * 10) == 1
+    assert statistics.verdict([1.0, 0.0] * 5, [0.0, 1.0] * 5) == 0
+
+
+def test_intervals_hold_the_mean_and_narrow_with_more_cells() -> None:
+    few, many = [[50.0], [70.0]], [[50.0], [70.0]] * 50
+    for groups in (few, many):
+        low, high = statistics.bootstrap_interval(groups)
+        assert low <= 60 <= high
+    narrow, wide = (statistics.bootstrap_interval(groups) for groups in (many, few))
+    assert narrow[1] - narrow[0] < (wide[1] - wide[0]) / 3
+
+
+def test_a_score_that_is_lost_again_was_not_reached() -> None:
+    assert statistics.calls_to_reach([(30, 60), (60, 40), (90, 55), (120, 70)], 50) == 90
+    assert statistics.calls_to_reach([(30, 60)], 61) is None
+
+
+def test_harm_counts_runs_far_below_the_student() -> None:
+    rows = [
+        made_row("student", "1" * 100),
+        made_row("asyndbt", "1" * 100),
+        made_row("asyndbt", "1" * 90 + "0" * 10, seed=1),
+        made_row("asyndbt", "1" * 99 + "0", seed=2),
+        made_row("asyndbt", "1" * 100, seed=3),
+    ]
+    [line, _] = sorted(summary.summarise(rows, 300).lines, key=lambda one: one.optimizer)
+    assert (line.optimizer, line.harm, line.runs) == ("asyndbt", 25.0, 4)
+
+
+def test_ranks_ties_and_wins_of_a_small_grid() -> None:
+    better, worse = "1" * 80 + "0" * 20, "1" * 40 + "0" * 60
+    rows = []
+    for task in ("sst2", "trec"):
+        rows += [
+            made_row("student", worse, task=task),
+            made_row("asyndbt", better, task=task),
+            made_row("simba", better[:-1] + "1", task=task),  # one more: a tie
+            made_row("copro", worse, task=task),
+            made_row("kate", "1" * 100, task=task, budget=0),
+        ]
+    found = summary.summarise(rows, 300)
+    lines = {line.optimizer: line for line in found.lines}
+    assert lines["asyndbt"].rank == lines["simba"].rank == 1
+    assert lines["copro"].rank == lines["student"].rank == 3
+    assert lines["kate"].rank is None
+    against = lines["copro"].against
+    assert against is not None
+    assert (against.wins, against.ties, against.losses, against.difference) == (2, 0, 0, 40.0)
+    best = found.best_other
+    assert best is not None
+    assert best.optimizer == "simba"
+
+
+def test_means_are_over_the_cells_that_all_have() -> None:
+    rows = [made_row(name, HALF, task=task) for task in ("sst2", "trec") for name in ("student", "asyndbt")]
+    rows.append(made_row("simba", "1" * 100))
+    found = summary.summarise(rows, 300)
+    assert found.common == [("sst2", "small")]
+    assert {line.optimizer: line.mean_test for line in found.lines} == {
+        "simba": 100,
+        "asyndbt": 50,
+        "student": 50,
+    }
+
+
+def test_an_optimizer_with_few_cells_is_shown_but_not_ranked() -> None:
+    names = ("sst2", "trec", "cola")
+    rows = [made_row(name, HALF, task=task) for task in names for name in ("student", "asyndbt")]
+    rows.append(made_row("simba", "1" * 100))
+    found = summary.summarise(rows, 300)
+    assert found.incomplete == ["simba"]
+    assert len(found.common) == 3
+    assert next(line.rank for line in found.lines if line.optimizer == "simba") is None
+    assert "not ranked: simba" in report.text([found])
+
+
+def test_calls_to_reach_the_best_other() -> None:
+    along = [{"calls": calls, "test": score} for calls, score in ((30, 40.0), (90, 55.0), (200, 70.0))]
+    rows = [
+        made_row("asyndbt", "1" * 70 + "0" * 30, incumbents=along),
+        made_row("simba", "1" * 50 + "0" * 50, task_lm_calls=240),
+        made_row("student", HALF),
+    ]
+    found = summary.summarise(rows, 300)
+    assert found.reach == {("sst2", "small"): pytest.approx(90 / 240)}
+    rows[1] = made_row("simba", "1" * 90 + "0" * 10)
+    assert summary.summarise(rows, 300).reach == {("sst2", "small"): math.inf}
+
+
+def test_variants_are_compared_on_the_cells_they_share() -> None:
+    rows = [
+        made_row("asyndbt", "1" * 80 + "0" * 20),
+        made_row("asyndbt", "0" * 100, task="trec"),
+        made_row("asyndbt[race=False]", "1" * 60 + "0" * 40),
+        made_row("student", HALF),
+        made_row("student", HALF, task="trec"),
+    ]
+    found = summary.summarise(rows, 300)
+    [variant] = found.variants
+    assert variant.against is not None
+    assert variant.against.difference == 20
+    assert "`asyndbt[race=False]`" in report.text([found])
+
+
+def test_the_caveat_stands_beside_the_claim_and_tables_go_between_the_markers(tmp_path: Path) -> None:
+    rows = [made_row(name, HALF) for name in ("student", "asyndbt", "simba")]
+    said = report.text([summary.summarise(rows, 300)])
+    [claim] = [part for part in said.split("\n\n") if "best ranked other" in part]
+    assert report.CAVEAT in claim
+    page = tmp_path / "benchmarks.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", encoding="utf-8")
+    report.write_docs(page, said)
+    content = page.read_text(encoding="utf-8")
+    assert said in content
+    assert "old" not in content
+    assert content.startswith("before")
+    assert content.endswith("after\n")
+    page.write_text("no markers", encoding="utf-8")
+    with pytest.raises(ValueError, match="needs the lines"):
+        report.write_docs(page, said)
+
+
+def test_the_rung_is_the_largest_within_the_budget_if_it_uses_most_of_it() -> None:
+    rungs = [Rung({"size": size}, size) for size in (100, 200, 280, 290, 400)]
+
+    def chosen(measure: dict[int, float]) -> int:
+        return settings.select(rungs, 300, lambda rung: measure[rung.settings["size"]])[0].settings["size"]
+
+    assert chosen({100: 100, 200: 200, 280: 280, 290: 295, 400: 400}) == 290
+    assert chosen({100: 90, 200: 150, 280: 260, 290: 310, 400: 500}) == 290  # 260 is less than 90 %
+    assert chosen({100: 150, 200: 290, 280: 320, 290: 330, 400: 500}) == 200
+    assert chosen({100: 400, 200: 500, 280: 600, 290: 700, 400: 800}) == 100
+
+
+def test_plots_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    from quality_bench import plots
+
+    along = [{"calls": 30, "test": 40.0}, {"calls": 150, "test": 55.0}]
+    rows = [made_row("asyndbt", HALF, incumbents=along), made_row("student", HALF), made_row("simba", HALF)]
+    [file] = plots.draw(rows, [summary.summarise(rows, 300)], tmp_path / "plots")
+    assert file.stat().st_size > 1_000
+
+
+def test_the_others_settings_are_committed_for_every_task_and_budget() -> None:
+    sizes = {"sst2": 20, "cola": 20, "qnli": 20, "ag_news": 40, "trec": 60, "banking77": 100}
+    for task in tasks.TASKS.values():
+        shape = settings.Shape(sizes[task.folder], task.predictors)
+        for budget in (300, 1200):
+            for name in settings.SEARCHERS:
+                known = settings.table()[settings.key(name, budget, shape)]
+                assert known["measured_calls"] >= 0.9 * budget, (name, budget, shape)
+                assert settings.settings_for(name, budget, shape) == known["settings"]

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from quality_bench import cells, lms, measure, tasks, verify
+
+
+@pytest.fixture
+def results(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    loaded = measure.half_right_lms(tasks.TASKS["trec"])
+    monkeypatch.setattr(lms, "load", lambda name, precision: measure.half_right_lms(tasks.TASKS["trec"]))
+    out = tmp_path / "results.jsonl"
+    for name, budget in (("labeled_few_shot", 0), ("asyndbt", 45)):
+        cells.append(out, cells.run(cells.Key("trec", loaded.name, name, budget, 0), loaded, data))
+    return out
+
+
+def test_an_honest_file_is_confirmed(results: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify.main(results, data, 10) is None
+    assert capsys.readouterr().out.count("match:") == 2
+
+
+def test_a_doctored_row_is_found(results: Path, data: Path, tmp_path: Path) -> None:
+    rows = cells.read(results)
+    rows[0]["test_bits"] = "1" * len(rows[0]["test_bits"])
+    doctored = tmp_path / "doctored.jsonl"
+    for row in rows:
+        cells.append(doctored, row)
+    assert verify.main(doctored, data, 10) == "1 of 2 rows differ"
+
+
+def test_an_empty_file_is_an_error(tmp_path: Path, data: Path) -> None:
+    assert "no rows" in str(verify.main(tmp_path / "none.jsonl", data, 3))
