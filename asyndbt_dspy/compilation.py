@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -15,19 +16,23 @@ from asyndbt_dspy.core.policies import WorkerSpace
 from asyndbt_dspy.core.server import ServerState
 from asyndbt_dspy.core.validation import check_config
 from asyndbt_dspy.core.worker import WorkerState
-from asyndbt_dspy.engines.protocols import Recorded
+from asyndbt_dspy.engines.protocols import Engine, Recorded, ResumableEngine
 from asyndbt_dspy.programs import checks
 from asyndbt_dspy.programs.evaluator import ProgramEvaluator
 from asyndbt_dspy.programs.rollout import Rollout, RolloutRunner
 from asyndbt_dspy.programs.slots import DemoItem, ProgramSpace, demo_slots
+from asyndbt_dspy.recording.opening import open_book, space_digest
+from asyndbt_dspy.recording.recorder import KeysOnly, RunRecorder
 from asyndbt_dspy.reporting import make_result
 from asyndbt_dspy.runs.observers import CurveRecorder, ProgressBar
 from asyndbt_dspy.runs.result import Result
+from asyndbt_dspy.stopping import StopRequest
 from asyndbt_dspy.workers import Worker
 
 if TYPE_CHECKING:
     from asyndbt_dspy.optimizer import AsynDBT
 
+_REPLAY = "replay"
 _BOOTSTRAP_FRACTION = 0.12
 _BOOTSTRAP_CALLS = 1_000
 """What ``_BOOTSTRAP_FRACTION`` is taken of where metric calls are not bounded."""
@@ -39,7 +44,9 @@ async def prepare(
     trainset: Sequence[dspy.Example] | None,
     teacher: dspy.Module | None,
     valset: Sequence[dspy.Example] | None,
+    stop: StopRequest | None = None,
 ) -> Run:
+    stop = stop or StopRequest("")
     started = time.perf_counter()
     checks.check_student(student)
     workers = preparation.make_workers(
@@ -53,7 +60,14 @@ async def prepare(
     shards = preparation.split_shards(
         workers, valset, student, config, needs_pool=needs_pool, seed=optimizer.seed
     )
-    return await _arrange(optimizer, student, teacher, shards, config, started)
+    book = open_book(optimizer, student, teacher, workers, valset, config)
+    try:
+        return await _arrange(
+            optimizer, student, teacher, shards, config, started - book.elapsed_s, stop, book
+        )
+    except BaseException:
+        book.close()
+        raise
 
 
 def _check_data(
@@ -88,6 +102,8 @@ async def _arrange(
     shards: Sequence[preparation.Shard],
     config: AlgorithmConfig,
     started: float,
+    stop: StopRequest,
+    book: KeysOnly,
 ) -> Run:
     plain = preparation.make_space(
         student, shards, dataclasses.replace(optimizer.options, fragments=0), {}, ()
@@ -98,12 +114,14 @@ async def _arrange(
         RolloutRunner(optimizer.metric, failure_score=optimizer.failure_score),
         rollout_timeout_s=optimizer.rollout_timeout_s,
         max_failures=optimizer.max_failures,
+        book=book,
+        gate=stop.gate,
     )
     try:
         probes = await _probe(optimizer, evaluator, shards)
         items, rollouts = await _demos(optimizer, student, teacher, shards, evaluator)
         texts = await preparation.instruction_arms(
-            student, shards, optimizer.options, rollouts, optimizer.seed
+            student, shards, optimizer.options, rollouts, optimizer.seed, book
         )
     except BaseException:
         evaluator.runner.close()
@@ -130,7 +148,7 @@ async def _arrange(
         )
         for index, shard in enumerate(shards)
     ]
-    return Run(optimizer, programs, shards, evaluator, server, states, spent, started)
+    return Run(optimizer, programs, shards, evaluator, server, states, spent, started, stop, book)
 
 
 async def _probe(
@@ -189,6 +207,8 @@ class Run:
         workers: Sequence[WorkerState],
         spent: int,
         started: float,
+        stop: StopRequest,
+        book: KeysOnly,
     ) -> None:
         self.optimizer = optimizer
         self.programs = programs
@@ -198,6 +218,8 @@ class Run:
         self.workers = workers
         self.spent = spent
         self.started = started
+        self.stop = stop
+        self.recorder = book if isinstance(book, RunRecorder) else None
         self.recorded: list[Recorded] = []
         self.curve = CurveRecorder(server)
         self.bar = ProgressBar(server, optimizer.budget.metric_calls, spent) if optimizer.progress else None
@@ -206,12 +228,41 @@ class Run:
         observers: list[Any] = [self.recorded.append, self.curve]
         if self.bar is not None:
             observers.append(self.bar)
-        await self.optimizer.make_engine().run(self.server, self.workers, self.evaluator, observers)
+        engine = self.optimizer.make_engine()
+        if self.recorder is not None:
+            self.recorder.begin_search(*space_digest(self.programs))
+            observers.append(self.recorder.events)
+            self._resume(engine, self.recorder)
+        stopping = asyncio.ensure_future(self._stop_when_asked(engine))
+        try:
+            await engine.run(self.server, self.workers, self.evaluator, observers)
+        finally:
+            stopping.cancel()
+            await asyncio.gather(stopping, return_exceptions=True)
+        if self.recorder is not None and not self.stop.was_asked:
+            self.recorder.finish(self.server.finish_reason, self.server.winner)
+
+    def _resume(self, engine: Engine, recorder: RunRecorder) -> None:
+        """An engine that can repeats the recorded events in their order; any other runs again on recorded rollouts."""
+        if not isinstance(engine, ResumableEngine):
+            return
+        if recorder.events.known:
+            self.stop.gate.hold(_REPLAY)
+            recorder.events.on_live = lambda: self.stop.gate.release(_REPLAY)
+        engine.resume(recorder.events.outside(), recorder.search_elapsed_s)
+
+    async def _stop_when_asked(self, engine: Engine) -> None:
+        await self.stop.drained()
+        if self.recorder is not None:
+            self.recorder.events.close()
+        engine.stop_search("stopped before its end, with the best so far", race=False)
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
         self.evaluator.runner.close()
+        if self.recorder is not None:
+            self.recorder.close()
 
     def reasons(self) -> str:
         errors = {name: use.last_error for name, use in self.evaluator.uses.items() if use.last_error}

@@ -8,6 +8,8 @@ AsynDBTError
 ├── MetricError                       a metric that returned None, NaN or something that is no number
 ├── WorkerFailedError                 one worker cannot go on; it is set aside and the run goes on
 ├── NoLiveWorkersError                every worker was set aside; carries the best program so far
+├── JournalError                      a run_dir or journal that cannot be written, read or continued; says why
+├── ResumeError (JournalError)        the run_dir holds a run of something else; says everything that differs
 └── BudgetExceededError               a call that would pass a hard cap; the call was not made
 """
 
@@ -58,6 +60,22 @@ class BudgetExceededError(AsynDBTError):
 
 class WorkerFailedError(AsynDBTError):
     """One worker cannot go on (its LM fails again and again); the run goes on without it."""
+
+
+class JournalError(AsynDBTError):
+    """A ``run_dir`` or journal that cannot be written, read or continued. The message names the file and the remedy."""
+
+
+class ResumeError(JournalError):
+    """The newest run of a ``run_dir`` is one of another program, data, metric or configuration.
+
+    Attributes:
+        differences: What differs, one sentence each.
+    """
+
+    def __init__(self, message: str, differences: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.differences = differences
 
 
 class ArtifactError(AsynDBTError, ValueError):

@@ -7,6 +7,7 @@ import contextvars
 import dataclasses
 import logging
 import math
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -22,7 +23,9 @@ from asyndbt_dspy.engines.local import LocalEngine
 from asyndbt_dspy.engines.protocols import Engine, Recorded
 from asyndbt_dspy.engines.simulated import SimulatedEngine, work_delays
 from asyndbt_dspy.errors import ConfigurationError, NoLiveWorkersError
+from asyndbt_dspy.programs.copies import copy_program, shared_parts
 from asyndbt_dspy.runs.result import Result
+from asyndbt_dspy.stopping import StopRequest, stopped_by_interrupt
 from asyndbt_dspy.workers import Worker
 
 logger = logging.getLogger(__name__)
@@ -65,6 +68,9 @@ class AsynDBT(Teleprompter):
             ``metric``.
         progress: Show a progress bar.
         config: Overrides of single constants of the algorithm (see ``docs/notation.md``).
+        run_dir: Folder that keeps everything that is paid for; a run that is killed can go on (``docs/guides/runs.md``).
+        resume: Continue the newest run in ``run_dir``; where there is none, start one. The budget may be raised.
+        fsync: Wait until the disk has each journal line: safe against the death of the machine, not only of the process.
 
     Attributes:
         result: ``Result`` of the newest compile, ``None`` before.
@@ -106,8 +112,18 @@ class AsynDBT(Teleprompter):
         loss: Literal["auto", "metric"] = "auto",
         progress: bool = True,
         config: Mapping[str, Any] | None = None,
+        run_dir: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+        fsync: bool = False,
     ) -> None:
         super().__init__()
+        if run_dir is None and (resume or fsync):
+            raise ConfigurationError(
+                f"{'resume' if resume else 'fsync'}=True needs the run_dir=… that the journals are kept in"
+            )
+        self.run_dir = run_dir
+        self.resume = resume
+        self.fsync = fsync
         _check_choice("preset", preset, PRESETS)
         _check_choice("auto", auto, AUTO_METRIC_CALLS)
         _check_choice("mode", mode, ("both", "instructions", "demos"))
@@ -153,6 +169,7 @@ class AsynDBT(Teleprompter):
         )
         self.result: Result | None = None
         self.recorded: list[Recorded] = []
+        self._stops: list[StopRequest] = []
         if deterministic and self.budget.metric_calls is None:
             raise ConfigurationError(
                 f"deterministic=True does not look at the clock, and Budget(seconds={self.budget.seconds:g}) bounds "
@@ -194,6 +211,9 @@ class AsynDBT(Teleprompter):
 
         Raises:
             ConfigurationError: input that cannot work; before any LM call.
+            JournalError: ``run_dir`` is in use, or cannot be read or written.
+            ResumeError: ``run_dir`` holds a run of something else.
+            KeyboardInterrupt: at the second Ctrl-C; the first one is ``stop``.
             MetricError: the metric returned something that is no number.
             NoLiveWorkersError: every worker's LM failed; carries the best program so far.
         """
@@ -201,11 +221,29 @@ class AsynDBT(Teleprompter):
         def run() -> dspy.Module:
             return asyncio.run(self.acompile(student, trainset=trainset, teacher=teacher, valset=valset))
 
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return run()
-        return _in_thread(contextvars.copy_context(), run)
+        with stopped_by_interrupt(self.stop):
+            try:
+                asyncio.get_running_loop()
+            except RuntimeError:
+                return run()
+            return _in_thread(contextvars.copy_context(), run, self._abort)
+
+    def stop(self) -> bool:
+        """End the compiles of this optimizer early, as one Ctrl-C does. Safe from any thread.
+
+        No rollout begins any more, those in flight end, and the best program so far is returned.
+
+        Returns:
+            Whether there was a compile to stop.
+        """
+        stops = list(self._stops)
+        for one in stops:
+            one.ask()
+        return bool(stops)
+
+    def _abort(self) -> None:
+        for one in list(self._stops):
+            one.abort()
 
     async def acompile(
         self,
@@ -217,12 +255,23 @@ class AsynDBT(Teleprompter):
     ) -> dspy.Module:
         """``compile`` as a coroutine of the running loop."""
         self.result, self.recorded = None, []
-        run = await prepare(self, student, trainset, teacher, valset)
-        self.recorded = run.recorded
+        stop = StopRequest(
+            "Without run_dir= it cannot go on later."
+            if self.run_dir is None
+            else f"Go on later with run_dir={os.fspath(self.run_dir)!r}, resume=True."
+        )
+        self._stops.append(stop)
         try:
-            await run.search()
+            run = await stop.unless_asked(prepare(self, student, trainset, teacher, valset, stop))
+            if run is None:  # nothing is known yet that could be better
+                return copy_program(student, shared_parts(student))
+            self.recorded = run.recorded
+            try:
+                await run.search()
+            finally:
+                run.close()
         finally:
-            run.close()
+            self._stops.remove(stop)
         self.result = run.result()
         program = run.programs.build(run.server.winner, fresh=True)
         if not run.server.live.any():
@@ -255,7 +304,9 @@ def _with_overrides(config: AlgorithmConfig, overrides: Mapping[str, Any]) -> Al
     return dataclasses.replace(config, **overrides)
 
 
-def _in_thread(context: contextvars.Context, run: Callable[[], dspy.Module]) -> dspy.Module:
+def _in_thread(
+    context: contextvars.Context, run: Callable[[], dspy.Module], abort: Callable[[], None]
+) -> dspy.Module:
     """Run with its own loop in a thread, where a loop already runs here."""
     outcome: list[Any] = []
 
@@ -267,7 +318,12 @@ def _in_thread(context: contextvars.Context, run: Callable[[], dspy.Module]) -> 
 
     thread = threading.Thread(target=target, name="asyndbt-compile")
     thread.start()
-    thread.join()
+    try:
+        thread.join()
+    except KeyboardInterrupt:
+        abort()
+        thread.join()
+        raise
     program, error = outcome[0]
     if error is not None:
         raise error

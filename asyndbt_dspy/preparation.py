@@ -7,7 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import dspy
 import numpy as np
@@ -63,6 +63,14 @@ class SearchSpaceOptions:
     bootstrap: bool | None = None
     fragments: int = 0
     fragment_words: int = 100
+
+
+class TextBook(Protocol):
+    """Remembers what a proposer wrote."""
+
+    def texts(self, predictor: str) -> list[str] | None: ...
+
+    def keep_texts(self, predictor: str, texts: Sequence[str]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -296,6 +304,8 @@ async def gather_rollouts(runs: Sequence[Coroutine[Any, Any, Rollout]]) -> list[
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for run in runs:
+            run.close()  # one that was cancelled before it began
         raise
 
 
@@ -333,8 +343,12 @@ async def instruction_arms(
     options: SearchSpaceOptions,
     rollouts: Sequence[tuple[str, dspy.Example, Rollout]],
     seed: int,
+    book: TextBook,
 ) -> dict[str, list[str]]:
-    """Alternatives to each predictor's own text: the user's, the proposer's, or the shipped guidance."""
+    """Alternatives to each predictor's own text: the user's, the proposer's, or the shipped guidance.
+
+    What a proposer wrote for an earlier process of the run is in ``book``, and not asked for again.
+    """
     given = {name: list(texts) for name, texts in (options.instructions or {}).items()}
     if options.mode == "demos":
         return {}
@@ -350,6 +364,8 @@ async def instruction_arms(
             continue
         if options.proposer is None:
             texts = proposals.guidance_instructions(predictor.signature.instructions)
+        elif (known := book.texts(name)) is not None:
+            texts = known
         else:
             texts = await proposals.propose_instructions(
                 student,
@@ -361,6 +377,7 @@ async def instruction_arms(
                 count=options.instruction_candidates,
                 seed=seed,
             )
+            book.keep_texts(name, texts)
         given[name] = texts[: options.instruction_candidates]
     return given
 

@@ -12,6 +12,8 @@ from asyndbt_dspy.core.policies import Nomination
 from asyndbt_dspy.core.simplex import FloatArray
 from asyndbt_dspy.core.space import Candidate, Space
 
+_SURE = 2.0
+"""Standard deviations by which a candidate must be better to be returned without a race."""
 _PRIOR_PRECISION = 20.0
 """Prior precision of a merged effect: losses have variances of about a quarter, arms a tenth of their deviation."""
 
@@ -99,6 +101,25 @@ def decode(
         return consensus + (0,) * len(space.upper)
     best = min(decoded, key=lambda one: one.value)
     return consensus + best.candidate[len(consensus) :]
+
+
+def safest(student: Candidate, nominated: Sequence[Sequence[Nomination]]) -> Candidate:
+    """The candidate to return where no race could be run: the student, unless the workers' models are sure of a better one.
+
+    A candidate's loss relative to the student's is pooled over the workers that nominate it, by precision; it counts as
+    better if it is below 0 by two standard deviations.
+    """
+    pooled: dict[Candidate, tuple[float, float]] = {}
+    for one in (one for rows in nominated for one in rows if one.deviation > 0):
+        precision, weighted = pooled.get(one.candidate, (0.0, 0.0))
+        more = one.deviation**-2
+        pooled[one.candidate] = precision + more, weighted + more * one.value
+    best, lowest = student, 0.0
+    for candidate, (precision, weighted) in pooled.items():
+        bound = weighted / precision + _SURE * precision**-0.5
+        if bound < lowest:
+            best, lowest = candidate, bound
+    return best
 
 
 def _merged_demos(

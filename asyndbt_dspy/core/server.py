@@ -29,7 +29,7 @@ import numpy as np
 from asyndbt_dspy.core import cuts
 from asyndbt_dspy.core.config import AlgorithmConfig
 from asyndbt_dspy.core.consensus import update_consensus, update_duals
-from asyndbt_dspy.core.decoding import decode, finalists, merge_factors
+from asyndbt_dspy.core.decoding import decode, finalists, merge_factors, safest
 from asyndbt_dspy.core.effects import EffectKeys
 from asyndbt_dspy.core.lower_level import LowerEstimate, Surrogate, buffered_estimate
 from asyndbt_dspy.core.messages import (
@@ -430,6 +430,7 @@ class ServerState:
         if not self.config.race:
             return self._end_search(event.reason)
         if not event.race:
+            self.winner = safest(self.space.student, [self.nominations.get(one, ()) for one in self._alive()])
             return self._finish(event.reason)
         if self._rounds is not None:
             self._stop_reason = event.reason

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from asyndbt_dspy.core.messages import Evaluate, Scored
+from asyndbt_dspy.core.messages import Evaluate, Scored, StopSearch, WorkerLost
 from asyndbt_dspy.core.server import ServerState
 from asyndbt_dspy.core.worker import WorkerState
 from asyndbt_dspy.engines.driver import Driver
-from asyndbt_dspy.engines.protocols import Clock, Evaluator, Observer, WorkerFailedError
+from asyndbt_dspy.engines.protocols import Clock, Evaluator, Observer, Recorded, WorkerFailedError
 from asyndbt_dspy.errors import ConfigurationError, ProtocolError
 
 
@@ -41,6 +41,18 @@ class LocalEngine:
         self._stop: tuple[str, bool] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake: asyncio.Future[None] | None = None
+        self._earlier: Iterable[Recorded] = ()
+        self._elapsed_s = 0.0
+
+    def resume(self, earlier: Iterable[Recorded], elapsed_s: float = 0.0) -> None:
+        """The next ``run`` first takes events that an earlier process took, in their order.
+
+        Args:
+            earlier: Events from outside (``Scored``, ``WorkerLost``, ``StopSearch``); asked for one by one, each after
+                everything that followed from the one before has happened again.
+            elapsed_s: Seconds that the earlier process spent.
+        """
+        self._earlier, self._elapsed_s = earlier, elapsed_s
 
     def stop_search(self, reason: str, race: bool = True) -> None:
         self._stop = (reason, race)
@@ -59,7 +71,7 @@ class LocalEngine:
         evaluator: Evaluator,
         observers: Sequence[Observer] = (),
     ) -> None:
-        started = self.clock()
+        started = self.clock() - self._elapsed_s
         self._loop = asyncio.get_running_loop()
         driver = Driver(server, workers, observers, lambda: self.clock() - started)
         tasks: _Tasks = {}
@@ -73,6 +85,7 @@ class LocalEngine:
 
         try:
             begin(driver.start())
+            await self._repeat(driver, tasks, begin)
             while not driver.finished:
                 if self.clock() >= deadline:
                     deadline = math.inf
@@ -93,6 +106,32 @@ class LocalEngine:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, *abandoned, return_exceptions=True)
+
+    async def _repeat(self, driver: Driver, tasks: _Tasks, begin: Callable[[list[Evaluate]], None]) -> None:
+        """Take the events of an earlier process; evaluations answer what was paid for and leave the rest for later."""
+        clock = driver.clock
+        for one in self._earlier:
+            driver.clock = lambda time_s=one.time_s: time_s
+            event = one.event
+            if isinstance(event, StopSearch):
+                begin(driver.stop_search(event.reason, event.race))
+                continue
+            assert isinstance(event, (Scored, WorkerLost))
+            task = next(
+                (task for task, (request, _) in tasks.items() if request.worker == event.worker), None
+            )
+            if task is not None:
+                del tasks[task]
+                if isinstance(event, WorkerLost):
+                    task.cancel()
+                await asyncio.wait([task])
+            begin(
+                driver.complete(event)
+                if isinstance(event, Scored)
+                else driver.lose(event.worker, event.reason)
+            )
+        driver.clock = clock
+        self._earlier, self._elapsed_s = (), 0.0
 
     async def _wait(self, tasks: _Tasks, deadline: float) -> list[asyncio.Task[Scored]]:
         """Tasks that are done once something is: an evaluation, a time limit, or ``stop_search``."""

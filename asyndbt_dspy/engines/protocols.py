@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from asyndbt_dspy.core.messages import Evaluate, Scored, ServerEvent, WorkerEvent
 from asyndbt_dspy.core.server import ServerState
 from asyndbt_dspy.core.worker import WorkerState
 from asyndbt_dspy.errors import WorkerFailedError
 
-__all__ = ["SERVER", "Clock", "Engine", "Evaluator", "Observer", "Recorded", "WorkerFailedError", "replay"]
+__all__ = [
+    "SERVER",
+    "Clock",
+    "Engine",
+    "Evaluator",
+    "Observer",
+    "Recorded",
+    "ResumableEngine",
+    "WorkerFailedError",
+    "replay",
+]
 
 SERVER = "server"
 """Name of the server in recorded events; no worker may have it."""
@@ -62,6 +72,18 @@ class Engine(Protocol):
 
     def stop_search(self, reason: str, race: bool = True) -> None:
         """Ask for an early end: with ``race`` the final race still runs. Safe from any thread."""
+        ...
+
+
+@runtime_checkable
+class ResumableEngine(Protocol):
+    """An engine whose order of events depends on timing, and which can repeat a recorded order."""
+
+    def resume(self, earlier: Iterable[Recorded], elapsed_s: float = 0.0) -> None:
+        """The next ``run`` first takes these events from outside (``Scored``, ``WorkerLost``, ``StopSearch``) in order.
+
+        Each is asked for after everything that followed from the one before has happened again.
+        """
         ...
 
 

@@ -72,9 +72,14 @@ class SimulatedEngine:
         self.now_s = 0.0
         self.busy_s: dict[str, float] = {}
         self._stop: tuple[str, bool] | None = None
+        self._halted: asyncio.Future[None] | None = None
 
     def stop_search(self, reason: str, race: bool = True) -> None:
         self._stop = (reason, race)
+        # An end at once does not wait for the evaluation that is next.
+        halted = self._halted
+        if not race and halted is not None:
+            halted.get_loop().call_soon_threadsafe(_set, halted)
 
     async def run(
         self,
@@ -85,6 +90,7 @@ class SimulatedEngine:
     ) -> None:
         driver = Driver(server, workers, observers, lambda: self.now_s)
         schedule = _Schedule(evaluator, {worker.name: worker.index for worker in workers}, self.eager)
+        self._halted = asyncio.get_running_loop().create_future()
         try:
             self._push(schedule, driver.start())
             while not driver.finished:
@@ -94,6 +100,8 @@ class SimulatedEngine:
                     continue
                 self._push(schedule, await self._next(schedule, driver))
         finally:
+            self._halted.cancel()
+            self._halted = None
             await schedule.close()
 
     def _push(self, schedule: _Schedule, requests: list[Evaluate]) -> None:
@@ -116,10 +124,28 @@ class SimulatedEngine:
             await schedule.discard(work)
             return []
         try:
-            scored = await work
+            scored = await self._unless_halted(work)
         except WorkerFailedError as error:
             return driver.lose(request.worker, str(error))
-        return driver.complete(scored)
+        return [] if scored is None else driver.complete(scored)
+
+    async def _unless_halted(self, work: Any) -> Scored | None:
+        """The result of an evaluation, ``None`` where the run is to end at once."""
+        assert self._halted is not None  # only while a run is under way
+        task = asyncio.ensure_future(work)
+        try:
+            waiting: set[asyncio.Future[Any]] = {task, self._halted}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            return task.result() if task.done() else None
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+
+def _set(halted: asyncio.Future[None]) -> None:
+    if not halted.done():
+        halted.set_result(None)
 
 
 class _Schedule:

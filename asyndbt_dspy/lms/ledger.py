@@ -72,6 +72,7 @@ class Attempt:
     Attributes:
         fate: ``None`` for an answer.
         charge: What was charged for it.
+        number: Of its reservation.
         is_priced: Whether ``charge.dollars`` is known.
         waited_s: Seconds that rate limits held it back.
     """
@@ -82,6 +83,7 @@ class Attempt:
     charge: Charge
     is_priced: bool = True
     waited_s: float = 0.0
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,17 @@ class Ledger:
         budget: The caps; ``None``: count only.
         kept_back: Share of each cap in [0, 1) that stays for the final race; see ``open_kept_back``.
         on_attempt: Called after each attempt, in whatever thread it ran (the journal listens here).
+        on_reserve: Called with each reservation before its attempt may go out: what a process leaves unsettled when it
+            dies is charged in full by the next one.
+        on_withdraw: Called with each reservation whose attempt never was on the wire.
         endpoints: Rate limits of the run's endpoints.
     """
 
     budget: Budget | None = None
     kept_back: float = 0.0
     on_attempt: Callable[[Attempt], None] | None = None
+    on_reserve: Callable[[Reservation], None] | None = None
+    on_withdraw: Callable[[Reservation], None] | None = None
     endpoints: Endpoints = field(default_factory=Endpoints)
 
     def __post_init__(self) -> None:
@@ -175,7 +182,10 @@ class Ledger:
                 self._waiting.append(wake)
                 return None
             self._add(worker, attempts=1)
-            return Reservation(number, worker, worst)
+            held = Reservation(number, worker, worst)
+        if self.on_reserve is not None:
+            self.on_reserve(held)
+        return held
 
     async def areserve(self, worker: str, worst: Charge) -> Reservation:
         """Hold the worst case, waiting for calls in flight where only they stand in the way."""
@@ -212,6 +222,8 @@ class Ledger:
             self._account.withdraw(held.number)
             self._add(held.worker, attempts=-1)
         self._wake()
+        if self.on_withdraw is not None:
+            self.on_withdraw(held)
 
     def settle(
         self,
@@ -236,7 +248,7 @@ class Ledger:
             charged = self._settle(held, fate, actual, is_priced, waited_s)
         self._wake()
         if self.on_attempt is not None:
-            self.on_attempt(Attempt(held.worker, model, fate, charged, is_priced, waited_s))
+            self.on_attempt(Attempt(held.worker, model, fate, charged, is_priced, waited_s, held.number))
 
     def _settle(
         self, held: Reservation, fate: Fate | None, actual: Charge | None, is_priced: bool, waited_s: float

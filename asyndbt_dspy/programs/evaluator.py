@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import dspy
@@ -15,6 +16,7 @@ from asyndbt_dspy.core.space import Candidate
 from asyndbt_dspy.errors import MetricError, WorkerFailedError
 from asyndbt_dspy.lms.callers import calling_as
 from asyndbt_dspy.lms.failures import FailureKind
+from asyndbt_dspy.programs.paid_rollouts import PaidRollout, RolloutBook, RolloutGate, RolloutKey
 from asyndbt_dspy.programs.rollout import Rollout, RolloutRunner
 from asyndbt_dspy.programs.slots import ProgramSpace
 
@@ -87,6 +89,12 @@ _REFUSALS = 5
 worker aside; without a bound a shard of nothing else would be asked for ever."""
 
 
+_SHARED_FIELDS = tuple(one.name for one in fields(Outcome))
+"""What the algorithm sees of a rollout has the same names there."""
+_NOT_RUN = Outcome(None)
+"""Stands for a rollout that was cut short; told apart by identity."""
+
+
 @dataclass
 class ProgramEvaluator:
     """The evaluator of an in-process run (see ``engines.protocols.Evaluator``).
@@ -98,6 +106,7 @@ class ProgramEvaluator:
         rollout_timeout_s: A rollout that takes longer is missing.
         max_failures: Missing rollouts in a row after which a worker is set aside.
         adapter: DSPy's prompt format; ``None``: the surrounding one.
+        book: Remembers rollouts; ``None``: a rollout is known by its candidate alone.
     """
 
     programs: ProgramSpace
@@ -109,36 +118,53 @@ class ProgramEvaluator:
     uses: dict[str, WorkerUse] = field(default_factory=dict)
     cache: dict[CacheKey, Outcome] = field(default_factory=dict)
     on_rollout: Callable[[str, Rollout], None] | None = None
+    book: RolloutBook | None = None
+    gate: RolloutGate = field(default_factory=RolloutGate)
+    _twins: dict[tuple[str, bytes], Outcome | asyncio.Future[Outcome]] = field(default_factory=dict)
     _gates: dict[str, asyncio.Semaphore] = field(default_factory=dict)
     _health: dict[str, _Health] = field(default_factory=dict)
 
     async def evaluate(self, request: Evaluate) -> Scored:
         """See ``engines.protocols.Evaluator.evaluate``."""
+        worker, task = request.worker, request.task
+        failure = self.book.failure(worker, task) if self.book is not None else None
+        known = self.book.outcomes(worker, task) if self.book is not None else None
+        earlier = known if known is not None else _nowhere(request) if failure is not None else None
         pairs = [
-            (candidate, example)
-            for candidate, examples in zip(request.candidates, request.examples, strict=True)
-            for example in examples
+            (candidate, example, None if earlier is None else earlier[row][column])
+            for row, (candidate, examples) in enumerate(
+                zip(request.candidates, request.examples, strict=True)
+            )
+            for column, example in enumerate(examples)
         ]
-        before = self.use(request.worker).calls
+        before = self.use(worker).calls
         tasks = [
-            asyncio.ensure_future(self._outcome(request.worker, candidate, request.held_out, example))
-            for candidate, example in pairs
+            asyncio.ensure_future(self._outcome(worker, candidate, request.held_out, example, outcome))
+            for candidate, example, outcome in pairs
         ]
         try:
             found = await asyncio.gather(*tasks)
+            if failure is not None:
+                raise WorkerFailedError(failure)
+        except WorkerFailedError as error:
+            await _cancelled(tasks)
+            if self.book is not None and failure is None:
+                self.book.keep_failure(worker, task, str(error))
+            raise
         except BaseException:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _cancelled(tasks)
             raise
         outcomes = iter(found)
         rows = tuple(tuple(next(outcomes) for _ in examples) for examples in request.examples)
-        return Scored(request.worker, request.task, rows, self.use(request.worker).calls - before)
+        return Scored(worker, task, rows, self.use(worker).calls - before)
 
     def use(self, worker: str) -> WorkerUse:
         return self.uses.setdefault(worker, WorkerUse())
 
-    async def _outcome(self, worker: str, candidate: Candidate, held_out: bool, number: int) -> Outcome:
+    async def _outcome(
+        self, worker: str, candidate: Candidate, held_out: bool, number: int, earlier: Outcome | None = None
+    ) -> Outcome:
+        """``earlier``: what it came to in an earlier process, should the worker's journal not know."""
         key = (candidate, worker, held_out, number)
         known = self.cache.get(key)
         if known is not None:
@@ -152,35 +178,112 @@ class ProgramEvaluator:
         ):
             return Outcome(None)  # copying a demo's answer would look like skill
         example = (part.held_out if held_out else part.estimate)[number]
-        rollout = await self.rollout(worker, self.programs.build(candidate), example)
-        return self.remember(key, rollout)
+        program = self.programs.build(candidate)
+        name = self._name(worker, program, example)
+        if name is None or not name.is_repeatable:
+            return self.remember(key, await self.rollout(worker, program, example, earlier=earlier))
+        # Two candidates may be one program: the same demos from other slots, say.
+        twin = self._twins.get((worker, name.digest))
+        if twin is not None:
+            self.use(worker).reused += 1
+            outcome = twin if isinstance(twin, Outcome) else await asyncio.shield(twin)
+            return self._keep_outcome(key, outcome, is_answer=outcome.score is not None)
+        with self._as_twin(worker, name) as waiting:
+            outcome = self.remember(key, await self.rollout(worker, program, example, earlier=earlier))
+            waiting.set_result(outcome)
+        return outcome
+
+    @contextlib.contextmanager
+    def _as_twin(self, worker: str, name: RolloutKey) -> Iterator[asyncio.Future[Outcome]]:
+        """While a rollout is under way, others of the same content wait for it."""
+        waiting: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._twins[worker, name.digest] = waiting
+        try:
+            yield waiting
+        except Exception as error:
+            waiting.set_exception(error)
+            waiting.exception()  # nobody need wait for it
+            raise
+        finally:
+            waiting.cancel()
+            if self._twins.get((worker, name.digest)) is waiting:
+                del self._twins[worker, name.digest]
+
+    def _name(self, worker: str, program: dspy.Module, example: dspy.Example) -> RolloutKey | None:
+        if self.book is None:
+            return None
+        return self.book.key(self.parts[worker].lm or dspy.settings.lm, program, example)
 
     def remember(self, key: CacheKey, rollout: Rollout) -> Outcome:
         """Keep what was paid for, and that an example was refused; what else is missing may be tried again."""
-        outcome = Outcome(rollout.score, rollout.cross_entropy)
-        if rollout.score is not None or rollout.failure is FailureKind.EXAMPLE:
+        outcome = _as_outcome(rollout)
+        is_answer = rollout.score is not None or rollout.failure is FailureKind.EXAMPLE
+        return self._keep_outcome(key, outcome, is_answer=is_answer)
+
+    def _keep_outcome(self, key: CacheKey, outcome: Outcome, *, is_answer: bool) -> Outcome:
+        if is_answer:
             self.cache[key] = outcome
         return outcome
 
     async def rollout(
-        self, worker: str, program: dspy.Module, example: dspy.Example, *, trace: bool = False
+        self,
+        worker: str,
+        program: dspy.Module,
+        example: dspy.Example,
+        *,
+        trace: bool = False,
+        earlier: Outcome | None = None,
     ) -> Rollout:
-        """One rollout with this worker's LM, within its concurrency, counted and watched.
+        """One rollout with this worker's LM, within its concurrency, counted, recorded and watched.
+
+        What was paid for before is answered from the book and counts as if it ran.
+
+        Args:
+            earlier: What it came to in an earlier process, should the worker's journal not know.
 
         Raises:
             WorkerFailedError: the LM of this worker failed ``max_failures`` times in a row.
         """
         part = self.parts[worker]
+        name = self._name(worker, program, example)
+        paid = None
+        if self.book is not None and name is not None:
+            paid = self.book.take(worker, name, program, trace)
+        if paid is None and earlier is _NOT_RUN:
+            return Rollout(None)
+        if paid is None and earlier is not None:
+            paid = PaidRollout(_as_rollout(earlier))
+        if paid is not None:
+            return self._paid(worker, name, program, paid)
         gate = self._gates.setdefault(worker, asyncio.Semaphore(part.max_concurrency))
-        async with gate:
+        async with gate, self.gate:
             self._check_health(worker)
             with calling_as(worker), track_usage() as tracker:
                 rollout = await self._timed(part, program, example, trace)
-            self._count_usage(worker, tracker)
+            usage = _usage(tracker)
+            if self.book is not None and name is not None:
+                self.book.keep(worker, name, program, PaidRollout(rollout, usage))
+            self._count_usage(worker, usage)
             self._count(worker, rollout)
+            self._check_health(worker)
+        self._note_twin(worker, name, rollout)
         if self.on_rollout is not None:
             self.on_rollout(worker, rollout)
         return rollout
+
+    def _paid(self, worker: str, name: RolloutKey | None, program: dspy.Module, paid: PaidRollout) -> Rollout:
+        """Count what was paid for before. A worker that it shows to fail was set aside then, and is again."""
+        self._count_usage(worker, paid.usage)
+        self._count(worker, paid.rollout)
+        self.use(worker).reused += paid.is_shared
+        if not paid.is_recorded and self.book is not None and name is not None:
+            self.book.keep(worker, name, program, paid)
+        self._note_twin(worker, name, paid.rollout)
+        return paid.rollout
+
+    def _note_twin(self, worker: str, name: RolloutKey | None, rollout: Rollout) -> None:
+        if name is not None and name.is_repeatable and rollout.score is not None:
+            self._twins[worker, name.digest] = _as_outcome(rollout)
 
     async def _timed(
         self, part: WorkerPart, program: dspy.Module, example: dspy.Example, trace: bool
@@ -220,15 +323,12 @@ class ProgramEvaluator:
         else:
             health.in_row += 1
             health.endpoint_in_row += rollout.failure is FailureKind.ENDPOINT
-        self._check_health(worker)
 
-    def _count_usage(self, worker: str, tracker: UsageTracker) -> None:
+    def _count_usage(self, worker: str, usage: tuple[int, int, int]) -> None:
         use = self.use(worker)
-        for entries in tracker.usage_data.values():
-            for entry in entries:
-                use.lm_calls += 1
-                use.prompt_tokens += int(entry.get("prompt_tokens") or 0)
-                use.completion_tokens += int(entry.get("completion_tokens") or 0)
+        use.lm_calls += usage[0]
+        use.prompt_tokens += usage[1]
+        use.completion_tokens += usage[2]
 
     def _check_health(self, worker: str) -> None:
         health = self._health.setdefault(worker, _Health())
@@ -237,3 +337,31 @@ class ProgramEvaluator:
             raise WorkerFailedError(f"its LM failed {health.in_row} times in a row; {last}")
         if health.refused_in_row >= _REFUSALS * self.max_failures:
             raise WorkerFailedError(f"its LM refused {health.refused_in_row} examples in a row; {last}")
+
+
+def _usage(tracker: UsageTracker) -> tuple[int, int, int]:
+    """LM calls, prompt tokens, completion tokens."""
+    entries = [entry for found in tracker.usage_data.values() for entry in found]
+    prompt = sum(int(entry.get("prompt_tokens") or 0) for entry in entries)
+    completion = sum(int(entry.get("completion_tokens") or 0) for entry in entries)
+    return len(entries), prompt, completion
+
+
+async def _cancelled(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _nowhere(request: Evaluate) -> tuple[tuple[Outcome, ...], ...]:
+    """Rollouts that were cut short when their worker failed."""
+    return tuple((_NOT_RUN,) * len(examples) for examples in request.examples)
+
+
+def _as_outcome(rollout: Rollout) -> Outcome:
+    return Outcome(**{name: getattr(rollout, name) for name in _SHARED_FIELDS})
+
+
+def _as_rollout(outcome: Outcome) -> Rollout:
+    failure = FailureKind.TRANSIENT if outcome.score is None else None
+    return Rollout(**{name: getattr(outcome, name) for name in _SHARED_FIELDS}, failure=failure)

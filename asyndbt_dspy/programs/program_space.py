@@ -141,6 +141,10 @@ class ProgramSpace:
             raise ConfigurationError(f"pool must be 'own' or 'all', got {pool!r}")
         return tuple(_allowed_arms(block, worker, pool) for block in self.space.upper)
 
+    def content(self, block_index: int, arm: int) -> Content:
+        """What an arm stands for, a private worker's demos included: not for messages or logs."""
+        return self._contents[block_index][arm]
+
     def arm_text(self, block_index: int, arm: int, *, reveal_private: bool = False) -> str:
         """The text of one arm: instructions, word, or the demo's fields, one a line; empty for an empty slot.
 

@@ -194,6 +194,8 @@ class _EngineBase:
     supports_reasoning = False
     supports_response_schema = True
     supported_params = _SUPPORTED_PARAMS
+    greedy_by_default = True
+    """Without a temperature the likeliest answer is taken; a rollout cache may share it."""
 
     def __init__(self, core: LocalCore, settings: dict[str, Any]) -> None:
         self.core = core

@@ -1,0 +1,106 @@
+"""What an evaluator asks of whoever remembers rollouts, and the gate that rollouts pass on their way out."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import dspy
+
+from asyndbt_dspy.core.messages import Outcome
+from asyndbt_dspy.programs.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class RolloutKey:
+    """What a rollout's result depends on.
+
+    Attributes:
+        digest: SHA-256 of program, example, LM, sampling, metric and prompt format.
+        is_repeatable: The LM answers alike every time, so that one result may stand for another.
+    """
+
+    digest: bytes
+    is_repeatable: bool
+
+
+@dataclass(frozen=True)
+class PaidRollout:
+    """A rollout whose LM calls were paid for before.
+
+    Attributes:
+        usage: LM calls, prompt tokens and completion tokens that this run paid for it.
+        is_shared: An earlier run paid; this run took its result from the rollout cache.
+        is_recorded: Whether the journal of this run has it.
+    """
+
+    rollout: Rollout
+    usage: tuple[int, int, int] = (0, 0, 0)
+    is_shared: bool = False
+    is_recorded: bool = True
+
+
+class RolloutBook(Protocol):
+    """Remembers rollouts. Of a run without a ``run_dir`` it only knows their keys."""
+
+    def key(self, lm: Any, program: dspy.Module, example: dspy.Example) -> RolloutKey: ...
+
+    def take(self, worker: str, key: RolloutKey, program: dspy.Module, trace: bool) -> PaidRollout | None:
+        """A rollout that was paid for by an earlier process or run; each is taken once."""
+        ...
+
+    def keep(self, worker: str, key: RolloutKey, program: dspy.Module, paid: PaidRollout) -> None:
+        """Record a rollout before anybody hears of it."""
+        ...
+
+    def outcomes(self, worker: str, task: int) -> tuple[tuple[Outcome, ...], ...] | None:
+        """What a task came to in an earlier process of this run, where it was over."""
+        ...
+
+    def failure(self, worker: str, task: int) -> str | None:
+        """Why the worker failed at a task in an earlier process of this run."""
+        ...
+
+    def keep_failure(self, worker: str, task: int, reason: str) -> None: ...
+
+
+class RolloutGate:
+    """Lets rollouts begin, or holds them back. Of one event loop.
+
+    Attributes:
+        in_flight: Rollouts that have begun and are not over.
+    """
+
+    def __init__(self) -> None:
+        self.in_flight = 0
+        self._holders: set[str] = set()
+        self._opened = asyncio.Event()
+        self._drained = asyncio.Event()
+        self._opened.set()
+        self._drained.set()
+
+    def hold(self, holder: str) -> None:
+        """No rollout begins until ``holder``, and every other one, has released the gate."""
+        self._holders.add(holder)
+        self._opened.clear()
+
+    def release(self, holder: str) -> None:
+        self._holders.discard(holder)
+        if not self._holders:
+            self._opened.set()
+
+    async def __aenter__(self) -> None:
+        while self._holders:
+            await self._opened.wait()
+        self.in_flight += 1
+        self._drained.clear()
+
+    async def __aexit__(self, *_: object) -> None:
+        self.in_flight -= 1
+        if not self.in_flight:
+            self._drained.set()
+
+    async def drained(self) -> None:
+        """Wait until nothing is in flight."""
+        await self._drained.wait()

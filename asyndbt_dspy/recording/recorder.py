@@ -1,0 +1,324 @@
+"""The recorder of one run: everything that was paid for goes to the journals, and comes back from them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import dspy
+
+from asyndbt_dspy.core.messages import Outcome
+from asyndbt_dspy.errors import JournalError
+from asyndbt_dspy.lms.ledger import Ledger
+from asyndbt_dspy.programs.paid_rollouts import PaidRollout, RolloutKey
+from asyndbt_dspy.programs.rollout import Rollout
+from asyndbt_dspy.recording.events import EventLog
+from asyndbt_dspy.recording.rollout_codec import (
+    RecordedRollout,
+    UnrecordableError,
+    decode_rollout,
+    decode_trace,
+    encode_rollout,
+)
+from asyndbt_dspy.recording.rollout_keys import RolloutKeys
+from asyndbt_dspy.recording.spending import SpentSoFar, record_spending
+from asyndbt_dspy.runs.journal import JournalWriter, read_journal
+from asyndbt_dspy.runs.run_directory import RunDirectory
+
+logger = logging.getLogger(__name__)
+
+_SERVER = ""
+"""Name of the server's journal where workers' journals are meant by name."""
+_Paid = dict[bytes, list[RecordedRollout]]
+
+
+class KeysOnly:
+    """The ``RolloutBook`` of a run that is not recorded."""
+
+    def __init__(self, scope: Any) -> None:
+        self._keys = RolloutKeys(scope)
+
+    def key(self, lm: Any, program: dspy.Module, example: dspy.Example) -> RolloutKey:
+        return self._keys.key(lm, program, example)
+
+    def take(self, worker: str, key: RolloutKey, program: dspy.Module, trace: bool) -> PaidRollout | None:
+        return None
+
+    def keep(self, worker: str, key: RolloutKey, program: dspy.Module, paid: PaidRollout) -> None:
+        pass
+
+    def outcomes(self, worker: str, task: int) -> tuple[tuple[Outcome, ...], ...] | None:
+        return None
+
+    def failure(self, worker: str, task: int) -> str | None:
+        return None
+
+    def keep_failure(self, worker: str, task: int, reason: str) -> None:
+        pass
+
+    def texts(self, predictor: str) -> list[str] | None:
+        """Instructions that were proposed for ``predictor`` by an earlier process."""
+        return None
+
+    def keep_texts(self, predictor: str, texts: Sequence[str]) -> None:
+        pass
+
+    def join_ledger(self, ledger: Ledger) -> None:
+        """The run's ledger goes on from what earlier processes spent, and its attempts are recorded."""
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds that earlier processes spent on this run."""
+        return 0.0
+
+    def close(self) -> None:
+        """The run is over, or could not begin."""
+
+
+@dataclass
+class _Read:
+    """What the journals of earlier processes of this run hold."""
+
+    paid: dict[str, _Paid] = field(default_factory=dict)
+    rollouts: int = 0
+    failures: dict[tuple[str, int], str] = field(default_factory=dict)
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    space: str | None = None
+    spent: SpentSoFar = field(default_factory=SpentSoFar)
+    elapsed_s: float = 0.0
+    search_began_s: float | None = None
+    finished: bool = False
+
+
+class RunRecorder(KeysOnly):
+    """The ``RolloutBook`` of a run with a ``run_dir``, and the keeper of its other journal entries.
+
+    Args:
+        directory: Locked; closed by ``close``.
+        workers: Names, in order.
+        private: Those whose rollouts no other worker may use.
+        scope: See ``RolloutKeys``.
+        fsync: See ``JournalWriter``.
+
+    Attributes:
+        events: Observer of the engine.
+
+    Raises:
+        JournalError: a journal that cannot be read or written.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        workers: Sequence[str],
+        private: frozenset[str],
+        scope: Any,
+        *,
+        fsync: bool = False,
+    ) -> None:
+        super().__init__(scope)
+        self.directory = directory
+        self.events = EventLog(self._write_server, may_diverge=bool(directory.raised))
+        self._workers = tuple(workers)
+        self._private = private
+        self._lock = threading.Lock()
+        self._read = _Read()
+        self._shared: dict[str, _Paid] = {}
+        self._warned = False
+        self._journals: dict[str, JournalWriter] = {}
+        self._load()
+        self._outcomes = {(one.worker, one.task): one.outcomes for one in self.events.scored()}
+        self.events.on_rewind = self._forget_tasks
+        self._began_s = time.monotonic() - self.elapsed_s
+        for name in (_SERVER, *workers):
+            heading = {"run": directory.number, "of": name or "server", "private": name in private}
+            journal = JournalWriter(self._path(name), fsync=fsync, heading=heading)
+            self._journals[name] = journal
+            journal.append({"kind": "process", "pid": os.getpid(), "t": self._now()})
+
+    # -- what was read
+
+    @property
+    def elapsed_s(self) -> float:
+        return self._read.elapsed_s
+
+    @property
+    def is_resumed(self) -> bool:
+        return self.directory.is_resumed
+
+    @property
+    def rollouts(self) -> int:
+        """Rollouts that earlier processes recorded."""
+        return self._read.rollouts
+
+    @property
+    def search_elapsed_s(self) -> float:
+        """Seconds that earlier processes spent in the search."""
+        began = self._read.search_began_s
+        return 0.0 if began is None else max(0.0, self.elapsed_s - began)
+
+    def join_ledger(self, ledger: Ledger) -> None:
+        saved = self._read.spent.saved()
+        if saved is not None:
+            ledger.restore(saved)
+        record_spending(ledger, self._write)
+
+    def outcomes(self, worker: str, task: int) -> tuple[tuple[Outcome, ...], ...] | None:
+        return self._outcomes.get((worker, task))
+
+    def failure(self, worker: str, task: int) -> str | None:
+        return self._read.failures.get((worker, task))
+
+    def texts(self, predictor: str) -> list[str] | None:
+        return self._read.texts.get(predictor)
+
+    def take(self, worker: str, key: RolloutKey, program: dspy.Module, trace: bool) -> PaidRollout | None:
+        name = _name(key.digest, trace)
+        waiting = self._read.paid.get(worker, {}).get(name)
+        if waiting:
+            found = waiting.pop(0)
+            return PaidRollout(_with_trace(found, program), found.usage, found.is_shared)
+        shared = self._shared.get(worker if worker in self._private else _SERVER, {}).get(name)
+        # Within a run an answer that was asked for twice is another answer, unless the LM repeats itself.
+        if not shared or not key.is_repeatable:
+            return None
+        return PaidRollout(_with_trace(shared[0], program), is_shared=True, is_recorded=False)
+
+    # -- what is written
+
+    def keep(self, worker: str, key: RolloutKey, program: dspy.Module, paid: PaidRollout) -> None:
+        try:
+            content = encode_rollout(paid.rollout, program)
+        except UnrecordableError as error:
+            if not self._warned:
+                self._warned = True
+                logger.warning(
+                    "a traced run cannot be recorded and would be paid for again on resume (%s); this is said once",
+                    str(error).split(":", 1)[0],
+                )
+            return
+        entry = {"kind": "rollout", "key": key.digest.hex(), "t": self._now(), "usage": list(paid.usage)}
+        entry |= {"repeatable": True} if key.is_repeatable else {}
+        entry |= {"shared": True} if paid.is_shared else {}
+        entry |= content
+        self._journals[worker].append(entry)
+
+    def keep_failure(self, worker: str, task: int, reason: str) -> None:
+        self._write(worker, {"kind": "worker_failed", "task": task, "reason": reason})
+
+    def keep_texts(self, predictor: str, texts: Sequence[str]) -> None:
+        self._write_server({"kind": "instructions", "predictor": predictor, "texts": list(texts)})
+
+    def begin_search(self, space: str, blocks: Sequence[Sequence[Any]]) -> None:
+        """The prepared space: a hash of its contents, and per block its name and number of arms.
+
+        Raises:
+            JournalError: an earlier process of this run prepared another one.
+        """
+        if self._read.space is not None:
+            if self._read.space != space:
+                raise JournalError(
+                    f"the setup of run {self.directory.number} came to other instructions or demos than before; the "
+                    "program or the metric is not what it was. Start a new run without resume=True"
+                )
+            return
+        self._write_server({"kind": "space", "sha256": space, "blocks": [list(one) for one in blocks]})
+
+    def finish(self, reason: str, winner: Sequence[int]) -> None:
+        """The run is over; resuming it returns its result."""
+        if not self._read.finished or self.directory.raised:
+            self._write_server({"kind": "finished", "reason": reason, "winner": [int(arm) for arm in winner]})
+
+    def close(self) -> None:
+        """Close the journals and let others into the ``run_dir``."""
+        for journal in self._journals.values():
+            journal.close()
+        self.directory.close()
+
+    # -- parts
+
+    def _forget_tasks(self) -> None:
+        """From here on a task's number means another task than in the earlier process."""
+        self._outcomes.clear()
+        self._read.failures.clear()
+
+    def _load(self) -> None:
+        if self.directory.is_resumed:
+            for name in (_SERVER, *self._workers):
+                if self._path(name).exists():
+                    for entry in read_journal(self._path(name)):
+                        self._take_entry(name, entry)
+        for number in self.directory.numbers():
+            if number < self.directory.number:
+                self._load_shared(number)
+
+    def _take_entry(self, name: str, entry: Mapping[str, Any]) -> None:
+        read, kind = self._read, entry["kind"]
+        read.elapsed_s = max(read.elapsed_s, entry.get("t", 0.0))
+        if kind == "rollout":
+            recorded = decode_rollout(entry)
+            key = _name(recorded.key, recorded.trace is not None)
+            read.paid.setdefault(name, {}).setdefault(key, []).append(recorded)
+            read.rollouts += 1
+        elif kind == "worker_failed":
+            read.failures[name, entry["task"]] = entry["reason"]
+        elif kind == "instructions":
+            read.texts[entry["predictor"]] = entry["texts"]
+        elif kind == "space":
+            read.space, read.search_began_s = entry["sha256"], entry["t"]
+        elif kind == "finished":
+            read.finished = True
+        else:
+            read.spent.read(name, entry)
+            self.events.read(entry)
+
+    def _load_shared(self, number: int) -> None:
+        """Answers of earlier runs; those of a private worker are its own."""
+        folder = self.directory.folder_of(number) / "workers"
+        owners = {self._path(name, number): name for name in self._workers}
+        for path in sorted(folder.glob("*.jsonl")):
+            owner = owners.get(path)
+            is_private = owner in self._private or _is_private(path)
+            if owner is None and is_private:
+                continue
+            known = self._shared.setdefault(str(owner) if is_private else _SERVER, {})
+            for entry in read_journal(path):
+                if entry["kind"] == "rollout" and entry.get("repeatable"):
+                    recorded = decode_rollout(entry)
+                    if recorded.is_answer:
+                        key = _name(recorded.key, recorded.trace is not None)
+                        known.setdefault(key, [recorded])
+
+    def _path(self, name: str, number: int | None = None) -> Any:
+        return self.directory.worker_journal(name, number) if name else self.directory.server_journal
+
+    def _write_server(self, entry: Mapping[str, Any]) -> None:
+        self._write(_SERVER, entry)
+
+    def _write(self, name: str, entry: Mapping[str, Any]) -> None:
+        # Attempts that belong to no worker of the run (a proposer's) are the server's.
+        journal = self._journals.get(name, self._journals[_SERVER])
+        journal.append({**entry, "t": self._now()})
+
+    def _now(self) -> float:
+        return round(time.monotonic() - self._began_s, 3)
+
+
+def _is_private(path: Any) -> bool:
+    heading = next(read_journal(path), {})
+    return bool(heading.get("private"))
+
+
+def _name(digest: bytes, trace: bool) -> bytes:
+    return digest + b"t" if trace else digest
+
+
+def _with_trace(found: RecordedRollout, program: dspy.Module) -> Rollout:
+    if found.trace is None:
+        return found.rollout
+    return replace(found.rollout, trace=decode_trace(found.trace, program))

@@ -1,0 +1,238 @@
+"""What a ``run_dir`` holds, who may write it, and which of its runs goes on.
+
+run_dir/
+  lock, holder.json             one process at a time
+  runs/0001/
+    manifest.json               what was run: fingerprints and settings, no text and no keys
+    server.jsonl                events, instruction texts, LM attempts that belong to no worker
+    workers/<name>.jsonl        rollouts and LM attempts of one worker
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from asyndbt_dspy.errors import ConfigurationError, JournalError, ResumeError
+
+MANIFEST_FORMAT = 1
+
+_PARTS = {
+    "program": "the program (structure, signatures, instructions or demos)",
+    "teacher": "the teacher",
+    "metric": "the metric (its name or its code)",
+    "adapter": "DSPy's adapter",
+    "valset": "the valset",
+}
+
+
+class RunDirectory:
+    """A locked ``run_dir`` and the one run in it that is being written.
+
+    Args:
+        path: Made where it is absent.
+        resume: Continue the newest run; where there is none, a first one is started.
+        manifest: What this run is: ``{"package": …, "fingerprints": {…}, "budget": {…}}``, strict JSON.
+
+    Attributes:
+        number: Of this run, from 1.
+        folder: Of this run.
+        is_resumed: Whether it continues an earlier process.
+        raised: Caps of the budget that are higher than those of the earlier process.
+
+    Raises:
+        ConfigurationError: a file in the place of the folder, or a folder that cannot be written.
+        JournalError: another process runs in it (named), or its manifest cannot be read.
+        ResumeError: the newest run is of something else; the error lists every difference.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, resume: bool, manifest: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        _make(self.path)
+        self._lock = filelock.FileLock(str(self.path / "lock"), thread_local=False)
+        self._acquire()
+        try:
+            numbers = self.numbers()
+            self.is_resumed = resume and bool(numbers)
+            self.raised: tuple[str, ...] = ()
+            if self.is_resumed:
+                self.number = numbers[-1]
+                self._check(manifest)
+            else:
+                self.number = (numbers[-1] if numbers else 0) + 1
+                self._begin(manifest)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    @property
+    def folder(self) -> Path:
+        return self.folder_of(self.number)
+
+    @property
+    def server_journal(self) -> Path:
+        return self.folder / "server.jsonl"
+
+    def worker_journal(self, worker: str, number: int | None = None) -> Path:
+        """The journal of ``worker`` in this run, or in run ``number``."""
+        folder = self.folder_of(self.number if number is None else number)
+        return folder / "workers" / f"{safe_name(worker)}.jsonl"
+
+    def folder_of(self, number: int) -> Path:
+        return self.path / "runs" / f"{number:04d}"
+
+    def numbers(self) -> list[int]:
+        """Numbers of all runs, oldest first."""
+        found = (self.path / "runs").iterdir()
+        return sorted(int(one.name) for one in found if re.fullmatch(r"\d{4,}", one.name))
+
+    def close(self) -> None:
+        """Let others in."""
+        self._lock.release()
+
+    def _acquire(self) -> None:
+        holder = self.path / "holder.json"
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise JournalError(
+                f"run_dir {str(self.path)!r} is in use by {_described_holder(holder)}; wait until it ends, or choose "
+                "another run_dir"
+            ) from error
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+        holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
+
+    def _begin(self, manifest: Mapping[str, Any]) -> None:
+        """The folder appears with its manifest in it, or not at all."""
+        temporary = self.path / "runs" / "new"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            (temporary / "workers").mkdir(parents=True)
+            self._write_manifest(temporary, manifest)
+            temporary.rename(self.folder)
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def _write_manifest(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        text = json.dumps({"format": MANIFEST_FORMAT, **manifest}, indent=2, sort_keys=True, allow_nan=False)
+        part = folder / "manifest.json.part"
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(folder / "manifest.json")
+
+    def _check(self, manifest: Mapping[str, Any]) -> None:
+        path = self.folder / "manifest.json"
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise JournalError(f"cannot read {path}: {error}; start a new run without resume=True") from error
+        if not isinstance(known, dict) or not 1 <= int(known.get("format", 0)) <= MANIFEST_FORMAT:
+            raise JournalError(
+                f"{path} has format {known.get('format')!r}; 1..{MANIFEST_FORMAT} are known here; update asyndbt-dspy"
+            )
+        differences = (
+            *_package_difference(known, manifest),
+            *differences_of(known["fingerprints"], manifest["fingerprints"]),
+            *_lowered(known["budget"], manifest["budget"]),
+        )
+        if differences:
+            raise ResumeError(
+                f"run {self.number} in {str(self.path)!r} is of something else and cannot be resumed: "
+                f"{'; '.join(differences)}. Undo the change, or start a new run without resume=True (it shares the "
+                "rollouts that are still valid)",
+                differences,
+            )
+        self.raised = tuple(
+            name for name, cap in manifest["budget"].items() if cap != known["budget"].get(name)
+        )
+        if self.raised:
+            self._write_manifest(self.folder, manifest)
+
+
+def safe_name(worker: str) -> str:
+    """A file name for any worker name, different for different names (whatever the file system makes of case)."""
+    if re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,59}", worker):
+        return worker
+    readable = re.sub(r"[^a-z0-9_-]+", "-", worker.lower()).strip("-")[:40]
+    return (
+        f"{readable or 'worker'}.{hashlib.sha256(worker.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
+    )
+
+
+def differences_of(known: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> tuple[str, ...]:
+    """Every difference between two fingerprints, one sentence each."""
+    found: list[str] = []
+    for name in sorted({*known, *given}):
+        old, new = known.get(name), given.get(name)
+        if old == new:
+            continue
+        path = f"{prefix}{name}"
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences_of(old, new, f"{path}.")
+        elif path in _PARTS:
+            found.append(f"{_PARTS[path]} changed")
+        elif path.startswith(("data.", "lms.")):
+            found.append(_worker_difference(path, old, new))
+        else:
+            found.append(f"{path} was {old!r} and is {new!r}")
+    return tuple(found)
+
+
+def _worker_difference(path: str, old: Any, new: Any) -> str:
+    kind, worker = path.split(".", 1)
+    if old is None or new is None:
+        return f"worker {worker!r} was {'added' if old is None else 'removed'}"
+    if kind == "data":
+        return f"the data of worker {worker!r} changed"
+    return f"the LM of worker {worker!r} changed (model, endpoint or sampling)"
+
+
+def _package_difference(known: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[str, ...]:
+    old, new = known.get("package"), given["package"]
+    if old == new:
+        return ()
+    return (f"it was written by asyndbt-dspy {old}, and this is {new}",)
+
+
+def _lowered(known: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Caps may be raised or lifted, never lowered: what is over is spent."""
+    found = []
+    for name, new in given.items():
+        old = known.get(name)
+        if new is not None and (old is None or new < old):
+            found.append(
+                f"Budget({name}={new:g}) is below the {'unlimited' if old is None else old} of before"
+            )
+    return tuple(found)
+
+
+def _make(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise ConfigurationError(f"run_dir={str(path)!r} is a file; give a folder")
+    try:
+        (path / "runs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise _unwritable(path, PermissionError("no permission to write"))
+
+
+def _unwritable(path: Path, error: OSError) -> ConfigurationError:
+    return ConfigurationError(f"run_dir={str(path)!r} cannot be written: {error}; choose a folder that can")
+
+
+def _described_holder(path: Path) -> str:
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {holder['pid']} on {holder['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

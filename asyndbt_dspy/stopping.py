@@ -1,0 +1,113 @@
+"""Ending a compile early: by Ctrl-C, or by ``AsynDBT.stop`` from any thread."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from types import FrameType
+from typing import Any, TypeVar
+
+from asyndbt_dspy.programs.paid_rollouts import RolloutGate
+
+logger = logging.getLogger(__name__)
+
+_Found = TypeVar("_Found")
+
+
+class StopRequest:
+    """One compile's wish to end: no rollout begins any more, those in flight end, and then the run does.
+
+    Made inside the compile's event loop.
+
+    Args:
+        remedy: Said once it is asked for: how to go on later.
+
+    Attributes:
+        gate: All rollouts of the compile pass it.
+        was_asked: Whether anybody asked.
+    """
+
+    def __init__(self, remedy: str) -> None:
+        self.gate = RolloutGate()
+        self.was_asked = False
+        self._remedy = remedy
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._asked = asyncio.Event()
+
+    def ask(self) -> None:
+        """Safe from any thread and from a signal handler; asking twice changes nothing."""
+        self._loop.call_soon_threadsafe(self._ask)
+
+    def abort(self) -> None:
+        """End at once, with whatever is in flight cancelled. Safe from any thread."""
+        if self._task is not None:
+            self._loop.call_soon_threadsafe(self._task.cancel)
+
+    def _ask(self) -> None:
+        if self.was_asked:
+            return
+        self.was_asked = True
+        logger.warning(
+            "Stopping: %d rollouts in flight end first, then the best program so far is returned. %s",
+            self.gate.in_flight,
+            self._remedy,
+        )
+        self.gate.hold("stop")
+        self._asked.set()
+
+    async def drained(self) -> None:
+        """Wait until somebody has asked and nothing is in flight any more."""
+        await self._asked.wait()
+        await self.gate.drained()
+
+    async def unless_asked(self, work: Coroutine[Any, Any, _Found]) -> _Found | None:
+        """The result of ``work``; ``None`` where the end was asked for and came first (``work`` is cancelled)."""
+        task, drained = asyncio.ensure_future(work), asyncio.ensure_future(self.drained())
+        try:
+            await asyncio.wait({task, drained}, return_when=asyncio.FIRST_COMPLETED)
+            return task.result() if task.done() else None
+        finally:
+            task.cancel()
+            drained.cancel()
+            await asyncio.gather(task, drained, return_exceptions=True)
+
+
+@contextlib.contextmanager
+def stopped_by_interrupt(stop: Callable[[], bool]) -> Iterator[None]:
+    """While the context lasts, the first SIGINT calls ``stop`` and each further one raises ``KeyboardInterrupt``.
+
+    Only in the main thread, and only in place of Python's own handler or that of ``asyncio.run``: a program that handles
+    the signal itself keeps its way. The handler of before is back afterwards.
+
+    Args:
+        stop: Returns whether there was something to stop.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    if not is_main or not _is_pythons(before):
+        yield
+        return
+    asked = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked or not stop():
+            raise KeyboardInterrupt
+        asked = True
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _is_pythons(handler: Any) -> bool:
+    """Whether nobody but Python or asyncio (whose handler waits for the loop that a compile keeps busy) chose it."""
+    asyncios = getattr(getattr(handler, "func", None), "__qualname__", "") == "Runner._on_sigint"
+    return handler is signal.default_int_handler or asyncios

@@ -1,0 +1,188 @@
+"""Ctrl-C once, ``stop()``, and Ctrl-C twice."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import dspy
+import kit
+import pytest
+from crashes import Asked, compiled, entries, steady
+
+from asyndbt_dspy import AsynDBT
+from asyndbt_dspy.lms.scripted import AsyncScriptedEngine, ScriptedEngine
+from asyndbt_dspy.stopping import stopped_by_interrupt
+
+
+@pytest.fixture(autouse=True)
+def json_prompts() -> Any:
+    with dspy.context(adapter=dspy.JSONAdapter(), lm=None):
+        yield
+
+
+class Interrupted(Asked):
+    """A script that is interrupted when it is asked for the n-th time."""
+
+    def __init__(self, at: int, do: Any) -> None:
+        super().__init__(kit.stairs(1))
+        self.at, self.do = at, do
+        self.lock = threading.Lock()  # plain programs run in threads
+
+    def __call__(self, messages: Any) -> Any:
+        with self.lock:
+            answer = super().__call__(messages)
+            if len(self.prompts) == self.at:
+                self.do()
+        return answer
+
+
+def press_ctrl_c() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("at", [30, 60, 95])
+def test_one_ctrl_c_ends_the_run_early_and_resuming_gives_the_undisturbed_result(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, deterministic: bool, at: int
+) -> None:
+    script = Interrupted(at, press_ctrl_c)
+    with caplog.at_level(logging.WARNING):
+        optimizer, program = compiled(tmp_path / "a", script, deterministic=deterministic)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert f"run_dir={str(tmp_path / 'a')!r}, resume=True" in caplog.text
+    assert at <= len(script.prompts) <= at + 16, (
+        "only what was in flight, of two workers with eight rollouts each, ended"
+    )
+    assert len(entries(tmp_path / "a", "rollout")) == len(script.prompts), "what was in flight is recorded"
+    assert optimizer.result is not None and program is not None
+    # What was in flight may have been all that the race lacked.
+    assert at > 90 or optimizer.result.stopped.startswith("stopped before its end")
+    again, whole = compiled(tmp_path / "a", script, deterministic=deterministic)
+    keys = [entry["key"] for entry in entries(tmp_path / "a", "rollout")]
+    assert len(keys) == len(set(keys)) == len(script.prompts) == again.result.metric_calls
+    if deterministic:
+        undisturbed, expected = compiled(tmp_path / "b", kit.stairs(1))
+        assert steady(again.result) == steady(undisturbed.result)
+        assert kit.state_of(whole) == kit.state_of(expected)
+
+
+def test_an_end_during_setup_returns_the_student(tmp_path: Path) -> None:
+    student = kit.TwoSteps()
+    script = Interrupted(3, press_ctrl_c)
+    optimizer, program = compiled(tmp_path, script, student, bootstrap=True)
+    assert optimizer.result is None and program is not student
+    assert kit.state_of(program) == kit.state_of(student)
+    assert len(entries(tmp_path, "rollout")) * 2 == len(script.prompts)
+    optimizer, _ = compiled(tmp_path, script, student, bootstrap=True)
+    assert optimizer.result is not None
+
+
+def test_without_a_run_dir_the_warning_says_that_it_cannot_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        compiled(None, Interrupted(40, press_ctrl_c))
+    assert "Without run_dir= it cannot go on later" in caplog.text
+
+
+class Silent:
+    """An async engine that from the n-th call on never answers."""
+
+    supports_function_calling = False
+    supports_reasoning = False
+    supports_response_schema = True
+
+    def __init__(self, after: int, do: Any) -> None:
+        self.inner = AsyncScriptedEngine(kit.stairs(1), True)
+        self.supported_params = self.inner.supported_params
+        self.left, self.do = after, do
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self
+
+    async def complete(self, request: Any) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            if self.left == -1:
+                self.do()
+            await asyncio.Event().wait()
+        return await self.inner.complete(request)
+
+
+def silent_lm(after: int, do: Any) -> dspy.LM:
+    engines = {"engine": ScriptedEngine(kit.stairs(1), True), "async_engine": Silent(after, do)}
+    return dspy.LM("scripted/silent", cache=False, num_retries=0, **engines)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_the_second_ctrl_c_ends_at_once(tmp_path: Path, deterministic: bool) -> None:
+    def twice() -> None:
+        press_ctrl_c()
+        asyncio.get_running_loop().call_later(0.05, press_ctrl_c)
+
+    with pytest.raises(KeyboardInterrupt):
+        compiled(tmp_path, None, lm=silent_lm(50, twice), deterministic=deterministic)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert len(entries(tmp_path, "rollout")) == 50
+    optimizer, _ = compiled(tmp_path, None, lm=silent_lm(10_000, None), deterministic=deterministic)
+    assert optimizer.result is not None, "the run_dir was let go, and the run goes on"
+
+
+def test_stop_from_another_thread_does_what_one_ctrl_c_does(tmp_path: Path) -> None:
+    optimizers: list[AsynDBT] = []
+
+    def stop() -> None:
+        thread = threading.Thread(target=lambda: stopped.append(optimizers[0].stop()))
+        thread.start()
+        thread.join()
+
+    stopped: list[bool] = []
+    script = Interrupted(50, stop)
+    optimizer = kit.optimizer(run_dir=tmp_path)
+    optimizers.append(optimizer)
+    assert optimizer.stop() is False, "nothing runs yet"
+    with dspy.context(lm=kit.scripted_lm(script)):
+        program = asyncio.run(optimizer.acompile(dspy.Predict(kit.Sort), trainset=kit.examples(60)))
+    assert stopped == [True] and program is not None
+    assert len(script.prompts) < 70
+    assert optimizer.stop() is False, "and nothing runs any more"
+
+
+def test_in_a_notebook_ctrl_c_reaches_the_compile_that_runs_in_a_thread(tmp_path: Path) -> None:
+    async def cell() -> Any:
+        return compiled(tmp_path, script)
+
+    main = threading.main_thread().ident
+    assert main is not None
+    script = Interrupted(50, lambda: signal.pthread_kill(main, signal.SIGINT))
+    _, program = asyncio.run(cell())
+    assert program is not None and len(script.prompts) < 70
+
+
+def test_a_handler_of_the_program_and_other_threads_are_left_alone() -> None:
+    def own(number: int, frame: Any) -> None: ...
+
+    before = signal.signal(signal.SIGINT, own)
+    try:
+        with stopped_by_interrupt(lambda: True):
+            assert signal.getsignal(signal.SIGINT) is own
+    finally:
+        signal.signal(signal.SIGINT, before)
+    seen: list[Any] = []
+
+    def elsewhere() -> None:
+        with stopped_by_interrupt(lambda: True):
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert seen == [signal.default_int_handler]
+
+
+def test_before_there_is_anything_to_stop_ctrl_c_is_ctrl_c() -> None:
+    with pytest.raises(KeyboardInterrupt), stopped_by_interrupt(lambda: False):
+        press_ctrl_c()
