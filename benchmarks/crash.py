@@ -46,10 +46,8 @@ SEEDS = 3
 AGAIN = 0.3
 """Share of resumed runs that are killed once more."""
 LATENCY_S = 0.004
-VOLATILE = frozenset(
-    {"seconds", "busy_s", "time_s", "waited_s", "lines", "attempts", "answers", "cut", "cut_tokens", "spent"}
-)
-"""Parts of a result that are times, or what the attempts cost that a kill cut off."""
+VOLATILE = frozenset({"seconds", "busy_s", "time_s", "spending"})
+"""Times; and the account of attempts, in which those that a kill cut off count as cut."""
 
 
 class Sort(dspy.Signature):

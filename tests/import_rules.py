@@ -63,6 +63,7 @@ PARTS = {
     "asyndbt_dspy.testing": _part(CORE, "asyndbt_dspy.engines.protocols", libraries="numpy"),
     "asyndbt_dspy.optimizer": WHOLE_PACKAGE,
     "asyndbt_dspy.compilation": WHOLE_PACKAGE,
+    "asyndbt_dspy.metering": WHOLE_PACKAGE,
     "asyndbt_dspy.preparation": WHOLE_PACKAGE,
     "asyndbt_dspy.recording": WHOLE_PACKAGE,
     "asyndbt_dspy.reporting": WHOLE_PACKAGE,
@@ -83,6 +84,9 @@ AGREED = (
     ("asyndbt_dspy.programs", "asyndbt_dspy.lms.callers", "says for which worker a rollout calls its LM"),
     ("asyndbt_dspy.runs", "asyndbt_dspy.engines.protocols", "observers receive the engines' recorded events"),
     ("benchmarks", "asyndbt_dspy.lms.local", "they measure inside the engine"),
+    ("benchmarks.journal", "asyndbt_dspy.recording.recorder", "it measures the recorder itself"),
+    ("benchmarks.journal", "asyndbt_dspy.programs", "it records rollouts"),
+    ("benchmarks.journal", "asyndbt_dspy.runs.run_directory", "it opens the run_dir"),
     ("benchmarks", "asyndbt_dspy.testing.provider", "they run against it over a real socket"),
     ("benchmarks", "asyndbt_dspy.lms.distributions", "they compare label probabilities"),
 )

@@ -15,7 +15,7 @@ from asyndbt_dspy import AsynDBT
 from asyndbt_dspy.runs.journal import JournalWriter, read_journal
 from asyndbt_dspy.runs.result import Result
 
-VOLATILE = frozenset({"seconds", "busy_s", "time_s", "waited_s"})
+VOLATILE = frozenset({"seconds", "busy_s", "time_s", "spending"})
 
 
 class Killed(BaseException):
@@ -73,7 +73,7 @@ def compiled(
 
 
 def steady(value: Any) -> Any:
-    """A result without times."""
+    """A result without times, and without what attempts cost that died with their process."""
     if isinstance(value, Result):
         return steady(value.to_dict())
     if isinstance(value, dict):

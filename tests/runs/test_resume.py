@@ -154,7 +154,7 @@ def test_missing_rollouts_and_lost_workers_are_repeated_as_they_were(tmp_path: P
 
 def test_traces_and_proposals_are_not_paid_for_again(tmp_path: Path) -> None:
     def propose(messages: Any) -> str:
-        return '{"instructions": "Look at the number. ' + str(len(messages[-1]["content"])) + '"}'
+        return '{"new_instructions": "Look at the number. ' + str(len(messages[-1]["content"])) + '"}'
 
     options = {"instructions": None, "bootstrap": True, "budget": Budget(metric_calls=150)}
     texts, outcomes = [], []
