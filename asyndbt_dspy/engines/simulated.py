@@ -10,16 +10,16 @@ from __future__ import annotations
 import asyncio
 import heapq
 import math
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from asyndbt_dspy.core.messages import Evaluate, Scored
+from asyndbt_dspy.core.messages import Evaluate, Scored, StopSearch
 from asyndbt_dspy.core.server import ServerState
 from asyndbt_dspy.core.worker import WorkerState
 from asyndbt_dspy.engines.driver import Driver
-from asyndbt_dspy.engines.protocols import Evaluator, Observer, WorkerFailedError
+from asyndbt_dspy.engines.protocols import Evaluator, Observer, Recorded, WorkerFailedError
 from asyndbt_dspy.errors import ConfigurationError, ProtocolError
 
 Delays = Callable[[Evaluate], float]
@@ -73,6 +73,11 @@ class SimulatedEngine:
         self.busy_s: dict[str, float] = {}
         self._stop: tuple[str, bool] | None = None
         self._halted: asyncio.Future[None] | None = None
+        self._earlier: Iterable[Recorded] = ()
+
+    def resume(self, earlier: Iterable[Recorded], elapsed_s: float = 0.0) -> None:
+        """As of ``ResumableEngine``. The virtual clock repeats the order of evaluations; only ``StopSearch`` is taken over."""
+        self._earlier = earlier
 
     def stop_search(self, reason: str, race: bool = True) -> None:
         self._stop = (reason, race)
@@ -93,6 +98,9 @@ class SimulatedEngine:
         self._halted = asyncio.get_running_loop().create_future()
         try:
             self._push(schedule, driver.start())
+            for one in self._earlier:
+                await self._repeat(schedule, driver, one.event)
+            self._earlier = ()
             while not driver.finished:
                 if self._stop is not None:
                     stop, self._stop = self._stop, None
@@ -103,6 +111,14 @@ class SimulatedEngine:
             self._halted.cancel()
             self._halted = None
             await schedule.close()
+
+    async def _repeat(self, schedule: _Schedule, driver: Driver, event: object) -> None:
+        if isinstance(event, StopSearch):
+            self._push(schedule, driver.stop_search(event.reason, event.race))
+            return
+        while schedule.next_worker() in driver.lost:
+            await self._next(schedule, driver)
+        self._push(schedule, await self._next(schedule, driver))
 
     def _push(self, schedule: _Schedule, requests: list[Evaluate]) -> None:
         for request in requests:
@@ -173,6 +189,10 @@ class _Schedule:
             raise ProtocolError("no evaluation is under way and the run is not over; please report this")
         time_s, _, _, request, answers, work = heapq.heappop(self._heap)
         return time_s, request, answers, work
+
+    def next_worker(self) -> str | None:
+        """Whose evaluation ends next."""
+        return self._heap[0][3].worker if self._heap else None
 
     async def close(self) -> None:
         """Cancel what is left, so that no evaluation outlives the run."""

@@ -91,8 +91,6 @@ worker aside; without a bound a shard of nothing else would be asked for ever.""
 
 _SHARED_FIELDS = tuple(one.name for one in fields(Outcome))
 """What the algorithm sees of a rollout has the same names there."""
-_NOT_RUN = Outcome(None)
-"""Stands for a rollout that was cut short; told apart by identity."""
 
 
 @dataclass
@@ -249,9 +247,9 @@ class ProgramEvaluator:
         paid = None
         if self.book is not None and name is not None:
             paid = self.book.take(worker, name, program, trace)
-        if paid is None and earlier is _NOT_RUN:
-            return Rollout(None)
         if paid is None and earlier is not None:
+            if earlier.score is None:  # refused by the budget, or cut short: that is in no worker's journal
+                return Rollout(None)
             paid = PaidRollout(_as_rollout(earlier))
         if paid is not None:
             return self._paid(worker, name, program, paid)
@@ -355,7 +353,7 @@ async def _cancelled(tasks: Sequence[asyncio.Task[Any]]) -> None:
 
 def _nowhere(request: Evaluate) -> tuple[tuple[Outcome, ...], ...]:
     """Rollouts that were cut short when their worker failed."""
-    return tuple((_NOT_RUN,) * len(examples) for examples in request.examples)
+    return tuple((Outcome(None),) * len(examples) for examples in request.examples)
 
 
 def _as_outcome(rollout: Rollout) -> Outcome:
@@ -363,5 +361,4 @@ def _as_outcome(rollout: Rollout) -> Outcome:
 
 
 def _as_rollout(outcome: Outcome) -> Rollout:
-    failure = FailureKind.TRANSIENT if outcome.score is None else None
-    return Rollout(**{name: getattr(outcome, name) for name in _SHARED_FIELDS}, failure=failure)
+    return Rollout(**{name: getattr(outcome, name) for name in _SHARED_FIELDS})
