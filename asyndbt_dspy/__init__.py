@@ -27,12 +27,16 @@ if TYPE_CHECKING:
         BudgetExceededError,
         ConfigurationError,
         ExportError,
+        JournalError,
         MetricError,
         NoLiveWorkersError,
         ProtocolError,
+        ResumeError,
         WorkerFailedError,
     )
+    from asyndbt_dspy.lms.estimates import Estimate
     from asyndbt_dspy.lms.local import local_lm
+    from asyndbt_dspy.lms.prices import Price
     from asyndbt_dspy.lms.scripted import scripted_lm
     from asyndbt_dspy.optimizer import AsynDBT
     from asyndbt_dspy.runs.result import Result
@@ -47,12 +51,16 @@ __all__ = [
     "Budget",
     "BudgetExceededError",
     "ConfigurationError",
+    "Estimate",
     "ExportError",
+    "JournalError",
     "LocalEngine",
     "MetricError",
     "NoLiveWorkersError",
+    "Price",
     "ProtocolError",
     "Result",
+    "ResumeError",
     "SimulatedEngine",
     "Worker",
     "WorkerFailedError",
@@ -64,7 +72,9 @@ __all__ = [
 _HOMES = {
     "AsynDBT": "asyndbt_dspy.optimizer",
     "Budget": "asyndbt_dspy.core.budget",
+    "Estimate": "asyndbt_dspy.lms.estimates",
     "LocalEngine": "asyndbt_dspy.engines.local",
+    "Price": "asyndbt_dspy.lms.prices",
     "Result": "asyndbt_dspy.runs.result",
     "SimulatedEngine": "asyndbt_dspy.engines.simulated",
     "Worker": "asyndbt_dspy.workers",

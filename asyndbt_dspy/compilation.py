@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import dspy
@@ -17,6 +17,8 @@ from asyndbt_dspy.core.server import ServerState
 from asyndbt_dspy.core.validation import check_config
 from asyndbt_dspy.core.worker import WorkerState
 from asyndbt_dspy.engines.protocols import Engine, Recorded, ResumableEngine
+from asyndbt_dspy.errors import BudgetExceededError
+from asyndbt_dspy.metering import PROPOSER, Metering, confirm, estimate
 from asyndbt_dspy.programs import checks
 from asyndbt_dspy.programs.evaluator import ProgramEvaluator
 from asyndbt_dspy.programs.rollout import Rollout, RolloutRunner
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from asyndbt_dspy.optimizer import AsynDBT
 
 _REPLAY = "replay"
+_DEMO_TOKENS = 60
+"""Of one demo, where nothing is known of it."""
 _BOOTSTRAP_FRACTION = 0.12
 _BOOTSTRAP_CALLS = 1_000
 """What ``_BOOTSTRAP_FRACTION`` is taken of where metric calls are not bounded."""
@@ -45,8 +49,10 @@ async def prepare(
     teacher: dspy.Module | None,
     valset: Sequence[dspy.Example] | None,
     stop: StopRequest | None = None,
+    metering: Metering | None = None,
 ) -> Run:
     stop = stop or StopRequest("")
+    metering = metering or make_metering(optimizer)
     started = time.perf_counter()
     checks.check_student(student)
     workers = preparation.make_workers(
@@ -60,14 +66,49 @@ async def prepare(
     shards = preparation.split_shards(
         workers, valset, student, config, needs_pool=needs_pool, seed=optimizer.seed
     )
+    surrounding = dspy.settings.lm
+    lms = {worker.name: metering.worker_lm(worker, surrounding) for worker in workers}
+    expected = estimate(metering, student, shards, surrounding, demo_tokens=_demo_tokens(optimizer, student))
+    confirm(optimizer.confirm, expected)
     book = open_book(optimizer, student, teacher, workers, valset, config)
+    book.join_ledger(metering.ledger)
     try:
-        return await _arrange(
-            optimizer, student, teacher, shards, config, started - book.elapsed_s, stop, book
-        )
+        with dspy.context(lm=metering.lm(surrounding)):
+            return await _arrange(
+                optimizer,
+                student,
+                teacher,
+                shards,
+                config,
+                started - book.elapsed_s,
+                stop,
+                book,
+                metering,
+                lms,
+            )
     except BaseException:
         book.close()
+        metering.ledger.close()
         raise
+
+
+def make_metering(optimizer: AsynDBT) -> Metering:
+    """The ledger of one compile; of caps on the wire as much is kept for the race as of metric calls."""
+    config = optimizer.config
+    workers = () if isinstance(optimizer.workers, int) else optimizer.workers
+    kept_back = config.race_fraction if config.race else 0.0
+    return Metering(optimizer.budget, kept_back, optimizer.prices, workers)
+
+
+def _demo_tokens(optimizer: AsynDBT, student: dspy.Module) -> float:
+    """Tokens that demos may add to a prompt, on average over predictors: half of what they are allowed."""
+    if optimizer.options.mode == "instructions":
+        return 0.0
+    layout = demo_slots(
+        student, demos_per_class=optimizer.options.demos_per_class, demo_slots=optimizer.options.demo_slots
+    )
+    slots = sum(map(len, layout.values())) / max(1, len(layout))
+    return _DEMO_TOKENS * slots
 
 
 def _check_data(
@@ -80,7 +121,7 @@ def _check_data(
         student, demos_per_class=optimizer.options.demos_per_class, demo_slots=optimizer.options.demo_slots
     )
     for worker in workers:
-        lm = worker.lm or dspy.settings.lm
+        lm = worker.first_lm or dspy.settings.lm
         checks.check_inputs(
             student,
             worker.trainset,
@@ -104,38 +145,44 @@ async def _arrange(
     started: float,
     stop: StopRequest,
     book: KeysOnly,
+    metering: Metering,
+    lms: Mapping[str, Any],
 ) -> Run:
+    metered_student = metering.program(student)
     plain = preparation.make_space(
-        student, shards, dataclasses.replace(optimizer.options, fragments=0), {}, ()
+        metered_student, shards, dataclasses.replace(optimizer.options, fragments=0), {}, ()
     )
     evaluator = ProgramEvaluator(
         plain,
-        preparation.make_parts(shards),
+        preparation.make_parts(shards, lms),
         RolloutRunner(optimizer.metric, failure_score=optimizer.failure_score),
         rollout_timeout_s=optimizer.rollout_timeout_s,
         max_failures=optimizer.max_failures,
         book=book,
         gate=stop.gate,
+        on_refused=metering.note_refused,
     )
     try:
         probes = await _probe(optimizer, evaluator, shards)
-        items, rollouts = await _demos(optimizer, student, teacher, shards, evaluator)
-        texts = await preparation.instruction_arms(
-            student, shards, optimizer.options, rollouts, optimizer.seed, book
+        metered_teacher = None if teacher is None else metering.program(teacher)
+        items, rollouts = await _demos(optimizer, student, metered_teacher, shards, evaluator)
+        options = dataclasses.replace(
+            optimizer.options, proposer=metering.lm(optimizer.options.proposer, PROPOSER)
         )
+        texts = await preparation.instruction_arms(student, shards, options, rollouts, optimizer.seed, book)
     except BaseException:
         evaluator.runner.close()
         raise
-    programs = preparation.make_space(student, shards, optimizer.options, texts, items)
+    programs = preparation.make_space(metered_student, shards, optimizer.options, texts, items)
     evaluator.programs = programs
     for worker, rollout in probes.items():
         evaluator.remember((programs.space.student, worker, False, 0), rollout)  # paid for already
     cross_entropies = [one.cross_entropy is not None for one in probes.values() if one.score is not None]
-    use_cross_entropy = optimizer.loss == "auto" and bool(cross_entropies) and all(cross_entropies)
+    use_distributions = optimizer.loss == "auto" and bool(cross_entropies) and all(cross_entropies)
     calls, spent = optimizer.budget.metric_calls, sum(use.calls for use in evaluator.uses.values())
     left = None if calls is None else max(0, calls - spent)
     members = preparation.make_members(programs, shards, config)
-    server = ServerState(programs.space, members, config, left, optimizer.seed)
+    server = ServerState(programs.space, members, config, left)
     states = [
         WorkerState(
             shard.worker.name,
@@ -144,11 +191,11 @@ async def _arrange(
             config,
             examples=len(shard.estimate),
             seed=optimizer.seed,
-            use_cross_entropy=use_cross_entropy,
+            use_distributions=use_distributions,
         )
         for index, shard in enumerate(shards)
     ]
-    return Run(optimizer, programs, shards, evaluator, server, states, spent, started, stop, book)
+    return Run(optimizer, programs, shards, evaluator, server, states, spent, started, stop, book, metering)
 
 
 async def _probe(
@@ -209,6 +256,7 @@ class Run:
         started: float,
         stop: StopRequest,
         book: KeysOnly,
+        metering: Metering,
     ) -> None:
         self.optimizer = optimizer
         self.programs = programs
@@ -219,6 +267,7 @@ class Run:
         self.spent = spent
         self.started = started
         self.stop = stop
+        self.metering = metering
         self.recorder = book if isinstance(book, RunRecorder) else None
         self.recorded: list[Recorded] = []
         self.curve = CurveRecorder(server)
@@ -229,18 +278,36 @@ class Run:
         if self.bar is not None:
             observers.append(self.bar)
         engine = self.optimizer.make_engine()
+        observers.append(self._open_what_was_kept)
+        self.evaluator.on_refused = lambda error: self._end_of_budget(engine, error)
+        if self.metering.refused is not None:  # the setup took it all
+            self._end_of_budget(engine, self.metering.refused)
         if self.recorder is not None:
             self.recorder.begin_search(*space_digest(self.programs))
             observers.append(self.recorder.events)
             self._resume(engine, self.recorder)
         stopping = asyncio.ensure_future(self._stop_when_asked(engine))
         try:
-            await engine.run(self.server, self.workers, self.evaluator, observers)
+            with dspy.context(lm=self.metering.lm(dspy.settings.lm)):
+                await engine.run(self.server, self.workers, self.evaluator, observers)
         finally:
             stopping.cancel()
             await asyncio.gather(stopping, return_exceptions=True)
         if self.recorder is not None and not self.stop.was_asked:
             self.recorder.finish(self.server.finish_reason, self.server.winner)
+
+    def _open_what_was_kept(self, _: Recorded) -> None:
+        if self.server.phase == "race":
+            self.metering.open_kept_back()
+
+    def _end_of_budget(self, engine: Engine, error: BudgetExceededError) -> None:
+        """A call was refused: on to the race with what was kept for it.
+
+        In the race nothing need be done: what is refused there is missing at no cost, and it ends with what is known.
+        """
+        if self.server.phase in ("search", "rounds"):
+            cap = error.cap.replace("_", " ") or "budget"
+            engine.stop_search(f"the search's share of the cap on {cap} is spent", race=True)
 
     def _resume(self, engine: Engine, recorder: RunRecorder) -> None:
         """An engine that can repeats the recorded events in their order; any other runs again on recorded rollouts."""
@@ -261,6 +328,7 @@ class Run:
         if self.bar is not None:
             self.bar.close()
         self.evaluator.runner.close()
+        self.metering.ledger.close()
         if self.recorder is not None:
             self.recorder.close()
 
@@ -279,4 +347,5 @@ class Run:
             self.recorded,
             seconds=time.perf_counter() - self.started,
             settings=settings,
+            spending={name: line.to_dict() for name, line in self.metering.ledger.lines().items()},
         )

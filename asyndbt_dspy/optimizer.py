@@ -23,6 +23,9 @@ from asyndbt_dspy.engines.local import LocalEngine
 from asyndbt_dspy.engines.protocols import Engine, Recorded
 from asyndbt_dspy.engines.simulated import SimulatedEngine, work_delays
 from asyndbt_dspy.errors import ConfigurationError, NoLiveWorkersError
+from asyndbt_dspy.lms.estimates import Estimate
+from asyndbt_dspy.lms.prices import Price
+from asyndbt_dspy.metering import with_lms_of
 from asyndbt_dspy.programs.copies import copy_program, shared_parts
 from asyndbt_dspy.runs.result import Result
 from asyndbt_dspy.stopping import StopRequest, stopped_by_interrupt
@@ -32,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 AUTO_METRIC_CALLS = {"light": 300, "medium": 1_200, "heavy": 4_000}
 """Metric calls of ``auto``."""
-_ENFORCED = ("metric_calls", "seconds")
-"""Caps that a compile enforces. The others of ``Budget`` hold where LMs are metered (``asyndbt_dspy.lms.metered``)."""
 _PAPER_FRAGMENTS = 8
 """Word slots of the paper preset here; the paper's 75 need hundreds of thousands of calls (``fragments=75`` sets them)."""
 
@@ -46,7 +47,7 @@ class AsynDBT(Teleprompter):
             DSPy's further arguments and may be ``async``.
         workers: A number (``trainset`` is split, stratified by label), or a list of ``Worker`` with their own shards.
         auto: Budget in metric calls: ``light`` 300, ``medium`` 1,200, ``heavy`` 4,000. Ignored where ``budget`` is given.
-        budget: Hard caps; see ``Budget``.
+        budget: Hard caps on metric calls, LM calls, tokens, dollars, seconds; see ``Budget``.
         preset: ``default``, ``paper`` (faithful to the paper) or ``cendbt`` (its centralised form, one worker).
         mode: ``both``, or only ``instructions``, or only ``demos`` (ablations).
         active_workers: S, answers the server waits for; default half of the workers.
@@ -68,6 +69,8 @@ class AsynDBT(Teleprompter):
             ``metric``.
         progress: Show a progress bar.
         config: Overrides of single constants of the algorithm (see ``docs/notation.md``).
+        prices: By model name, for LMs whose price the table does not know (a cap on dollars needs one).
+        confirm: Asked with an ``Estimate`` of calls, tokens, dollars and time before any call; ``False`` ends it there.
         run_dir: Folder that keeps everything that is paid for; a run that is killed can go on (``docs/guides/runs.md``).
         resume: Continue the newest run in ``run_dir``; where there is none, start one. The budget may be raised.
         fsync: Wait until the disk has each journal line: safe against the death of the machine, not only of the process.
@@ -97,7 +100,7 @@ class AsynDBT(Teleprompter):
         proposer: Any = None,
         tips: Sequence[str] = (),
         instruction_candidates: int = 5,
-        demos_per_class: int = 1,
+        demos_per_class: int | None = None,
         demo_slots: int = 4,
         demo_candidates: int | None = None,
         demo_order: bool | None = None,
@@ -112,6 +115,8 @@ class AsynDBT(Teleprompter):
         loss: Literal["auto", "metric"] = "auto",
         progress: bool = True,
         config: Mapping[str, Any] | None = None,
+        prices: Mapping[str, Price] | None = None,
+        confirm: Callable[[Estimate], bool] | None = None,
         run_dir: str | os.PathLike[str] | None = None,
         resume: bool = False,
         fsync: bool = False,
@@ -131,14 +136,8 @@ class AsynDBT(Teleprompter):
         self.metric = metric
         self.workers = workers
         self.budget = budget or Budget(metric_calls=AUTO_METRIC_CALLS[auto])
-        others = [
-            name for name, cap in dataclasses.asdict(self.budget).items() if cap and name not in _ENFORCED
-        ]
-        if others:
-            raise ConfigurationError(
-                f"AsynDBT does not enforce Budget({', '.join(f'{name}=…' for name in others)}) yet; "
-                "cap metric_calls or seconds"
-            )
+        self.prices = dict(prices or {})
+        self.confirm = confirm
         self.preset = preset
         self.seed = seed
         self.deterministic = deterministic
@@ -172,8 +171,8 @@ class AsynDBT(Teleprompter):
         self._stops: list[StopRequest] = []
         if deterministic and self.budget.metric_calls is None:
             raise ConfigurationError(
-                f"deterministic=True does not look at the clock, and Budget(seconds={self.budget.seconds:g}) bounds "
-                "nothing else; give Budget(metric_calls=…)"
+                "deterministic=True needs a bound that depends on neither time nor prices, and the budget has no "
+                f"metric_calls: {self.budget}; give Budget(metric_calls=…)"
             )
         if preset == "cendbt" and (workers if isinstance(workers, int) else len(workers)) != 1:
             raise ConfigurationError("preset='cendbt' is centralised: set workers=1")
@@ -273,7 +272,7 @@ class AsynDBT(Teleprompter):
         finally:
             self._stops.remove(stop)
         self.result = run.result()
-        program = run.programs.build(run.server.winner, fresh=True)
+        program = with_lms_of(student, run.programs.build(run.server.winner, fresh=True))
         if not run.server.live.any():
             raise NoLiveWorkersError(
                 f"all {len(run.shards)} workers were set aside: {run.reasons()}; the best program so far is in "

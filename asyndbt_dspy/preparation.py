@@ -39,7 +39,7 @@ class SearchSpaceOptions:
         proposer: LM that writes instructions; ``None``: the shipped guidance sentences.
         tips: Hints for the proposer.
         instruction_candidates: Instruction arms per predictor besides the student's own.
-        demos_per_class: Demo slots per class of an enumerated output.
+        demos_per_class: Demo slots per class of an enumerated output; ``None``: about ``demo_slots`` in all.
         demo_slots: Demo slots of a predictor without classes.
         demo_candidates: Demos per worker and class (or per worker and free slot).
         demo_order: Search the order of the demo slots as well.
@@ -55,7 +55,7 @@ class SearchSpaceOptions:
     proposer: Any = None
     tips: Sequence[str] = ()
     instruction_candidates: int = 5
-    demos_per_class: int = 1
+    demos_per_class: int | None = None
     demo_slots: int = 4
     demo_candidates: int = 12
     demo_order: bool = True
@@ -181,11 +181,30 @@ def split_shards(
                 f"its shard), fewer than the minibatch of {config.minibatch}; give it more examples, use fewer workers, "
                 "or lower config={'minibatch': …}"
             )
-        scored_on = tuple(estimate)
-        result.append(
-            Shard(worker, scored_on, scored_on if pool is estimate else tuple(pool), tuple(held_out))
-        )
+        scored_on = _mixed(estimate, student, [seed, 17, index])
+        raced_on = _mixed(held_out, student, [seed, 19, index])
+        result.append(Shard(worker, scored_on, scored_on if pool is estimate else tuple(pool), raced_on))
     return result
+
+
+def _mixed(
+    examples: Sequence[dspy.Example], student: dspy.Module, key: Sequence[int]
+) -> tuple[dspy.Example, ...]:
+    """The examples in a random order of which every beginning has the classes in proportion.
+
+    Candidates are told apart by the first few examples they meet, and one that favours a class would be judged by which
+    classes those happen to be of.
+    """
+    rng = np.random.default_rng(key)
+    strata: dict[str | None, list[int]] = {}
+    for number, label in enumerate(example_labels(student, examples)):
+        strata.setdefault(label, []).append(number)
+    places: list[tuple[float, int]] = []
+    for members in strata.values():
+        offset = float(rng.random())
+        for rank, place in enumerate(rng.permutation(len(members))):
+            places.append(((rank + offset) / len(members), members[int(place)]))
+    return tuple(examples[number] for _, number in sorted(places))
 
 
 def _split(
@@ -311,7 +330,7 @@ async def gather_rollouts(runs: Sequence[Coroutine[Any, Any, Rollout]]) -> list[
 
 def check_lm(student: dspy.Module, shards: Sequence[Shard], probes: Sequence[Rollout | None]) -> None:
     """Say that there is no LM, where that is why every first rollout failed: DSPy raises a plain ``ValueError`` then."""
-    nowhere = dspy.settings.lm is None and all(shard.worker.lm is None for shard in shards)
+    nowhere = dspy.settings.lm is None and all(shard.worker.first_lm is None for shard in shards)
     unset = [name for name, predictor in student.named_predictors() if predictor.lm is None]
     failed = all(one is not None and one.failure is FailureKind.PROGRAM for one in probes)
     if nowhere and unset and failed:
@@ -438,14 +457,14 @@ def _shared_only(programs: ProgramSpace, block: Any, arms: tuple[int, ...]) -> t
     return tuple(arm for arm in arms if block.arms[arm].shared)
 
 
-def make_parts(shards: Sequence[Shard]) -> dict[str, WorkerPart]:
-    """What the evaluator holds of each worker."""
+def make_parts(shards: Sequence[Shard], lms: Mapping[str, Any]) -> dict[str, WorkerPart]:
+    """What the evaluator holds of each worker; ``lms``: what each worker calls."""
     return {
         shard.worker.name: WorkerPart(
             shard.worker.name,
             shard.estimate,
             shard.held_out,
-            shard.worker.lm,
+            lms[shard.worker.name],
             shard.worker.max_concurrency,
             private=not shard.worker.share_demos,
             shows_estimates=shard.pool is shard.estimate,

@@ -27,6 +27,7 @@ def make_result(
     *,
     seconds: float,
     settings: dict[str, Any],
+    spending: dict[str, dict[str, Any]],
 ) -> Result:
     """Plain data about a run; texts of private workers are not among it."""
     standings = server.race.standings() if server.race is not None else ()
@@ -42,6 +43,7 @@ def make_result(
         metric_calls=sum(use.calls for use in evaluator.uses.values()),
         seconds=seconds,
         settings=settings,
+        spending=spending,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import dspy
 
 from asyndbt_dspy.errors import ConfigurationError
+from asyndbt_dspy.lms.limits import LimiterName, RateLimits
+from asyndbt_dspy.lms.prices import Price
 
 DEFAULT_CONCURRENCY = 8
 
@@ -22,12 +25,18 @@ class Worker:
         trainset: The shard. It never leaves the worker; only demos of a sharing worker do.
         valset: Held-out examples for the final race; without it a quarter of the shard is kept back.
         lm: The LM of this worker; ``None``: the LM of the surrounding ``dspy.context`` or ``dspy.configure``. Predictors
-            with an LM of their own keep it.
-        max_concurrency: Rollouts in flight at a time, at least 1.
+            with an LM of their own keep it. A list: LMs or keys in order; one that is dead is left out and tried again
+            later.
+        max_concurrency: Rollouts in flight at a time, at least 1; LM calls likewise.
+        requests_per_minute, tokens_per_minute: Of this worker's endpoint, > 0; workers on one endpoint share the tightest.
+        hedge_after_s: A call without an answer for so long is sent to the worker's next LM too; the first answer counts,
+            the other call is cancelled, both are counted. > 0; ``None``: never.
+        limiter: Library that keeps the rates.
+        price: Of this worker's LMs; goes before the price table.
         share_demos: False for a private shard: none of its text reaches other workers, the server, the log or the result.
 
     Raises:
-        ConfigurationError: an empty name or shard, or ``max_concurrency`` below 1.
+        ConfigurationError: an empty name or shard, an empty list of LMs, or a number out of its range.
     """
 
     name: str
@@ -38,6 +47,11 @@ class Worker:
     lm: Any = field(default=None, repr=False)
     max_concurrency: int = DEFAULT_CONCURRENCY
     share_demos: bool = True
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    hedge_after_s: float | None = None
+    limiter: LimiterName = "aiolimiter"
+    price: Price | None = None
 
     def __post_init__(self) -> None:
         if not self.name or self.name == "server":
@@ -50,3 +64,27 @@ class Worker:
             raise ConfigurationError(
                 f"worker {self.name!r}: max_concurrency={self.max_concurrency} must be at least 1"
             )
+        if isinstance(self.lm, list | tuple) and not self.lm:
+            raise ConfigurationError(
+                f"worker {self.name!r}: lm is an empty list; give at least one LM, or None"
+            )
+        if self.hedge_after_s is not None and not 0 < self.hedge_after_s < math.inf:
+            raise ConfigurationError(
+                f"worker {self.name!r}: hedge_after_s={self.hedge_after_s!r} must be > 0 seconds, or None"
+            )
+        try:
+            RateLimits(self.requests_per_minute, self.tokens_per_minute, self.limiter)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"worker {self.name!r}: {error}") from error
+
+    @property
+    def lms(self) -> list[Any]:
+        """Its own LMs in order; empty where it uses the surrounding one."""
+        if self.lm is None:
+            return []
+        return list(self.lm) if isinstance(self.lm, list | tuple) else [self.lm]
+
+    @property
+    def first_lm(self) -> Any:
+        """The LM it asks first; ``None``: the surrounding one."""
+        return next(iter(self.lms), None)

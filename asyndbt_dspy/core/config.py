@@ -25,8 +25,12 @@ class AlgorithmConfig:
         active_workers: S >= 1. The server updates once so many workers have answered.
         max_staleness: tau >= 1. A message is at most ``tau - 1`` updates of z late; 1 is synchronous.
         iterations: T >= 1, the largest number of server iterations.
+        loss: What a rollout teaches where the LM reports a distribution over the answers. ``margin``: clipped margin of
+            the right answer and the metric [O 7.13]. ``cross_entropy``: of the right answer. Elsewhere ``1 - score``.
         draws: I >= 1 (>= 2 for score functions). Candidates that a worker scores per step.
         minibatch: B >= 1. Examples per candidate and step.
+        exploration: >= 0. Spread of Thompson draws in deviations of the posterior; 1 is plain Thompson sampling, which
+            explores for longer than a few hundred calls last [O 7.5].
         policy: How a worker's distributions learn. ``score_function``: policy gradient (BDPL). ``posterior``: Bayesian
             model of arm effects with Thompson sampling [O 7.5].
         geometry: ``euclidean``: projected step (paper). ``exponentiated``: mirror descent [O 7.4].
@@ -75,8 +79,10 @@ class AlgorithmConfig:
     active_workers: int = 1
     max_staleness: int = 15
     iterations: int = 10_000
+    loss: Literal["margin", "cross_entropy"] = "margin"
     draws: int = 2
     minibatch: int = 6
+    exploration: float = 0.5
     policy: Literal["score_function", "posterior"] = "posterior"
     geometry: Literal["euclidean", "exponentiated"] = "exponentiated"
     floor: float = 0.01
@@ -119,10 +125,10 @@ class AlgorithmConfig:
     plane_drop: float = 1e-3
     stationarity: float = 0.0
     patience: int = 3
-    race_fraction: float = 0.3
+    race_fraction: float = 0.4
     race_candidates: int = 7
     accept_z: float = 0.0
-    race_soft: float = 0.5
+    race_soft: float = 0.6
 
     def __post_init__(self) -> None:
         at_least_one = ("active_workers", "max_staleness", "iterations", "draws", "minibatch", "lower_rounds")
@@ -154,6 +160,7 @@ class AlgorithmConfig:
 
 
 _NON_NEGATIVE = (
+    "exploration",
     "gradient_clip",
     "importance_limit",
     "trim",
@@ -180,6 +187,7 @@ DEFAULT = AlgorithmConfig()
 """Our improvements on. What a user gets."""
 
 PAPER = AlgorithmConfig(
+    loss="cross_entropy",
     draws=4,
     minibatch=4,
     policy="score_function",

@@ -28,9 +28,9 @@ def pool_factors(config: AlgorithmConfig, factors: FloatArray) -> FloatArray:
         return total
     known = factors[:, 0] > 0
     with np.errstate(invalid="ignore", divide="ignore"):
-        means = np.where(known, factors[:, 1] / factors[:, 0], np.nan)
+        means = np.where(known[:, None], factors[:, 1:] / factors[:, :1], np.nan)
     for column in np.flatnonzero(known.sum(axis=0) >= 3):
-        total[1, column] = total[0, column] * float(np.nanmedian(means[:, column]))
+        total[1:, column] = total[0, column] * np.nanmedian(means[:, :, column], axis=0)
     return total
 
 
@@ -75,10 +75,10 @@ def finalists(
     if not config.share_demos:
         return tuple(dict.fromkeys([*swapped, *best]))
     merged: list[Candidate] = []
-    if factors.shape[2]:
+    if factors.any():
         merged = [consensus + _merged_demos(space, keys, pool_factors(config, factors), allowed)]
-    interleaved = [one for pair in zip(best[:3], swapped, strict=True) for one in pair]
-    return tuple(dict.fromkeys([*merged, *interleaved, *best]))
+    # What was run goes before what was only put together.
+    return tuple(dict.fromkeys([*best[:4], *swapped[:1], *merged, *best, *swapped]))
 
 
 def decode(

@@ -1,11 +1,12 @@
 """A Bayesian linear model of arm effects (``algorithm.md`` 7.5; ``experiments.md`` found it ahead of policy gradients).
 
-    loss(candidate, example) = mean + difficulty(example) + sum_slots presence(slot) + sum_arms effect(arm)
-                               + effect(set) + noise
+    loss(candidate, example) = mean + difficulty(example) + effects of texts, demos and orders
+                               + how often, how late, first and last each class is shown + effect(set) + noise
 
 All effects are Gaussian around zero with a variance per group, fitted as observations come in (expectation
 maximization). Because the same example is seen under many candidates, its difficulty is separated from the
-candidates' worth: comparisons are paired without being forced to be.
+candidates' worth: comparisons are paired without being forced to be. What classes are shown, and in which order,
+explains more of a small LM's answers than which of their examples are (``docs/benchmarks.md``).
 
 What a worker learned about *shared* arms leaves it as natural parameters of a Gaussian factor (partitioned variational
 inference): its posterior divided by its cavity. Factors add up; a later factor of a sender replaces its earlier one.
@@ -13,6 +14,7 @@ inference): its posterior divided by its cavity. Factors add up; a later factor 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,13 +22,26 @@ import numpy as np
 from asyndbt_dspy.core.simplex import FloatArray, IntArray
 from asyndbt_dspy.core.space import Candidate, Space
 
-_SHARES = {"example": 0.4, "text": 0.06, "arm": 0.06, "slot": 0.06, "order": 0.1, "set": 0.04}
+_SHARES = {
+    "example": 0.4,
+    "text": 0.06,
+    "arm": 0.06,
+    "order": 0.06,
+    "shown": 0.06,
+    "count": 0.05,
+    "recent": 0.1,
+    "first": 0.1,
+    "last": 0.1,
+    "set": 0.04,
+}
 """Prior variance of one effect of each group, as a share of the variance of a loss."""
 _NOISE_SHARE = 0.4
 _PRIOR_WEIGHT = 4.0
 """Pseudo-observations behind each prior variance."""
 _MEAN_VARIANCE = 100.0
 """Prior variance of the overall mean, in variances of a loss: practically flat."""
+_DECAY = 0.6
+"""How late a demo is shown counts as this to the power of the demos after it."""
 
 
 @dataclass(frozen=True)
@@ -34,34 +49,69 @@ class EffectKeys:
     """Which parameters a candidate switches on.
 
     Attributes:
-        arms: Per block and arm, the parameter names; arm 0 has none.
+        space: All blocks.
+        arms: Per block and arm, the parameters that are the arm's own; arm 0 has none.
         shared: Names that workers exchange, in one fixed order.
     """
 
+    space: Space
     arms: tuple[tuple[tuple[str, ...], ...], ...]
     shared: tuple[str, ...]
 
     @classmethod
     def of(cls, space: Space, share_credit: bool) -> EffectKeys:
+        """The parameters of ``space``; with ``share_credit`` a demo has one worth in all slots of its predictor."""
         rows: list[tuple[tuple[str, ...], ...]] = []
         shared: dict[str, None] = {}
         for block in space.blocks:
             names: list[tuple[str, ...]] = [()]
             for number, arm in enumerate(block.arms[1:], start=1):
-                if block.kind != "demo":
-                    group = "text" if block.is_lower else "order"
-                    keys: tuple[str, ...] = (f"{group}:{block.name}:{number}",)
-                else:
+                if block.kind == "demo":
                     owner = block.predictor if share_credit else block.name
-                    keys = (f"slot:{block.name}", f"arm:{owner}:{arm.key}")
+                    keys: tuple[str, ...] = (f"arm:{owner}:{arm.key}",)
+                else:
+                    keys = (f"{'text' if block.is_lower else 'order'}:{block.name}:{number}",)
                 names.append(keys)
                 if arm.shared:
                     shared.update(dict.fromkeys(keys))
+            if block.kind == "demo":
+                shared[f"shown:{block.predictor}"] = None
+                if block.stratum is not None:
+                    kinds = ("count", "recent", "first", "last")
+                    shared.update(
+                        dict.fromkeys(f"{kind}:{block.predictor}:{block.stratum}" for kind in kinds)
+                    )
             rows.append(tuple(names))
-        return cls(tuple(rows), tuple(shared))
+        return cls(space, tuple(rows), tuple(shared))
 
-    def of_candidate(self, candidate: Candidate) -> tuple[str, ...]:
-        return tuple(key for block, arm in enumerate(candidate) for key in self.arms[block][arm])
+    def of_candidate(self, candidate: Candidate) -> dict[str, float]:
+        """Name and weight of every parameter that the candidate switches on, without ``mean`` and the set's own."""
+        found = {name: 1.0 for block, arm in enumerate(candidate) for name in self.arms[block][arm]}
+        for predictor, slots in self.space.demo_slots.items():
+            order = self._order(predictor, candidate) or range(len(slots))
+            shown = [self.space.blocks[slots[place]].stratum for place in order if candidate[slots[place]]]
+            found.update(_sequence_features(predictor, shown))
+        return found
+
+    def _order(self, predictor: str, candidate: Candidate) -> tuple[int, ...]:
+        block = self.space.order_blocks.get(predictor)
+        return () if block is None else self.space.blocks[block].arms[candidate[block]].order
+
+
+def _sequence_features(predictor: str, shown: Sequence[str | None]) -> dict[str, float]:
+    """What the classes of the demos shown, in their order, switch on."""
+    found = {f"shown:{predictor}": 1.0} if shown else {}
+    for place, stratum in enumerate(shown):
+        if stratum is None:
+            continue
+        name, later = f"{predictor}:{stratum}", len(shown) - 1 - place
+        found[f"count:{name}"] = found.get(f"count:{name}", 0.0) + 1.0
+        found[f"recent:{name}"] = found.get(f"recent:{name}", 0.0) + _DECAY**later
+        if place == 0:
+            found[f"first:{name}"] = 1.0
+        if later == 0:
+            found[f"last:{name}"] = 1.0
+    return found
 
 
 @dataclass
@@ -101,10 +151,10 @@ class EffectModel:
 
     def observe(self, candidate: Candidate, example: int, loss: float) -> None:
         """Add one finite loss. Call ``fit`` before reading the posterior."""
-        names = ("mean", f"example:{example}", f"set:{candidate}", *self.keys.of_candidate(candidate))
-        places = self._places(names)
-        self.gram[np.ix_(places, places)] += 1.0
-        self.moment[places] += loss
+        features = {"mean": 1.0, f"example:{example}": 1.0, **self.features(candidate)}
+        places, weights = self._places(tuple(features)), np.array(list(features.values()))
+        self.gram[np.ix_(places, places)] += np.outer(weights, weights)
+        self.moment[places] += weights * loss
         self.square += loss * loss
         self.count += 1
 
@@ -195,27 +245,57 @@ class EffectModel:
         group = name.partition(":")[0]
         return self.variances.get(group, _SHARES[group] * 0.25)
 
-    def sample(self, rng: np.random.Generator) -> FloatArray:
-        """One draw of all met parameters from the posterior, shape ``[P]``."""
+    def sample(self, rng: np.random.Generator, spread: float = 1.0) -> FloatArray:
+        """One draw of all met parameters from the posterior, its deviations times ``spread``; shape ``[P]``."""
         if not len(self.mean):
             return self.mean
-        drawn = self.mean + np.sqrt(self.variance) * rng.standard_normal(len(self.mean))
+        drawn = self.mean + spread * np.sqrt(self.variance) * rng.standard_normal(len(self.mean))
         jitter = 1e-10 * np.eye(len(self.own)) * max(1e-12, float(np.trace(self.covariance)))
         factor = np.linalg.cholesky(self.covariance + jitter)
-        drawn[self.own] = self.mean[self.own] + factor @ rng.standard_normal(len(self.own))
+        drawn[self.own] = self.mean[self.own] + spread * (factor @ rng.standard_normal(len(self.own)))
         return np.asarray(drawn)
+
+    def features(self, candidate: Candidate) -> dict[str, float]:
+        """Name and weight of every effect of a candidate, the set's own included."""
+        return {f"set:{candidate}": 1.0, **self.keys.of_candidate(candidate)}
 
     def value(self, candidate: Candidate) -> tuple[float, float]:
         """Posterior mean and standard deviation of a candidate's effect on the loss, the set's own effect included."""
-        names = (f"set:{candidate}", *self.keys.of_candidate(candidate))
-        met = [self.names[name] for name in names if name in self.names and self.names[name] < len(self.mean)]
-        unmet = [name for name in names if name not in self.names or self.names[name] >= len(self.mean)]
-        mean = float(self.mean[met].sum())
-        own = self.rank[met][self.rank[met] >= 0]
-        alone = [place for place in met if self.rank[place] < 0]
-        variance = float(self.covariance[np.ix_(own, own)].sum() + self.variance[alone].sum())
-        variance += sum(self.prior_variance(name) for name in unmet)
-        return mean, variance**0.5
+        known: dict[int, float] = {}
+        unmet = 0.0
+        for name, weight in self.features(candidate).items():
+            place = self.names.get(name)
+            if place is None or place >= len(self.mean):
+                unmet += weight**2 * self.prior_variance(name)
+            else:
+                known[place] = weight
+        places, weights = np.array(list(known), dtype=np.int64), np.array(list(known.values()))
+        is_own = self.rank[places] >= 0
+        own, alone = self.rank[places[is_own]], places[~is_own]
+        variance = float(weights[is_own] @ self.covariance[np.ix_(own, own)] @ weights[is_own])
+        variance += float(weights[~is_own] ** 2 @ self.variance[alone]) + unmet
+        return float(self.mean[places] @ weights), max(variance, 0.0) ** 0.5
+
+    def worths(
+        self, candidates: Sequence[Candidate], effects: FloatArray, unmet: Mapping[str, float]
+    ) -> list[float]:
+        """Each candidate's effect on the loss under one setting of the parameters.
+
+        Args:
+            effects: Shape ``[P]``: ``mean``, or a draw of ``sample``.
+            unmet: Effects of names that the model has not met; others count as zero.
+        """
+        found = []
+        for candidate in candidates:
+            total = 0.0
+            for name, weight in self.features(candidate).items():
+                place = self.names.get(name)
+                if place is not None and place < len(effects):
+                    total += weight * float(effects[place])
+                elif name in unmet:
+                    total += weight * unmet[name]
+            found.append(total)
+        return found
 
     def effect(self, name: str) -> tuple[float, float]:
         """Posterior mean and standard deviation of one parameter (the prior where it was never met)."""

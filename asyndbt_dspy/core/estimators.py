@@ -12,20 +12,46 @@ from asyndbt_dspy.core.simplex import FloatArray, IntArray, Layout
 MAX_CROSS_ENTROPY = 10.0
 """Nats. A label that the LM deems impossible must not outweigh a whole minibatch."""
 
+MARGIN_RANGE = (-3.0, 0.5)
+"""Nats. Margins beyond tell nothing more of which answer is given."""
+MARGIN_WEIGHT = 0.6
+"""Share of the margin in ``margin_loss``; the rest is the metric's."""
 
-def loss_from_score(score: float | None, cross_entropy: float | None, use_cross_entropy: bool) -> float:
+
+def loss_of(score: float | None, soft: float | None) -> float:
     """The loss of one rollout; NaN where it is missing (a timeout is not a score of zero).
 
     Args:
         score: The metric, higher is better, ``None`` if the rollout is missing.
-        cross_entropy: ``-ln P(right answer)`` in nats where the LM reported a distribution, else ``None``.
-        use_cross_entropy: Prefer ``cross_entropy`` where it is known.
+        soft: A loss finer than right or wrong that goes before the metric; ``None``: there is none.
     """
     if score is None:
         return float("nan")
-    if use_cross_entropy and cross_entropy is not None:
-        return min(max(cross_entropy, 0.0), MAX_CROSS_ENTROPY)
-    return 1.0 - score
+    return 1.0 - score if soft is None else soft
+
+
+def cross_entropy_loss(cross_entropy: float | None) -> float | None:
+    """``-ln P(right answer)``, at most ``MAX_CROSS_ENTROPY``; ``None`` where the LM reported no distribution."""
+    return None if cross_entropy is None else min(max(cross_entropy, 0.0), MAX_CROSS_ENTROPY)
+
+
+def soft_score(margin: float) -> float:
+    """How far ``ln P(right) - ln P(best other)`` is along ``MARGIN_RANGE``, in [0, 1]."""
+    low, high = MARGIN_RANGE
+    return (min(max(margin, low), high) - low) / (high - low)
+
+
+def margin_loss(margin: float, score: float) -> float:
+    """A loss in [0, 1] that tells candidates apart in fewer rollouts than accuracy or a cross-entropy.
+
+    Accuracy is noisy, and cross-entropies are ruled by few hopeless examples, so the margin counts only where more of it
+    may change an answer; ``docs/benchmarks.md`` has the figures.
+
+    Args:
+        margin: ``ln P(right answer) - ln P(best other answer)``, in nats.
+        score: The metric.
+    """
+    return MARGIN_WEIGHT * (1.0 - soft_score(margin)) + (1.0 - MARGIN_WEIGHT) * (1.0 - score)
 
 
 def advantages(losses: FloatArray, baselines: FloatArray | None = None) -> tuple[FloatArray, float]:

@@ -126,7 +126,8 @@ class RaceReply:
 
     Attributes:
         scores: Per candidate and example; ``None`` where missing.
-        soft_scores: ``P(right answer)`` in [0, 1] where the LM reports it, else ``None``; same shape.
+        soft_scores: How far the LM's distribution is from or beyond the right answer, in [0, 1] (``estimators.soft_score``),
+            where it reports one, else ``None``; same shape.
     """
 
     worker: str
@@ -165,10 +166,17 @@ class StopSearch:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One rollout's result as the algorithm sees it; ``score`` is ``None`` where it is missing."""
+    """One rollout's result as the algorithm sees it; ``score`` is ``None`` where it is missing.
+
+    Attributes:
+        score: The metric.
+        cross_entropy: ``-ln P(right answer)`` in nats where the LM reported a distribution.
+        margin: ``ln P(right answer) - ln P(best other answer)`` in nats, likewise; above 0 where the answer is right.
+    """
 
     score: float | None
     cross_entropy: float | None = None
+    margin: float | None = None
 
 
 @dataclass(frozen=True)

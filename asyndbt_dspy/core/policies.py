@@ -1,8 +1,8 @@
 """How a worker's distributions over arms learn, behind one Protocol, since the default changes by measurement.
 
-``GradientPolicy`` draws candidates from ``p x q`` and estimates gradients by score functions (paper, BDPL).
-``PosteriorPolicy`` keeps a Bayesian model of arm effects, draws demo sets by Thompson sampling and reads the gradient
-off the posterior, for every arm at once. The step itself (Euclidean or exponentiated) is the worker's.
+``GradientPolicy`` draws candidates from ``p x q`` and estimates gradients by score functions (paper, BDPL);
+``posterior.PosteriorPolicy`` keeps a Bayesian model of effects. The step itself (Euclidean or exponentiated) is the
+worker's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import numpy as np
 
 from asyndbt_dspy.core import estimators
 from asyndbt_dspy.core.config import AlgorithmConfig
-from asyndbt_dspy.core.effects import EffectKeys, EffectModel
 from asyndbt_dspy.core.lower_level import Surrogate
 from asyndbt_dspy.core.simplex import FloatArray, IntArray, Layout
 from asyndbt_dspy.core.space import Candidate, Space
@@ -116,10 +115,14 @@ class Policy(Protocol):
 
 
 class ExampleOrder:
-    """Which examples a draw meets: one common order of the shard, or a random minibatch (``common_examples`` off)."""
+    """Which examples a draw meets: one common order of the shard, or a random minibatch (``common_examples`` off).
 
-    def __init__(self, count: int, config: AlgorithmConfig, rng: np.random.Generator) -> None:
-        self.order = [int(number) for number in rng.permutation(count)]
+    The common order is that of the numbers: whoever numbers the examples mixes them, and may balance every beginning
+    over classes (a candidate that favours one class looks good or bad by which classes it meets first).
+    """
+
+    def __init__(self, count: int, config: AlgorithmConfig) -> None:
+        self.order = list(range(count))
         half = max(1, count // 2) if config.split_levels else count
         self.lower = tuple(self.order[:half])
         self.upper = tuple(self.order[half:] or self.order) if config.split_levels else self.lower
@@ -151,12 +154,10 @@ class ExampleOrder:
 class GradientPolicy:
     """Score functions on draws from ``p x q``, all on one minibatch (``algorithm.md`` 2)."""
 
-    def __init__(
-        self, spaces: WorkerSpace, config: AlgorithmConfig, examples: int, rng: np.random.Generator
-    ) -> None:
+    def __init__(self, spaces: WorkerSpace, config: AlgorithmConfig, examples: int) -> None:
         self.spaces = spaces
         self.config = config
-        self.order = ExampleOrder(examples, config, rng)
+        self.order = ExampleOrder(examples, config)
         self.totals: dict[int, tuple[float, int]] = {}
         self.seen: dict[Candidate, tuple[float, int]] = {}
         self.buffer: list[tuple[FloatArray, IntArray, FloatArray, float]] = []
@@ -256,167 +257,3 @@ class GradientPolicy:
             value, count = values.get(candidate, (0.0, 0))
             result.append(Nomination(candidate, float(value), 1.0 / math.sqrt(count + 1.0), count))
         return tuple(result)
-
-
-class PosteriorPolicy:
-    """Thompson sampling on a Bayesian model of arm effects (``algorithm.md`` 7.5).
-
-    The model is additive, so the mixed derivative of its lower-level loss by q is zero: with ``hypergradient`` its
-    planes carry no q-part.
-    """
-
-    def __init__(
-        self, spaces: WorkerSpace, config: AlgorithmConfig, examples: int, rng: np.random.Generator
-    ) -> None:
-        self.spaces = spaces
-        self.config = config
-        self.order = ExampleOrder(examples, config, rng)
-        self.keys = EffectKeys.of(spaces.space, config.share_credit)
-        self.upper_model = EffectModel(self.keys)
-        self.lower_model = EffectModel(self.keys) if config.split_levels else self.upper_model
-        self.seen: dict[Candidate, int] = {}
-        self.observed: set[tuple[Candidate, int]] = set()
-
-    def draw(self, p: FloatArray, q: FloatArray, rng: np.random.Generator) -> Batch:
-        lower = estimators.draw_arms(rng, self.spaces.lower, p, self.config.draws)
-        candidates: list[Candidate] = []
-        for row in lower:
-            arms = tuple(int(arm) for arm in row)
-            found = self._thompson(arms, rng, exclude=candidates)
-            if found in candidates:  # one more draw of the posterior; a small space may hold nothing else
-                found = self._thompson(arms, rng, exclude=candidates)
-            candidates.append(found)
-        examples = tuple(self.order.next_for(candidate, rng) for candidate in candidates)
-        empty = np.zeros((0, 0), dtype=np.int64)
-        sets = frozenset(self.order.lower), frozenset(self.order.upper)
-        return Batch(tuple(candidates), examples, lower, empty, *sets)
-
-    def _thompson(self, lower: Candidate, rng: np.random.Generator, exclude: list[Candidate]) -> Candidate:
-        """The best of one new set and all sets seen, under one draw of the posterior."""
-        model = self.upper_model
-        drawn = model.sample(rng)
-        fresh: dict[str, float] = {}
-
-        def worth(name: str) -> float:
-            place = model.names.get(name)
-            if place is not None and place < len(drawn):
-                return float(drawn[place])
-            if name not in fresh:
-                fresh[name] = float(rng.normal(0.0, model.prior_variance(name) ** 0.5))
-            return fresh[name]
-
-        best = lower + self._best_demos(worth, rng)
-        best_worth = sum(worth(name) for name in (f"set:{best}", *self.keys.of_candidate(best)))
-        for candidate, count in self.seen.items():
-            if candidate not in exclude and count < len(self.order.order):
-                total = sum(worth(name) for name in (f"set:{candidate}", *self.keys.of_candidate(candidate)))
-                if total < best_worth:
-                    best, best_worth = candidate, total
-        return best
-
-    def _best_demos(self, worth: _Worth, rng: np.random.Generator | None) -> Candidate:
-        """Each slot's best arm under ``worth``; no demo twice. Slots choose in random order, without rng in order."""
-        start = len(self.spaces.space.lower)
-        chosen = [0] * len(self.spaces.allowed)
-        used: set[str] = set()
-        slots = list(range(len(chosen)))
-        for slot in slots if rng is None else rng.permutation(slots).tolist():
-            block = self.spaces.space.blocks[start + slot]
-            best_worth = 0.0
-            for arm in self.spaces.allowed[slot]:
-                if arm and block.arms[arm].key not in used:
-                    total = sum(worth(name) for name in self.keys.arms[start + slot][arm])
-                    if total < best_worth:
-                        chosen[slot], best_worth = arm, total
-            if chosen[slot]:
-                used.add(block.arms[chosen[slot]].key)
-        return tuple(chosen)
-
-    def update(self, p: FloatArray, q: FloatArray, batch: Batch, losses: Sequence[FloatArray]) -> Estimate:
-        for candidate, examples, row in zip(batch.candidates, batch.examples, losses, strict=True):
-            self.seen.setdefault(candidate, 0)
-            for example, loss in zip(examples, row, strict=True):
-                if math.isfinite(loss):
-                    self._observe(candidate, example, float(loss), batch)
-        sweeps = 2 if self.upper_model.count < 150 else 1
-        self.upper_model.fit(sweeps)
-        if self.lower_model is not self.upper_model:
-            self.lower_model.fit(sweeps)
-        lower, upper = self._lower_advantages(p), self._upper_advantages(q)
-        return Estimate(lower, upper, Surrogate(lower, p))
-
-    def _observe(self, candidate: Candidate, example: int, loss: float, batch: Batch) -> None:
-        # A candidate that has met the whole shard meets it again: a cached loss is no new evidence.
-        if (candidate, example) in self.observed:
-            return
-        self.observed.add((candidate, example))
-        self.seen[candidate] += 1
-        if self.lower_model is self.upper_model or example in batch.upper_examples:
-            self.upper_model.observe(candidate, example, loss)
-        if self.lower_model is not self.upper_model and example in batch.lower_examples:
-            self.lower_model.observe(candidate, example, loss)
-
-    def _lower_advantages(self, p: FloatArray) -> FloatArray:
-        values = [
-            self._standardized(self.lower_model, names)
-            for block in range(len(self.spaces.space.lower))
-            for names in self.keys.arms[block]
-        ]
-        return self._scaled(self.spaces.lower, np.array(values, dtype=np.float64), p)
-
-    def _upper_advantages(self, q: FloatArray) -> FloatArray:
-        start = len(self.spaces.space.lower)
-        values = [
-            self._standardized(self.upper_model, self.keys.arms[start + slot][arm])
-            for slot, arms in enumerate(self.spaces.allowed)
-            for arm in arms
-        ]
-        return self._scaled(self.spaces.upper, np.array(values, dtype=np.float64), q)
-
-    def _standardized(self, model: EffectModel, names: Sequence[str]) -> float:
-        """An arm's effect; with ``normalise`` in units of its own uncertainty, so that noise moves nothing."""
-        pairs = [model.effect(name) for name in names]
-        mean = sum(pair[0] for pair in pairs)
-        if not self.config.normalise or not pairs:
-            return mean
-        return mean / math.sqrt(sum(pair[1] ** 2 for pair in pairs))
-
-    def _scaled(self, layout: Layout, values: FloatArray, probabilities: FloatArray) -> FloatArray:
-        centred = estimators.centre_blocks(layout, values, probabilities)
-        if self.config.normalise:
-            centred = np.clip(centred, -3.0, 3.0)
-        return estimators.clip_norm(centred, self.config.gradient_clip)
-
-    def share(self) -> FloatArray:
-        if not self.config.share_effects:
-            return np.zeros((2, 0))
-        return self.upper_model.factor()
-
-    def merge(self, outside: FloatArray) -> None:
-        if outside.shape[1]:
-            self.upper_model.merge(outside)
-            self.upper_model.fit(0)
-
-    def nominate(self, p: FloatArray, q: FloatArray) -> tuple[Nomination, ...]:
-        """The decoded candidate (best posterior means) and the most promising seen, by lower bound of their loss."""
-        model = self.upper_model
-        lower = self.spaces.lower.argmax(p)
-        decoded = lower + self._best_demos(lambda name: model.effect(name)[0], None)
-        rated = {one: model.value(one) for one in dict.fromkeys([decoded, *self.seen])}
-        seen = sorted(self.seen, key=lambda one: rated[one][0] - 0.5 * rated[one][1])[:3]
-        return tuple(
-            Nomination(one, rated[one][0], rated[one][1], self.seen.get(one, 0))
-            for one in dict.fromkeys([decoded, *seen])
-        )
-
-
-class _Worth(Protocol):
-    def __call__(self, name: str, /) -> float: ...
-
-
-def make_policy(
-    spaces: WorkerSpace, config: AlgorithmConfig, examples: int, rng: np.random.Generator
-) -> GradientPolicy | PosteriorPolicy:
-    """The policy that ``config.policy`` names, for a worker with so many estimate examples."""
-    kind = GradientPolicy if config.policy == "score_function" else PosteriorPolicy
-    return kind(spaces, config, examples, rng)

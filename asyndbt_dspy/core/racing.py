@@ -21,7 +21,7 @@ from asyndbt_dspy.core.validation import check_race_reply
 from asyndbt_dspy.errors import ProtocolError
 
 _QUORUM = 0.75
-_FIRST_HEAT = 10
+_FIRST_HEAT = 6
 """Examples that the first heat should have; with less budget fewer candidates run."""
 _INTERVAL_Z = 1.96
 
@@ -68,13 +68,12 @@ class RaceState:
         holdings: Mapping[str, int],
         calls: int,
         config: AlgorithmConfig,
-        seed: int = 0,
         chunk: int = 48,
     ) -> None:
         self.config = config
         self.chunk = chunk
-        rng = np.random.default_rng([seed, 7])
-        self.unused = {name: [int(one) for one in rng.permutation(count)] for name, count in holdings.items()}
+        # In the order of the numbers: whoever numbers the examples mixes them, and may balance every beginning.
+        self.unused = {name: list(range(count)) for name, count in holdings.items()}
         examples = sum(holdings.values())
         challengers = [one for one in dict.fromkeys(candidates) if one != student]
         affordable = calls // max(1, 2 * min(_FIRST_HEAT, examples)) - 1

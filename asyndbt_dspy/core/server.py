@@ -86,7 +86,6 @@ class ServerState:
         members: All workers; their order is the order of every sum.
         config: Constants of the run.
         calls: Rollouts the run may spend, ``None`` for no bound.
-        seed: Keys the race's order of examples.
 
     Raises:
         ConfigurationError: no workers, a name used twice, more active workers than there are, or ``calls < 0``.
@@ -98,13 +97,11 @@ class ServerState:
         members: Sequence[Member],
         config: AlgorithmConfig,
         calls: int | None = None,
-        seed: int = 0,
     ) -> None:
         check_config([member.name for member in members], config, calls)
         self.space = space
         self.members = tuple(members)
         self.config = config
-        self.seed = seed
         self.layout = Layout(tuple(len(block.arms) for block in space.lower))
         self.numbers = {member.name: number for number, member in enumerate(members)}
         self.keys = EffectKeys.of(space, config.share_credit)
@@ -461,7 +458,7 @@ class ServerState:
         self.phase = "race"
         # What a search that ended early did not spend goes to the race.
         calls = self.race_calls + max(0, self.calls_left or 0)
-        self.race = RaceState(self.space.student, challengers, holdings, calls, self.config, self.seed)
+        self.race = RaceState(self.space.student, challengers, holdings, calls, self.config)
         return self._race_on()
 
     def _race_reply(self, number: int, reply: RaceReply) -> list[Instruction]:

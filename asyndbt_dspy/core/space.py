@@ -33,11 +33,13 @@ class Arm:
             it is shared (``algorithm.md`` 7.5). Empty for arm 0.
         home: Name of the worker whose shard the arm came from, ``None`` for arms that belong to nobody.
         shared: False for an arm that must never leave its home worker.
+        order: Of an arm of an order block: the predictor's demo slots in the order shown; empty: as they come.
     """
 
     key: str
     home: str | None = None
     shared: bool = True
+    order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,20 @@ class Space:
     def upper(self) -> tuple[Block, ...]:
         return tuple(block for block in self.blocks if not block.is_lower)
 
+    @functools.cached_property
+    def demo_slots(self) -> Mapping[str, tuple[int, ...]]:
+        """Per predictor the numbers of its demo blocks."""
+        found: dict[str, tuple[int, ...]] = {}
+        for number, block in enumerate(self.blocks):
+            if block.kind == "demo":
+                found[block.predictor] = (*found.get(block.predictor, ()), number)
+        return found
+
+    @functools.cached_property
+    def order_blocks(self) -> Mapping[str, int]:
+        """Per predictor the number of its order block, where it has one."""
+        return {block.predictor: number for number, block in enumerate(self.blocks) if block.kind == "order"}
+
     @property
     def student(self) -> Candidate:
         """The candidate that changes nothing."""
@@ -134,7 +150,7 @@ class Space:
                     "predictor": block.predictor,
                     "kind": block.kind,
                     "stratum": block.stratum,
-                    "arms": [[arm.key, arm.home, arm.shared] for arm in block.arms],
+                    "arms": [[arm.key, arm.home, arm.shared, list(arm.order)] for arm in block.arms],
                 }
                 for block in self.blocks
             ]
@@ -149,7 +165,9 @@ class Space:
                     predictor=block["predictor"],
                     kind=block["kind"],
                     stratum=block["stratum"],
-                    arms=tuple(Arm(key, home, shared) for key, home, shared in block["arms"]),
+                    arms=tuple(
+                        Arm(key, home, shared, tuple(*order)) for key, home, shared, *order in block["arms"]
+                    ),
                 )
                 for block in state["blocks"]
             )

@@ -185,6 +185,8 @@ def check_scored(worker: str, rows: Sequence[Sequence[int]], event: Scored) -> N
             raise ProtocolError(
                 f"{sender} holds cross-entropy {one.cross_entropy!r}; it must be finite and >= 0"
             )
+        if one.margin is not None and not _is_finite(one.margin):
+            raise ProtocolError(f"{sender} holds margin {one.margin!r}; it must be finite")
     _check_count(sender, "calls", event.calls, sum(lengths))
 
 

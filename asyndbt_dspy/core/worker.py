@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 
 from asyndbt_dspy.core.config import AlgorithmConfig
-from asyndbt_dspy.core.estimators import loss_from_score
+from asyndbt_dspy.core.estimators import cross_entropy_loss, loss_of, margin_loss, soft_score
 from asyndbt_dspy.core.lower_level import worker_round
 from asyndbt_dspy.core.messages import (
     Evaluate,
     Instruction,
+    Outcome,
     RaceReply,
     RaceRequest,
     RoundReply,
@@ -39,7 +40,8 @@ from asyndbt_dspy.core.messages import (
     Wait,
     WorkerEvent,
 )
-from asyndbt_dspy.core.policies import Batch, Policy, WorkerSpace, make_policy
+from asyndbt_dspy.core.policies import Batch, Policy, WorkerSpace
+from asyndbt_dspy.core.posterior import make_policy
 from asyndbt_dspy.core.simplex import FloatArray, Layout, exponentiated_step, project_blocks
 from asyndbt_dspy.core.snapshots import snapshot
 from asyndbt_dspy.core.validation import check_request, check_scored
@@ -76,7 +78,7 @@ class WorkerState:
         spaces: What it may draw.
         config: Constants of the run.
         examples: Number of its estimate examples, at least 1.
-        use_cross_entropy: Losses are cross-entropies where the LM reports distributions, else ``1 - score``.
+        use_distributions: The loss is what ``config.loss`` says where the LM reports distributions, else ``1 - score``.
         policy: Replaces the policy that ``config`` names (a toy problem with exact gradients, say).
     """
 
@@ -89,7 +91,7 @@ class WorkerState:
         *,
         examples: int,
         seed: int = 0,
-        use_cross_entropy: bool = False,
+        use_distributions: bool = False,
         policy: Policy | None = None,
     ) -> None:
         self.name = name
@@ -97,8 +99,8 @@ class WorkerState:
         self.spaces = spaces
         self.config = config
         self.seed = seed
-        self.use_cross_entropy = use_cross_entropy
-        self.policy: Policy = policy or make_policy(spaces, config, examples, self._rng(0))
+        self.use_distributions = use_distributions
+        self.policy: Policy = policy or make_policy(spaces, config, examples)
         self.shared_effects = self.policy.share().shape[1]
         self.p = spaces.lower.uniform()
         self.q = spaces.upper.uniform()
@@ -190,18 +192,21 @@ class WorkerState:
         return [Send(self._step_reply(request, batch, event))]
 
     def _losses(self, event: Scored) -> list[FloatArray]:
-        missing = 0.0 if self.config.missing_is_zero else None
         return [
-            np.array(
-                [
-                    loss_from_score(
-                        missing if one.score is None else one.score, one.cross_entropy, self.use_cross_entropy
-                    )
-                    for one in row
-                ]
-            )
+            np.array([loss_of(self._score(one), self._soft_loss(one)) for one in row])
             for row in event.outcomes
         ]
+
+    def _score(self, outcome: Outcome) -> float | None:
+        return 0.0 if outcome.score is None and self.config.missing_is_zero else outcome.score
+
+    def _soft_loss(self, outcome: Outcome) -> float | None:
+        """The loss by the LM's distribution, ``None`` where there is none."""
+        if not self.use_distributions or outcome.score is None:
+            return None
+        if self.config.loss == "margin" and outcome.margin is not None:
+            return margin_loss(outcome.margin, outcome.score)
+        return cross_entropy_loss(outcome.cross_entropy)
 
     def _step_reply(self, request: StepRequest, batch: Batch, event: Scored) -> StepReply:
         config = self.config
@@ -248,15 +253,15 @@ class WorkerState:
         return RoundReply(self.name, request.version, request.number, p, event.calls)
 
     def _race_reply(self, request: RaceRequest, event: Scored) -> RaceReply:
-        missing = 0.0 if self.config.missing_is_zero else None
-        scores = tuple(
-            tuple(missing if one.score is None else one.score for one in row) for row in event.outcomes
-        )
-        soft = tuple(
-            tuple(None if one.cross_entropy is None else float(np.exp(-one.cross_entropy)) for one in row)
-            for row in event.outcomes
-        )
+        scores = tuple(tuple(self._score(one) for one in row) for row in event.outcomes)
+        soft = tuple(tuple(self._soft_score(one) for one in row) for row in event.outcomes)
         return RaceReply(self.name, request.unit, scores, soft, event.calls)
+
+    def _soft_score(self, outcome: Outcome) -> float | None:
+        """What the LM's distribution says of an answer in the race, in [0, 1]."""
+        if self.config.loss == "margin" and outcome.margin is not None and outcome.score is not None:
+            return soft_score(outcome.margin)
+        return None if outcome.cross_entropy is None else float(np.exp(-outcome.cross_entropy))
 
     def snapshot(self) -> dict[str, Any]:
         """Plain data by which two states can be compared: equal states have equal snapshots."""

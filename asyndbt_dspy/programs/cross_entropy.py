@@ -1,9 +1,10 @@
-"""A loss finer than right or wrong: how probable the LM found the right label."""
+"""Losses finer than right or wrong: how probable the LM found the right label, alone and beside the best other one."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import dspy
@@ -18,14 +19,31 @@ RIGHT_SCORE = 0.5
 """A score of at least this says that the metric takes the answer for right."""
 
 
-def cross_entropy(
+MAX_MARGIN = 10.0
+"""In nats, either way."""
+
+
+@dataclass(frozen=True)
+class RightLabel:
+    """How an LM's distribution sees the right label.
+
+    Attributes:
+        cross_entropy: -ln P(right), in [0, 10].
+        margin: ln P(right) - ln P(best other label), in [-10, 10].
+    """
+
+    cross_entropy: float
+    margin: float
+
+
+def right_label(
     trace: Sequence[tuple[dspy.Predict, Any, Any]],
     example: dspy.Example,
     score: float,
     distributions: Sequence[Distribution],
     calls: Sequence[Mapping[str, Any]] = (),
-) -> float | None:
-    """-ln P(right label) of the run's last answer.
+) -> RightLabel | None:
+    """The right label of the run's last answer, as the LM saw it.
 
     Args:
         trace: The run's trace; its last entry is the final answer.
@@ -36,7 +54,7 @@ def cross_entropy(
             its stored response holds the distributions.
 
     Returns:
-        A number in [0, 10], or ``None`` where the last answer has no enumerated field, the example lacks its
+        ``None`` where the last answer has no enumerated field, the example lacks its
         label, the LM reported no distribution over it, or the metric judges by something else (it calls a
         wrong label right, or the reverse).
     """
@@ -49,20 +67,30 @@ def cross_entropy(
     right = classes.label_of(example[classes.field])
     if right is None or (classes.label_of(answer[classes.field]) == right) != (score >= RIGHT_SCORE):
         return None
-    probability = _probability(classes, right, _stored(calls) or distributions)
-    if probability is None:
+    shares = _shares(classes, _stored(calls) or distributions)
+    if right not in shares:
         return None
-    return (
-        MAX_CROSS_ENTROPY if probability <= 0.0 else min(MAX_CROSS_ENTROPY, max(0.0, -math.log(probability)))
+    mine, best_other = (
+        _log(shares[right]),
+        _log(max((p for one, p in shares.items() if one != right), default=0.0)),
+    )
+    return RightLabel(
+        cross_entropy=min(MAX_CROSS_ENTROPY, max(0.0, -mine)),
+        margin=min(MAX_MARGIN, max(-MAX_MARGIN, mine - best_other)),
     )
 
 
-def _probability(classes: Enumeration, label: str, distributions: Sequence[Distribution]) -> float | None:
+def _log(probability: float) -> float:
+    return max(-2.0 * MAX_MARGIN, math.log(probability)) if probability > 0.0 else -2.0 * MAX_MARGIN
+
+
+def _shares(classes: Enumeration, distributions: Sequence[Distribution]) -> dict[str, float]:
+    """Probability by label, of the newest distribution over these classes."""
     for distribution in reversed(distributions):
         if distribution.field_path == classes.field:
-            shares = (p for text, p in distribution.probabilities.items() if classes.label_of(text) == label)
-            return next(shares, None)
-    return None
+            labelled = ((classes.label_of(text), p) for text, p in distribution.probabilities.items())
+            return {label: p for label, p in labelled if label is not None}
+    return {}
 
 
 def _stored(calls: Sequence[Mapping[str, Any]]) -> list[Distribution]:

@@ -13,7 +13,7 @@ from dspy.utils.usage_tracker import UsageTracker, track_usage
 
 from asyndbt_dspy.core.messages import Evaluate, Outcome, Scored
 from asyndbt_dspy.core.space import Candidate
-from asyndbt_dspy.errors import MetricError, WorkerFailedError
+from asyndbt_dspy.errors import BudgetExceededError, MetricError, WorkerFailedError
 from asyndbt_dspy.lms.callers import calling_as
 from asyndbt_dspy.lms.failures import FailureKind
 from asyndbt_dspy.programs.paid_rollouts import PaidRollout, RolloutBook, RolloutGate, RolloutKey
@@ -116,6 +116,7 @@ class ProgramEvaluator:
     uses: dict[str, WorkerUse] = field(default_factory=dict)
     cache: dict[CacheKey, Outcome] = field(default_factory=dict)
     on_rollout: Callable[[str, Rollout], None] | None = None
+    on_refused: Callable[[BudgetExceededError], None] | None = None
     book: RolloutBook | None = None
     gate: RolloutGate = field(default_factory=RolloutGate)
     _twins: dict[tuple[str, bytes], Outcome | asyncio.Future[Outcome]] = field(default_factory=dict)
@@ -256,8 +257,14 @@ class ProgramEvaluator:
         gate = self._gates.setdefault(worker, asyncio.Semaphore(part.max_concurrency))
         async with gate, self.gate:
             self._check_health(worker)
-            with calling_as(worker), track_usage() as tracker:
-                rollout = await self._timed(part, program, example, trace)
+            try:
+                with calling_as(worker), track_usage() as tracker:
+                    rollout = await self._timed(part, program, example, trace)
+            except BudgetExceededError as error:
+                if self.on_refused is None:
+                    raise
+                self.on_refused(error)
+                return Rollout(None)  # no call was made: neither a score nor a failure of the worker
             usage = _usage(tracker)
             if self.book is not None and name is not None:
                 self.book.keep(worker, name, program, PaidRollout(rollout, usage))

@@ -51,12 +51,13 @@ class DemoItem:
 
 @dataclass(frozen=True)
 class DemoOrder:
-    """An order of a predictor's demo slots: the slots from ``start`` on, then those before it.
+    """An order of a predictor's demo slots.
 
-    Which class is shown last moves a small LM more than which demos are shown, hence rotations.
+    Attributes:
+        slots: All slot numbers, the one shown first first.
     """
 
-    start: int
+    slots: tuple[int, ...]
 
 
 Content = str | DemoItem | DemoOrder | None
@@ -158,7 +159,7 @@ class ProgramSpace:
             raise ConfigurationError(f"block {name!r} has arms 0..{len(contents) - 1}, got {arm}")
         content = contents[arm]
         if isinstance(content, DemoOrder):
-            return f"demo slots from number {content.start} on come first"
+            return f"demo slots in the order {', '.join(map(str, content.slots))}"
         if not isinstance(content, DemoItem):
             return content or ""
         if not content.shared and not reveal_private:
@@ -217,9 +218,11 @@ class ProgramSpace:
             for index in self._blocks_of.get(name, ())
             if self.space.blocks[index].kind == "demo"
         ]
-        start = next((content.start for content in chosen if isinstance(content, DemoOrder)), 0)
+        order = next(
+            (content.slots for content in chosen if isinstance(content, DemoOrder)), range(len(slots))
+        )
         items: list[DemoItem] = []
-        for item in slots[start:] + slots[:start]:
+        for item in (slots[number] for number in order):
             if isinstance(item, DemoItem) and not any(
                 item.key == kept.key or item.demo == kept.demo for kept in items
             ):

@@ -19,7 +19,7 @@ import dspy
 from asyndbt_dspy.errors import BudgetExceededError, MetricError
 from asyndbt_dspy.lms.distributions import collect
 from asyndbt_dspy.lms.failures import FailureKind, classify
-from asyndbt_dspy.programs.cross_entropy import cross_entropy
+from asyndbt_dspy.programs.cross_entropy import right_label
 from asyndbt_dspy.programs.metrics import (
     Metric,
     Score,
@@ -49,6 +49,7 @@ class Rollout:
             missing.
         cross_entropy: -ln P(right label), in [0, 10], where the LM reported a distribution over the final
             labels; else ``None``.
+        margin: ln P(right label) - ln P(best other label), in [-10, 10], likewise.
         failure: Why it failed, ``None`` for a run that was scored by the metric.
         error: The failure in words.
         feedback: What the metric said beside the score.
@@ -59,6 +60,7 @@ class Rollout:
 
     score: float | None
     cross_entropy: float | None = None
+    margin: float | None = None
     failure: FailureKind | None = None
     error: str | None = None
     feedback: str | None = None
@@ -147,11 +149,11 @@ class RolloutRunner:
             self._warn_of_metric(error)
             said = f"metric {metric_name(self.metric)!r} raised "
             return self._failed(error, said, start, settings["trace"] if trace else None, prediction)
+        label = right_label(settings["trace"], example, verdict.score, distributions, calls.history)
         return Rollout(
             score=verdict.score,
-            cross_entropy=cross_entropy(
-                settings["trace"], example, verdict.score, distributions, calls.history
-            ),
+            cross_entropy=None if label is None else label.cross_entropy,
+            margin=None if label is None else label.margin,
             feedback=verdict.feedback,
             seconds=self._clock() - start,
             trace=settings["trace"] if trace else None,

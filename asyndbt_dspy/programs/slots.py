@@ -64,8 +64,7 @@ def build_space(
         slots: Per predictor, one entry per demo slot: a class, or ``None`` for a free slot (see
             ``demo_slots``).
         fragments: Word slots of the paper, ``None`` for none.
-        search_order: Whether the order of the demo slots is a choice too: arm ``r`` of an order block puts the first
-            ``r`` slots last.
+        search_order: Whether the order of the demo slots is a choice too (see ``demo_orders``).
 
     Raises:
         ConfigurationError: a name that is no predictor of the student, or two different demos of one key.
@@ -89,7 +88,7 @@ def build_space(
         own = _unrepeated(item for item in demos if item.predictor == name)
         upper.extend(_demo_blocks(name, slots.get(name, ()), own))
         if search_order and own and len(slots.get(name, ())) > 1:
-            upper.append(_order_block(name, len(slots[name])))
+            upper.append(_order_block(name, slots[name]))
     pairs = lower + upper
     return ProgramSpace(
         student, Space(tuple(block for block, _ in pairs)), [contents for _, contents in pairs]
@@ -97,14 +96,15 @@ def build_space(
 
 
 def demo_slots(
-    student: dspy.Module, *, demos_per_class: int = 1, demo_slots: int = 4, max_classes: int = 12
+    student: dspy.Module, *, demos_per_class: int | None = None, demo_slots: int = 4, max_classes: int = 12
 ) -> Mapping[str, tuple[str | None, ...]]:
     """The demo slots of each predictor: one group per class where its last enumerated output has classes,
     else free ones.
 
     Args:
         student: The program.
-        demos_per_class: Slots per class, 0 or more. The slots cycle through the classes.
+        demos_per_class: Slots per class, 0 or more; ``None``: as many as make about ``demo_slots`` in all, at least one.
+            The slots cycle through the classes.
         demo_slots: Free slots of a predictor without enumerated output, 0 or more.
         max_classes: A predictor with more classes than this gets free slots.
 
@@ -117,13 +117,16 @@ def demo_slots(
         ("max_classes", max_classes),
     )
     for setting, value in settings:
-        if value < 0:
+        if value is not None and value < 0:
             raise ConfigurationError(f"{setting} must be 0 or more, got {value}")
     found: dict[str, tuple[str | None, ...]] = {}
     for name, predictor in student.named_predictors():
         classes = enumeration(predictor.signature)
         if classes is not None and len(classes.labels) <= max_classes:
-            found[name] = classes.labels * demos_per_class
+            each = demos_per_class
+            if each is None:
+                each = max(1, round(demo_slots / len(classes.labels)))
+            found[name] = classes.labels * each
         else:
             found[name] = (None,) * demo_slots
     return found
@@ -162,12 +165,43 @@ def _demo_blocks(
     return blocks
 
 
-def _order_block(name: str, slots: int) -> tuple[Block, list[Content]]:
-    arms = (Arm(""), *(Arm(f"o:{name}:{start}") for start in range(1, slots)))
-    return Block(f"{name}/order", name, "order", arms), [
-        None,
-        *(DemoOrder(start) for start in range(1, slots)),
+MAX_ORDERS = 36
+"""Arms of an order block. So many tell apart which class comes first and which last for up to six classes."""
+
+
+def demo_orders(slots: Sequence[str | None]) -> list[tuple[int, ...]]:
+    """Orders of demo slots worth telling apart, that of the slots first; at most ``MAX_ORDERS``.
+
+    Every pair of classes comes first and last once where there is room, then the rotations, forwards and backwards, and
+    those with equal classes side by side. Two orders that show the classes in one sequence count as one.
+    """
+    plain = tuple(range(len(slots)))
+    grouped = tuple(sorted(plain, key=lambda number: slots.index(slots[number])))
+    turned = [
+        (*base[start:], *base[:start])
+        for base in (plain, grouped, plain[::-1], grouped[::-1])
+        for start in plain
     ]
+    ends = [_between(plain, first, last) for first in plain for last in plain if first != last]
+    wanted = [plain, *ends, *turned] if len(ends) < MAX_ORDERS else turned
+    found: dict[tuple[str | int, ...], tuple[int, ...]] = {}
+    for order in wanted:
+        shown = tuple(slots[number] or number for number in order)
+        found.setdefault(shown, order)
+    return list(found.values())[:MAX_ORDERS]
+
+
+def _between(slots: Sequence[int], first: int, last: int) -> tuple[int, ...]:
+    return (first, *(slot for slot in slots if slot not in (first, last)), last)
+
+
+def _order_block(name: str, slots: Sequence[str | None]) -> tuple[Block, list[Content]]:
+    orders = demo_orders(slots)
+    arms = (
+        Arm(""),
+        *(Arm(f"o:{name}:{','.join(map(str, order))}", order=order) for order in orders[1:]),
+    )
+    return Block(f"{name}/order", name, "order", arms), [None, *map(DemoOrder, orders[1:])]
 
 
 def _unrepeated(items: Iterable[DemoItem]) -> list[DemoItem]:

@@ -105,7 +105,7 @@ def fingerprints(
             for worker in workers
         },
         "valset": data_identity(valset or ()),
-        "lms": {worker.name: digest([lm_identity(worker.lm or surrounding), own_lms]) for worker in workers},
+        "lms": {worker.name: digest([_identity(worker.lms or [surrounding]), own_lms]) for worker in workers},
         "versions": versions(),
         "settings": {
             **{name: getattr(optimizer, name) for name in _SETTINGS if name not in _LIKE_CODE},
@@ -163,3 +163,7 @@ def _options(options: Any) -> dict[str, Any]:
         "instructions": None if texts is None else digest({key: list(one) for key, one in texts.items()}),
         "proposer": None if proposer is None else digest(lm_identity(proposer)),
     }
+
+
+def _identity(lms: Sequence[Any]) -> Any:
+    return lm_identity(lms[0]) if len(lms) == 1 else [lm_identity(one) for one in lms]

@@ -102,6 +102,8 @@ class Result:
         metric_calls: Completed rollouts, all phases together.
         seconds: From start to return.
         settings: Preset, seed, budget and what else is needed to repeat the run.
+        spending: Attempts on the wire, answers, tokens, dollars (exact, as text), cache hits and seconds held back by
+            rate limits, by worker (and ``proposer``); see ``LedgerLine``.
     """
 
     winner: str
@@ -113,6 +115,7 @@ class Result:
     metric_calls: int
     seconds: float
     settings: dict[str, Any] = field(default_factory=dict)
+    spending: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return _plain(dataclasses.asdict(self))  # type: ignore[no-any-return]
@@ -141,7 +144,23 @@ class Result:
             tokens = worker.prompt_tokens + worker.completion_tokens
             row = f"{worker.name:<14}{worker.calls:>9}{worker.missing:>9}{worker.reused:>9}{tokens:>10}{worker.steps:>7}"
             lines.append(f"{row}{late:>16}{worker.busy_s:>9.1f}  {worker.set_aside}".rstrip())
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._spending_lines()])
+
+    def _spending_lines(self) -> list[str]:
+        if not self.spending:
+            return []
+        lines = [
+            "",
+            f"{'spent by':<14}{'attempts':>9}{'answers':>9}{'refused':>9}{'cut':>9}{'tokens':>10}{'dollars':>12}",
+        ]
+        for name, one in self.spending.items():
+            tokens = one["prompt_tokens"] + one["completion_tokens"] + one["cut_tokens"]
+            dollars = float(one["dollars"]) + float(one["cut_dollars"])
+            money = "unknown" if one["unpriced"] else f"{dollars:.6f}"
+            lines.append(
+                f"{name:<14}{one['attempts']:>9}{one['answers']:>9}{one['refused']:>9}{one['cut']:>9}{tokens:>10}{money:>12}"
+            )
+        return lines
 
 
 def _plain(value: Any) -> Any:

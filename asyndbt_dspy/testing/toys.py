@@ -154,7 +154,8 @@ class TableEvaluator:
 
     Attributes:
         score: ``(worker, candidate, example, held_out) -> score``; ``None`` is a missing rollout.
-        cross_entropies: Report ``1 - score`` as the cross-entropy of the right answer, too.
+        cross_entropies: Report ``1 - score`` as the cross-entropy of the right answer and ``score - 0.5`` as its margin,
+            too.
         cached: Rollouts cost nothing.
         calls: Rollouts asked for so far.
         requests: Every request, in the order of arrival.
@@ -177,14 +178,15 @@ def score_table(request: Evaluate, table: TableEvaluator) -> Scored:
     for candidate, examples in zip(request.candidates, request.examples, strict=True):
         values = [table.score(request.worker, candidate, one, request.held_out) for one in examples]
         table.calls += len(values)
-        rows.append(
-            tuple(
-                Outcome(value, 1.0 - value if table.cross_entropies and value is not None else None)
-                for value in values
-            )
-        )
+        rows.append(tuple(_outcome(value, table.cross_entropies) for value in values))
     calls = sum(outcome.score is not None for row in rows for outcome in row)
     return Scored(request.worker, request.task, tuple(rows), 0 if table.cached else calls)
+
+
+def _outcome(score: float | None, has_distribution: bool) -> Outcome:
+    if score is None or not has_distribution:
+        return Outcome(score)
+    return Outcome(score, 1.0 - score, score - 0.5)
 
 
 def small_space(workers: int = 3, *, private: Sequence[int] = ()) -> Space:
@@ -217,7 +219,7 @@ def small_machines(
     held_out: int = 8,
     seed: int = 0,
     space: Space | None = None,
-    use_cross_entropy: bool = False,
+    use_distributions: bool = False,
 ) -> tuple[ServerState, list[WorkerState]]:
     """Shipped machines on a small scripted problem, with the policy that ``config`` names."""
     space = small_space(workers) if space is None else space
@@ -228,11 +230,10 @@ def small_machines(
         [Member(name, one.allowed, held_out) for name, one in zip(names, spaces, strict=True)],
         config,
         calls,
-        seed,
     )
     machines = [
         WorkerState(
-            name, number, one, config, examples=examples, seed=seed, use_cross_entropy=use_cross_entropy
+            name, number, one, config, examples=examples, seed=seed, use_distributions=use_distributions
         )
         for number, (name, one) in enumerate(zip(names, spaces, strict=True))
     ]

@@ -106,7 +106,8 @@ def run(key: Key, lms: Lms, folder: Path, *, incumbents: bool = False, test_limi
     )
     calls = lms.book.start(key.seed)
     started = time.perf_counter()
-    with dspy.context(lm=lms.task, adapter=dspy.JSONAdapter()), quiet():
+    # An example whose answer does not parse is wrong; it does not end an optimizer's run.
+    with dspy.context(lm=lms.task, adapter=dspy.JSONAdapter(), max_errors=1_000_000), quiet():
         outcome = optimizer.run(job)
         seconds, made, proposed = time.perf_counter() - started, calls.of("task"), calls.of("proposer")
         lms.book.start(key.seed)  # what follows is not the optimizer's
@@ -128,6 +129,7 @@ def run(key: Key, lms: Lms, folder: Path, *, incumbents: bool = False, test_limi
         "proposer_calls": proposed,
         "metric_calls": metric.calls,
         "seconds": round(seconds, 2),
+        "scoring_seconds": round(time.perf_counter() - started - seconds, 2),
         "test_bits": "".join(map(str, map(int, test))),
         "program": fingerprint(state),
         "state": state,

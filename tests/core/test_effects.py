@@ -128,20 +128,41 @@ def test_parameters_met_since_the_last_fit_have_their_prior() -> None:
 def test_credit_is_shared_over_slots_or_not() -> None:
     together = EffectKeys.of(SPACE, share_credit=True)
     apart = EffectKeys.of(SPACE, share_credit=False)
-    assert together.arms[1][1][1] == together.arms[2][1][1]
-    assert apart.arms[1][1][1] != apart.arms[2][1][1]
-    assert together.of_candidate((0, 0, 0)) == ()
-    assert together.of_candidate((2, 1, 0)) == (
-        "text:toy/instructions:2",
-        "slot:toy/demos/0",
-        "arm:toy:d:w0:0",
+    assert together.arms[1][1] == together.arms[2][1]
+    assert apart.arms[1][1] != apart.arms[2][1]
+    assert together.of_candidate((0, 0, 0)) == {}
+    assert together.of_candidate((2, 1, 0)) == {
+        "text:toy/instructions:2": 1.0,
+        "arm:toy:d:w0:0": 1.0,
+        "shown:toy": 1.0,
+    }
+
+
+def test_which_classes_are_shown_how_often_and_how_late_is_known_of_a_candidate() -> None:
+    def slot(name: str, stratum: str) -> Block:
+        return Block(name, "p", "demo", (Arm(""), Arm(f"d:{name}")), stratum)
+
+    orders = (Arm(""), Arm("o:1", order=(2, 0, 1)))
+    keys = EffectKeys.of(
+        Space((slot("0", "a"), slot("1", "b"), slot("2", "a"), Block("o", "p", "order", orders))), True
     )
+    whole = keys.of_candidate((1, 1, 1, 0))
+    assert (whole["count:p:a"], whole["count:p:b"]) == (2.0, 1.0)
+    assert whole["recent:p:a"] == pytest.approx(1.0 + 0.6**2)
+    assert whole["recent:p:b"] == pytest.approx(0.6)
+    assert {"first:p:a", "last:p:a"} <= set(whole)
+    turned = keys.of_candidate((1, 1, 1, 1))
+    assert {"first:p:a", "last:p:b", "order:o:1"} <= set(turned)
+    assert "last:p:a" not in turned
+    # an empty slot is not shown, whatever its place
+    assert "last:p:a" in keys.of_candidate((1, 0, 1, 1))
+    assert set(keys.shared) >= {name for name in turned if not name.startswith("order:o:0")}
 
 
 def test_the_order_of_demos_is_a_choice_of_its_own() -> None:
     order = Block("toy/order", "toy", "order", (Arm(""), Arm("o:1")))
     keys = EffectKeys.of(Space((*SPACE.blocks, order)), share_credit=True)
-    assert keys.of_candidate((0, 0, 0, 1)) == ("order:toy/order:1",)
+    assert keys.of_candidate((0, 0, 0, 1)) == {"order:toy/order:1": 1.0}
     assert "order:toy/order:1" in keys.shared
 
 
@@ -188,11 +209,12 @@ KNOWN[:, :, KEYS.shared.index("arm:toy:d:w0:0")] = (500.0, -100.0)
 KNOWN[:, :, KEYS.shared.index("arm:toy:d:w1:1")] = (500.0, -50.0)
 
 
-def test_finalists_begin_with_the_merged_program_and_hold_every_nomination_once() -> None:
+def test_finalists_begin_with_what_was_run_and_hold_the_merged_program_and_every_nomination_once() -> None:
     rows = [nominated(((1, 2, 0), -0.2), ((0, 0, 0), 0.0)), nominated(((1, 2, 0), -0.2), ((3, 0, 4), -0.3))]
     found = finalists(SPACE, DEFAULT, KEYS, (2,), rows, KNOWN, ALLOWED)
-    assert found[0] == (2, 1, 4)  # the best demo of either worker, not one twice
-    assert set(found) >= {(1, 2, 0), (3, 0, 4), (2, 0, 4), (2, 2, 0), (0, 0, 0)}
+    assert found[0] == (3, 0, 4)
+    # (2, 1, 4): the consensus text with the best demo of either worker, not one twice
+    assert set(found) == {(1, 2, 0), (3, 0, 4), (2, 0, 4), (2, 2, 0), (0, 0, 0), (2, 1, 4)}
     assert len(set(found)) == len(found)
     alone = finalists(
         SPACE, dataclasses.replace(DEFAULT, share_demos=False), KEYS, (2,), rows, KNOWN, ALLOWED

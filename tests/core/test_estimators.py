@@ -148,15 +148,29 @@ def test_a_known_baseline_needs_no_second_draw() -> None:
 
 
 @pytest.mark.parametrize(
-    ("score", "cross_entropy", "use", "loss"),
-    [(0.75, None, True, 0.25), (1.0, 0.3, True, 0.3), (1.0, 0.3, False, 0.0), (0.0, 99.0, True, 10.0)],
+    ("score", "cross_entropy", "loss"), [(0.75, None, 0.25), (1.0, 0.3, 0.3), (0.0, 99.0, 10.0)]
 )
-def test_loss_of_a_score(score: float, cross_entropy: float | None, use: bool, loss: float) -> None:
-    assert estimators.loss_from_score(score, cross_entropy, use) == pytest.approx(loss)
+def test_loss_of_a_score(score: float, cross_entropy: float | None, loss: float) -> None:
+    assert estimators.loss_of(score, estimators.cross_entropy_loss(cross_entropy)) == pytest.approx(loss)
 
 
 def test_a_missing_score_is_no_loss() -> None:
-    assert np.isnan(estimators.loss_from_score(None, 0.3, True))
+    assert np.isnan(estimators.loss_of(None, 0.3))
+
+
+@pytest.mark.parametrize(
+    ("margin", "score", "loss"),
+    [(0.5, 1.0, 0.0), (9.0, 1.0, 0.0), (-3.0, 0.0, 1.0), (-9.0, 0.0, 1.0), (-1.25, 0.0, 0.7)],
+)
+def test_the_loss_of_a_margin_is_its_clipped_share_and_the_metrics(
+    margin: float, score: float, loss: float
+) -> None:
+    assert estimators.margin_loss(margin, score) == pytest.approx(loss)
+
+
+def test_a_hopeless_example_weighs_no_more_than_a_wrong_one() -> None:
+    """Where cross-entropies are 10 and 3, margins beyond the range cost the same."""
+    assert estimators.margin_loss(-10.0, 0.0) == estimators.margin_loss(-3.0, 0.0) == 1.0
 
 
 def test_clipping_and_centring() -> None:

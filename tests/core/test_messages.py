@@ -112,13 +112,23 @@ def test_numpy_scalars_become_plain_numbers() -> None:
     assert json.loads(json.dumps(encode(lost)))["version"] == 3
 
 
+def _without_later_fields(state: Any) -> Any:
+    """An encoded message without fields that came after the fixture was written; all of them may be missing."""
+    if isinstance(state, list):
+        return [_without_later_fields(item) for item in state]
+    if not isinstance(state, dict):
+        return state
+    later = {"Outcome": {"margin"}}.get(state.get("type", ""), set())
+    return {name: _without_later_fields(value) for name, value in state.items() if name not in later}
+
+
 def test_recordings_of_format_1_stay_readable() -> None:
     """Written once; a later format must still decode them to the same messages."""
     for entry in json.loads(FIXTURE.read_text()):
         message = decode(entry)
         assert type(message).__name__ == entry["type"]
         again = encode(message)
-        assert {**again, "format": 1} == entry
+        assert _without_later_fields(again) == entry
 
 
 def test_the_fixture_holds_every_kind() -> None:

@@ -14,10 +14,9 @@ from asyndbt_dspy.core.policies import (
     ExampleOrder,
     GradientPolicy,
     Policy,
-    PosteriorPolicy,
     WorkerSpace,
-    make_policy,
 )
+from asyndbt_dspy.core.posterior import PosteriorPolicy, make_policy
 from asyndbt_dspy.core.space import Arm, Block, Space
 from asyndbt_dspy.testing.toys import additive_score, small_space, usable_arms
 
@@ -68,13 +67,13 @@ def learn(policy: Policy, steps: int, missing: bool = False) -> tuple[np.ndarray
     ids=["posterior", "split", "gradients", "six_draws"],
 )
 def test_the_better_instruction_is_learned(config: Any) -> None:
-    p, _, _ = learn(make_policy(SPACES, config, 24, rng()), 120)
+    p, _, _ = learn(make_policy(SPACES, config, 24), 120)
     assert int(np.argmax(p)) == 2
 
 
 @pytest.mark.parametrize("kind", ["posterior", "score_function"])
 def test_missing_rollouts_teach_nothing_and_break_nothing(kind: Any) -> None:
-    policy = make_policy(SPACES, dataclasses.replace(DEFAULT, policy=kind), 10, rng())
+    policy = make_policy(SPACES, dataclasses.replace(DEFAULT, policy=kind), 10)
     p, q, _ = learn(policy, 4, missing=True)
     assert np.all(np.isfinite(p))
     assert np.all(np.isfinite(q))
@@ -86,11 +85,11 @@ def test_missing_rollouts_teach_nothing_and_break_nothing(kind: Any) -> None:
 def test_draws_of_a_gradient_step_meet_one_minibatch_and_a_candidate_of_a_posterior_goes_on_where_it_stopped() -> (
     None
 ):
-    gradients = GradientPolicy(SPACES, GRADIENTS, 12, rng()).draw(
+    gradients = GradientPolicy(SPACES, GRADIENTS, 12).draw(
         SPACES.lower.uniform(), SPACES.upper.uniform(), rng()
     )
     assert len(set(gradients.examples)) == 1
-    order = ExampleOrder(7, dataclasses.replace(DEFAULT, minibatch=3), rng())
+    order = ExampleOrder(7, dataclasses.replace(DEFAULT, minibatch=3))
     first, second, other = (
         order.next_for((0,), rng()),
         order.next_for((0,), rng()),
@@ -102,7 +101,7 @@ def test_draws_of_a_gradient_step_meet_one_minibatch_and_a_candidate_of_a_poster
 
 
 def test_random_minibatches_hold_no_example_twice() -> None:
-    order = ExampleOrder(5, dataclasses.replace(DEFAULT, minibatch=9, common_examples=False), rng())
+    order = ExampleOrder(5, dataclasses.replace(DEFAULT, minibatch=9, common_examples=False))
     drawn = order.next_for(None, rng(4))
     assert sorted(drawn) == [0, 1, 2, 3, 4]
     assert drawn != order.next_for(None, rng(5))
@@ -112,7 +111,7 @@ def test_random_minibatches_hold_no_example_twice() -> None:
 @pytest.mark.parametrize("common", [True, False])
 def test_split_levels_never_share_an_example_where_there_are_two(count: int, common: bool) -> None:
     config = dataclasses.replace(DEFAULT, split_levels=True, common_examples=common, minibatch=4)
-    order = ExampleOrder(count, config, rng())
+    order = ExampleOrder(count, config)
     assert count == 1 or not set(order.lower) & set(order.upper)
     for _ in range(3):
         drawn = set(order.next_for(None, rng()))
@@ -123,7 +122,7 @@ def test_split_levels_never_share_an_example_where_there_are_two(count: int, com
 def test_a_demo_fills_no_two_slots_and_private_arms_of_others_are_never_drawn() -> None:
     space = small_space(2, private=[1])
     spaces = WorkerSpace(space, tuple(usable_arms(block, "w0") for block in space.upper))
-    policy = PosteriorPolicy(spaces, DEFAULT, 10, rng())
+    policy = PosteriorPolicy(spaces, DEFAULT, 10)
     for seed in range(40):
         for candidate in policy.draw(spaces.lower.uniform(), spaces.upper.uniform(), rng(seed)).candidates:
             demos = [arm for arm in candidate[1:] if arm]
@@ -132,7 +131,7 @@ def test_a_demo_fills_no_two_slots_and_private_arms_of_others_are_never_drawn() 
 
 
 def test_a_loss_counts_once_however_often_it_is_seen() -> None:
-    policy = PosteriorPolicy(SPACES, DEFAULT, 4, rng())
+    policy = PosteriorPolicy(SPACES, DEFAULT, 4)
     batch = policy.draw(SPACES.lower.uniform(), SPACES.upper.uniform(), rng())
     losses = [np.ones(len(row)) for row in batch.examples]
     policy.update(SPACES.lower.uniform(), SPACES.upper.uniform(), batch, losses)
@@ -145,7 +144,7 @@ def test_a_space_of_one_candidate_can_still_be_drawn() -> None:
     space = Space((Block("i", "p", "instructions", (Arm(""),)),))
     for config in (DEFAULT, PAPER):
         spaces = WorkerSpace(space, ())
-        policy = make_policy(spaces, config, 3, rng())
+        policy = make_policy(spaces, config, 3)
         for step in range(3):
             batch = policy.draw(spaces.lower.uniform(), spaces.upper.uniform(), rng(step))
             assert set(batch.candidates) == {(0,)}
@@ -156,7 +155,7 @@ def test_a_space_of_one_candidate_can_still_be_drawn() -> None:
 
 def test_nominations_begin_with_the_decoded_candidate() -> None:
     for config in (DEFAULT, GRADIENTS):
-        policy = make_policy(SPACES, config, 24, rng())
+        policy = make_policy(SPACES, config, 24)
         p, q, _ = learn(policy, 40)
         first, *others = policy.nominate(p, q)
         assert first.candidate[0] == int(np.argmax(p))
@@ -164,18 +163,18 @@ def test_nominations_begin_with_the_decoded_candidate() -> None:
 
 
 def test_effects_travel_only_where_they_are_shared() -> None:
-    policy = PosteriorPolicy(SPACES, dataclasses.replace(DEFAULT, share_effects=False), 10, rng())
+    policy = PosteriorPolicy(SPACES, dataclasses.replace(DEFAULT, share_effects=False), 10)
     learn(policy, 3)
     assert policy.share().shape == (2, 0)
     policy.merge(np.zeros((2, 0)))
-    gradients = GradientPolicy(SPACES, GRADIENTS, 10, rng())
+    gradients = GradientPolicy(SPACES, GRADIENTS, 10)
     gradients.merge(np.zeros((2, 0)))
     assert gradients.share().shape == (2, 0)
 
 
 def test_estimates_can_be_scaled_to_one_and_clipped() -> None:
     for changes, bound in (({"normalise": True}, 1.0), ({"gradient_clip": 0.3}, 0.3)):
-        policy = GradientPolicy(SPACES, dataclasses.replace(GRADIENTS, **changes), 10, rng())  # type: ignore[arg-type]
+        policy = GradientPolicy(SPACES, dataclasses.replace(GRADIENTS, **changes), 10)  # type: ignore[arg-type]
         p, q = SPACES.lower.uniform(), SPACES.upper.uniform()
         batch = policy.draw(p, q, rng())
         losses = [np.full(len(row), float(number)) for number, row in enumerate(batch.examples)]

@@ -26,9 +26,7 @@ Score = Callable[[tuple[int, ...], str, int], float | None]
 
 def race(calls: int = 400, challengers: list[tuple[int, ...]] | None = None, **changes: object) -> RaceState:
     config = dataclasses.replace(CONFIG, **changes)  # type: ignore[arg-type]
-    return RaceState(
-        STUDENT, CHALLENGERS if challengers is None else challengers, HOLDINGS, calls, config, seed=3
-    )
+    return RaceState(STUDENT, CHALLENGERS if challengers is None else challengers, HOLDINGS, calls, config)
 
 
 def reply(request: RaceRequest, score: Score, calls: int | None = None) -> RaceReply:

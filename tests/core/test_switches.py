@@ -35,9 +35,11 @@ SWITCHES: dict[str, tuple[Any, dict[str, Any]]] = {
     "importance_limit": (0.0, GRADIENTS),
     "clip_consensus": (False, {}),
     "aggregator": ("sign", {}),
-    "share_demos": (False, {}),
+    "share_demos": (False, {"iterations": 3}),
     "race": (False, {}),
     "race_soft": (0.0, {}),
+    "loss": ("cross_entropy", {}),
+    "exploration": (1.0, {}),
     "missing_is_zero": (True, {}),
 }
 """Field -> (its other value, what else the base needs for the switch to have a say)."""
@@ -53,7 +55,7 @@ def some_missing(worker: str, candidate: tuple[int, ...], example: int, held_out
 
 def decisions(config: AlgorithmConfig) -> list[Any]:
     """What was asked to be scored, what z the workers were told, and what won."""
-    server, workers = small_machines(config, calls=700, examples=12, held_out=8)
+    server, workers = small_machines(config, calls=700, examples=12, held_out=8, use_distributions=True)
     table = TableEvaluator(some_missing, cross_entropies=True)
     told: list[Any] = []
 

@@ -191,7 +191,7 @@ def test_when_all_workers_fail_late_the_leader_of_the_race_is_handed_over() -> N
     def script(messages: list[dict[str, str]]) -> Any:
         if kit.number_in(messages) >= 500:
             raced.append(1)
-            if len(raced) > 100:
+            if len(raced) > 70:
                 raise dspy.lm15.ServerError("down")
         return kit.stairs(1)(messages)
 

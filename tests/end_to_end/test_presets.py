@@ -116,7 +116,8 @@ def test_a_mode_changes_only_its_level(mode: str, changes: tuple[bool, bool]) ->
 def test_synchronous_runs_have_no_late_answers() -> None:
     optimizer, _ = compiled("default", workers=3, active_workers=3, max_staleness=1)
     assert {late for one in optimizer.result.curve for late in one.staleness} == {0}
-    assert {len(one.active) for one in optimizer.result.curve} == {3}
+    active = [len(one.active) for one in optimizer.result.curve]
+    assert set(active[:-1]) == {3}  # the last calls of a budget need not reach all workers
     assert optimizer.result.settings["algorithm"]["active_workers"] == 3
 
 

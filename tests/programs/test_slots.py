@@ -24,6 +24,7 @@ from asyndbt_dspy.programs.slots import (
     FragmentSlots,
     ProgramSpace,
     build_space,
+    demo_orders,
     demo_slots,
 )
 
@@ -273,7 +274,10 @@ def test_demo_slots_per_kind(kinds: Any) -> None:
     assert demo_slots(kinds["predict"].make(), demos_per_class=2) == {"self": labels * 2}
     assert demo_slots(kinds["predict"].make(), demos_per_class=0) == {"self": ()}
     assert demo_slots(kinds["predict"].make(), max_classes=2, demo_slots=3) == {"self": (None,) * 3}
-    assert demo_slots(kinds["react"].make()) == {"react": ("lookup", "finish"), "extract.predict": labels}
+    assert demo_slots(kinds["react"].make()) == {
+        "react": ("lookup", "finish") * 2,  # about demo_slots in all
+        "extract.predict": labels,
+    }
     nested = demo_slots(kinds["nested"].make(), demo_slots=2)
     assert nested == {
         "inner.predict": labels,
@@ -282,6 +286,34 @@ def test_demo_slots_per_kind(kinds: Any) -> None:
     }
     with pytest.raises(ConfigurationError, match=r"demos_per_class must be 0 or more, got -1"):
         demo_slots(kinds["predict"].make(), demos_per_class=-1)
+
+
+def test_orders_put_every_class_first_and_last_with_every_other() -> None:
+    orders = demo_orders(("a", "b", "c"))
+    assert orders[0] == (0, 1, 2)
+    assert all(sorted(order) == [0, 1, 2] for order in orders)
+    assert {(order[0], order[-1]) for order in orders} == {
+        (i, j) for i in range(3) for j in range(3) if i != j
+    }
+    # two slots of one class: sequences of classes are told apart, not of slots
+    shown = [tuple("abab"[slot] for slot in order) for order in demo_orders(("a", "b", "a", "b"))]
+    assert len(set(shown)) == len(shown)
+    assert {"".join(one) for one in shown} >= {"abab", "baba", "aabb", "bbaa"}
+    assert len(demo_orders(tuple("abcdefghijkl"))) <= 36
+    assert demo_orders((None, None)) == [(0, 1), (1, 0)]
+
+
+def test_an_order_shows_the_demos_in_its_sequence(plain: dspy.Module) -> None:
+    items = [item("m0", "billing", key="k0"), item("m1", "access", key="k1"), item("m2", "other", key="k2")]
+    made = build_space(
+        plain, demos=items, slots={"classify": ("billing", "access", "other")}, search_order=True
+    )
+    block = made.space.blocks[-1]
+    assert block.kind == "order"
+    for number, arm in enumerate(block.arms):
+        program = made.build((0, 1, 1, 1, number))
+        shown = [demo["message"] for demo in program.named_predictors()[0][1].demos]
+        assert shown == [f"m{slot}" for slot in arm.order or (0, 1, 2)]
 
 
 def test_what_does_not_fit_is_refused(plain: dspy.Module, space: ProgramSpace) -> None:
@@ -314,7 +346,7 @@ def test_descriptions_are_plain_json(queue: Any) -> None:
     student = dspy.Predict(signature)
     demo = dspy.Example(augmented=True, message=["a", "b"], note="n", label=queue.ACCESS)
     arm = DemoItem("b:eu:self:0", "eu", True, "self", demo, "access", 4, "bootstrapped")
-    made = build_space(student, demos=[arm], slots=demo_slots(student))
+    made = build_space(student, demos=[arm], slots=demo_slots(student, demos_per_class=1))
     described = made.describe((0, 0, 1))
     assert json.loads(json.dumps(described)) == described
     assert described["self"]["demos"] == [{"message": ["a", "b"], "note": "n", "label": "access"}]

@@ -111,7 +111,7 @@ def machines() -> tuple[Any, Any]:
     space = Space((Block("self/instructions", "self", "instructions", arms),))
     config = AlgorithmConfig(active_workers=2)
     members = [Member(name, (), held_out=10) for name in ("eu", "us")]
-    server = ServerState(space, members, config, 200, 0)
+    server = ServerState(space, members, config, 200)
     workers = [
         WorkerState(member.name, number, WorkerSpace(space, ()), config, examples=30)
         for number, member in enumerate(members)

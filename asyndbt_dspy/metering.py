@@ -1,0 +1,229 @@
+"""Money and limits of one compile: every LM that it calls is metered into one ledger, whoever calls it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import dspy
+
+from asyndbt_dspy.core.budget import Budget
+from asyndbt_dspy.errors import BudgetExceededError, ConfigurationError
+from asyndbt_dspy.lms.endpoints import endpoint_key
+from asyndbt_dspy.lms.estimates import Estimate, WorkerPlan, estimate_run, rough_tokens
+from asyndbt_dspy.lms.fallback import fallback
+from asyndbt_dspy.lms.ledger import Ledger
+from asyndbt_dspy.lms.limits import RateLimits
+from asyndbt_dspy.lms.metered import metered
+from asyndbt_dspy.lms.prices import Price, Tariff
+from asyndbt_dspy.preparation import Shard
+from asyndbt_dspy.programs.copies import copy_program, shared_parts
+from asyndbt_dspy.workers import Worker
+
+logger = logging.getLogger(__name__)
+
+WIRE_CAPS = ("lm_calls", "tokens", "dollars")
+"""Caps on what goes over the wire."""
+PROPOSER = "proposer"
+"""The proposer's line in the ledger."""
+_COMPLETION_TOKENS = 60
+"""Of an answer, where nothing is known of it."""
+
+
+class Metering:
+    """The ledger of one compile, and metered forms of its LMs. The user's LMs and programs are never changed.
+
+    Args:
+        budget: Caps of the run.
+        workers: Of the run; metering is on where one asks for it, or the budget or ``prices`` do.
+        kept_back: Share of the caps on the wire in [0, 1) that is kept for the final race.
+        prices: By model name, where the price table has none or another.
+
+    Raises:
+        ConfigurationError: see ``metered``; raised by the methods that are given an LM, before any call.
+    """
+
+    def __init__(
+        self, budget: Budget, kept_back: float, prices: Mapping[str, Price], workers: Sequence[Worker] = ()
+    ) -> None:
+        self.budget = budget
+        self.has_wire_caps = any(getattr(budget, name) is not None for name in WIRE_CAPS)
+        self.ledger = Ledger(budget, kept_back if self.has_wire_caps else 0.0)
+        self.prices = dict(prices)
+        # Where nobody asks for a cap, a limit, a price or a second LM, LMs are called as they are.
+        self.is_on = self.has_wire_caps or bool(prices) or any(map(_asks_for_metering, workers))
+        self.refused: BudgetExceededError | None = None
+        self._is_open = not self.has_wire_caps
+        self._metered: dict[int, tuple[Any, Any]] = {}
+
+    def note_refused(self, error: BudgetExceededError) -> None:
+        """A call was refused before there was a search to end."""
+        self.refused = error
+
+    def open_kept_back(self) -> None:
+        """The final race begins: from now on all of every cap may be spent."""
+        if not self._is_open:
+            self._is_open = True
+            self.ledger.open_kept_back()
+
+    def lm(self, lm: Any, name: str | None = None) -> Any:
+        """``lm`` metered; its attempts are written to the line of ``name``, or of whichever worker calls."""
+        if lm is None or not self._can_meter(lm):
+            return lm
+        known = self._metered.get(id(lm))
+        if name is None and known is not None:
+            return known[1]
+        found = metered(lm, ledger=self.ledger, worker=name, prices=self._price(lm))
+        if name is None:
+            self._metered[id(lm)] = (lm, found)  # with the LM, so that its id stays its own
+        return found
+
+    def worker_lm(self, worker: Worker, surrounding: Any) -> Any:
+        """What ``worker`` calls: its LMs in order, each limited and counted, one behind the other."""
+        lms = worker.lms or ([surrounding] if surrounding is not None else [])
+        if not lms or not all(self._can_meter(one) for one in lms):
+            return lms[0] if lms else None
+        members = [
+            metered(
+                one,
+                ledger=self.ledger,
+                worker=worker.name,
+                requests_per_minute=worker.requests_per_minute,
+                tokens_per_minute=worker.tokens_per_minute,
+                max_concurrency=worker.max_concurrency,
+                limiter=worker.limiter,
+                prices=self._price(one) if worker.price is None else worker.price,
+            )
+            for one in lms
+        ]
+        if len(members) == 1 and worker.hedge_after_s is None:
+            return members[0]
+        return fallback(members, hedge_after_s=worker.hedge_after_s)
+
+    def program(self, program: dspy.Module) -> dspy.Module:
+        """A copy of ``program`` whose predictors' own LMs are metered; the program itself where it has none."""
+        if all(predictor.lm is None for _, predictor in program.named_predictors()):
+            return program
+        copied = copy_program(program, shared_parts(program))
+        for _, predictor in copied.named_predictors():
+            predictor.lm = self.lm(predictor.lm)
+        return copied
+
+    def _price(self, lm: Any) -> Price | None:
+        given = self.prices.get(str(lm.model))
+        if given is None and not isinstance(getattr(lm, "engine", None), str) and hasattr(lm, "engine"):
+            return (
+                _FREE if hasattr(lm.engine, "greedy_by_default") else None
+            )  # an engine of ours, in this process
+        return given
+
+    def _can_meter(self, lm: Any) -> bool:
+        if not self.is_on or not isinstance(lm, dspy.BaseLM):
+            return False
+        if getattr(lm, "model_type", "chat") == "text" and not self.has_wire_caps:
+            logger.warning(
+                "%s is a text-completion model: its calls are neither limited nor counted", lm.model
+            )
+            return False
+        return True
+
+
+_FREE = Price(0.0, 0.0)
+
+
+def _asks_for_metering(worker: Worker) -> bool:
+    limits = (worker.requests_per_minute, worker.tokens_per_minute, worker.hedge_after_s, worker.price)
+    return len(worker.lms) > 1 or any(one is not None for one in limits)
+
+
+def with_lms_of(student: dspy.Module, program: dspy.Module) -> dspy.Module:
+    """``program`` with the LMs of the student's predictors in place of metered ones."""
+    own = dict(student.named_predictors())
+    for name, predictor in program.named_predictors():
+        predictor.lm = own[name].lm
+    return program
+
+
+def estimate(
+    metering: Metering,
+    student: dspy.Module,
+    shards: Sequence[Shard],
+    surrounding: Any,
+    *,
+    demo_tokens: float,
+) -> Estimate:
+    """What the run is expected to take at most, before any call.
+
+    The metric calls of the budget, or as many as its other caps pay for, each with one call per predictor, a prompt as
+    the student's with the demos that it may come to show, and answers of ``max_tokens`` where that is small.
+    """
+    predictors = [predictor for _, predictor in student.named_predictors()]
+    adapter = dspy.settings.adapter or dspy.ChatAdapter()
+    plans: list[WorkerPlan] = []
+    for shard in shards:
+        lm = (shard.worker.lms or [surrounding])[0]
+        prompts = [_prompt_tokens(adapter, predictor, shard.estimate[0]) for predictor in predictors]
+        limit = (getattr(lm, "kwargs", None) or {}).get("max_tokens")
+        plans.append(
+            WorkerPlan(
+                shard.worker.name,
+                0,
+                len(predictors),
+                sum(prompts) / len(prompts) + demo_tokens,
+                min(_COMPLETION_TOKENS, limit or _COMPLETION_TOKENS),
+                _known_price(metering, shard.worker, lm),
+                max_concurrency=shard.worker.max_concurrency,
+                endpoint=endpoint_key(lm) if isinstance(lm, dspy.BaseLM) else "",
+                limits=RateLimits(
+                    shard.worker.requests_per_minute, shard.worker.tokens_per_minute, shard.worker.limiter
+                ),
+            )
+        )
+    rollouts = _affordable(metering.budget, plans) / len(plans)
+    return estimate_run([replace(plan, rollouts=rollouts) for plan in plans])
+
+
+def confirm(asked: Callable[[Estimate], bool] | None, expected: Estimate) -> None:
+    """Tell the user what the run may take, and let them refuse.
+
+    Raises:
+        ConfigurationError: refused; nothing was called.
+    """
+    logger.info("This compile may take %s.", expected)
+    if asked is not None and not asked(expected):
+        raise ConfigurationError(
+            f"refused by confirm=: the compile may take {expected}. Nothing was called; lower the budget, or confirm"
+        )
+
+
+def _affordable(budget: Budget, plans: Sequence[WorkerPlan]) -> float:
+    """Rollouts that every cap pays for; 0 where only time is capped."""
+    calls = sum(plan.calls_per_rollout for plan in plans) / len(plans)
+    tokens = sum(
+        plan.calls_per_rollout * (plan.prompt_tokens + plan.completion_tokens) for plan in plans
+    ) / len(plans)
+    found = [float(one) for one in (budget.metric_calls,) if one is not None]
+    if budget.lm_calls is not None:
+        found.append(budget.lm_calls / calls)
+    if budget.tokens is not None:
+        found.append(budget.tokens / tokens)
+    ones = [replace(plan, rollouts=1.0).dollars for plan in plans]
+    dollars = sum(one for one in ones if one is not None) / len(plans)
+    if budget.dollars is not None and dollars > 0:
+        found.append(budget.dollars / dollars)
+    return min(found, default=0.0)
+
+
+def _known_price(metering: Metering, worker: Worker, lm: Any) -> Price | None:
+    if not isinstance(lm, dspy.BaseLM):
+        return None
+    return Tariff(lm, worker.price or metering._price(lm)).worst
+
+
+def _prompt_tokens(adapter: Any, predictor: Any, example: dspy.Example) -> int:
+    fields = predictor.signature.input_fields
+    inputs = {name: example.get(name, "") for name in fields}
+    messages = adapter.format(signature=predictor.signature, demos=list(predictor.demos), inputs=inputs)
+    return rough_tokens(messages)

@@ -1,0 +1,178 @@
+"""Caps, limits, fallback and estimates of a whole compile, against a provider on a real socket."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Any
+
+import dspy
+import kit
+import pytest
+
+from asyndbt_dspy import AsynDBT, Budget, ConfigurationError, Estimate, Price, Worker
+from asyndbt_dspy.testing.provider import Call, Fault, Provider
+
+PRICE = Price(prompt=0.15, completion=0.6)
+PRICES = {"prompt_dollars_per_million": 0.15, "completion_dollars_per_million": 0.6}
+both_engines = pytest.mark.parametrize("engine", ["auto", "litellm"])
+
+
+def lm_on(provider: Provider, engine: str = "auto", **settings: Any) -> dspy.LM:
+    known = {"cache": False, "num_retries": 2, "max_tokens": 50, "timeout": 10, "api_key": "k", **settings}
+    return dspy.LM("openai/m", api_base=provider.url, engine=engine, **known)
+
+
+def workers_on(provider: Provider, engine: str = "auto", **options: Any) -> list[Worker]:
+    data = kit.examples(60)
+    return [
+        Worker(f"w{number}", data[30 * number : 30 * number + 30], lm=lm_on(provider, engine), **options)
+        for number in range(2)
+    ]
+
+
+def compiled(workers: list[Worker], budget: Budget, **options: Any) -> tuple[AsynDBT, dspy.Module]:
+    optimizer = AsynDBT(
+        kit.metric,
+        workers=workers,
+        budget=budget,
+        instructions={"self": [kit.MAGIC]},
+        progress=False,
+        **options,
+    )
+    return optimizer, optimizer.compile(dspy.Predict(kit.Sort))
+
+
+@both_engines
+def test_a_cap_on_lm_calls_holds_whatever_is_in_flight(engine: str) -> None:
+    with Provider(answer=kit.stairs(1)) as provider:
+        workers = workers_on(provider, engine, max_concurrency=32)
+        optimizer, program = compiled(workers, Budget(lm_calls=240))
+        assert 200 <= provider.attempts <= 240
+        assert sum(line["attempts"] for line in optimizer.result.spending.values()) == provider.attempts
+    assert program.signature.instructions == kit.MAGIC  # the best so far, raced with what was kept back
+    assert any(one.examples for one in optimizer.result.candidates)
+    assert "lm calls" in optimizer.result.stopped
+
+
+def test_a_cap_on_dollars_holds_to_a_thousandth_of_a_cent() -> None:
+    with Provider(answer=kit.stairs(1), **PRICES) as provider:
+        cap = 0.0015
+        optimizer, _ = compiled(workers_on(provider, max_concurrency=16, price=PRICE), Budget(dollars=cap))
+        billed = provider.dollars
+        assert Decimal(str(cap)) / 2 < billed <= Decimal(str(cap)) + Decimal("0.00001")
+        spent = sum(Decimal(line["dollars"]) for line in optimizer.result.spending.values())
+        assert spent == billed
+
+
+def test_what_was_refused_is_neither_a_score_nor_a_failure() -> None:
+    with Provider(answer=kit.stairs(1)) as provider:
+        optimizer, _ = compiled(workers_on(provider, max_concurrency=16), Budget(lm_calls=60))
+    assert all(not worker.set_aside and not worker.failed for worker in optimizer.result.workers)
+    assert sum(worker.calls for worker in optimizer.result.workers) == optimizer.result.metric_calls <= 60
+
+
+def test_a_budget_below_the_setup_returns_the_student() -> None:
+    with Provider(answer=kit.stairs(1)) as provider:
+        optimizer, program = compiled(workers_on(provider), Budget(lm_calls=1))
+        assert provider.attempts <= 1
+    assert program.signature.instructions == kit.Sort.instructions
+    assert optimizer.result.winner == "student"
+
+
+@both_engines
+def test_a_dead_key_is_left_out_and_the_next_one_answers(engine: str) -> None:
+    def fault(call: Call) -> Fault:
+        return Fault("status", status=401) if call.key == "dead" else Fault()
+
+    with Provider(answer=kit.stairs(1), fault=fault) as provider:
+        lms = [lm_on(provider, engine, api_key="dead"), lm_on(provider, engine, api_key="alive")]
+        worker = Worker("w", kit.examples(60), lm=lms)
+        optimizer, program = compiled([worker], Budget(metric_calls=120))
+        assert 1 <= len(provider.seen(key="dead")) <= 10
+    assert optimizer.result.metric_calls >= 100
+    assert not optimizer.result.workers[0].set_aside
+    assert program.signature.instructions == kit.MAGIC
+
+
+def test_a_straggler_is_hedged_on_the_next_lm_and_both_are_counted() -> None:
+    def fault(call: Call) -> Fault:
+        return Fault("slow", seconds=1.0) if call.key == "first" and call.number % 8 == 0 else Fault()
+
+    with Provider(answer=kit.stairs(1), fault=fault) as provider:
+        lms = [lm_on(provider, api_key="first"), lm_on(provider, api_key="second")]
+        worker = Worker("w", kit.examples(60), lm=lms, hedge_after_s=0.1)
+        optimizer, _ = compiled([worker], Budget(metric_calls=40))
+        assert provider.seen(key="second")
+        assert optimizer.result.spending["w"]["attempts"] == provider.attempts
+        assert provider.attempts > optimizer.result.metric_calls
+    assert optimizer.result.workers[0].missing == 0
+
+
+def test_the_estimate_comes_before_any_call_and_can_be_refused() -> None:
+    asked: list[Estimate] = []
+
+    def refuse(estimate: Estimate) -> bool:
+        asked.append(estimate)
+        return False
+
+    with Provider(answer=kit.stairs(1)) as provider:
+        with pytest.raises(
+            ConfigurationError, match=r"refused by confirm=.* 120 metric calls, about 120 LM calls"
+        ):
+            compiled(workers_on(provider, price=PRICE), Budget(metric_calls=120), confirm=refuse)
+        assert provider.attempts == 0
+    (estimate,) = asked
+    assert estimate.dollars is not None
+    assert 0 < estimate.dollars < 1
+    assert estimate.tokens > 120 * 50
+
+
+@pytest.mark.parametrize(
+    ("budget", "settings", "match"),
+    [
+        (Budget(tokens=1000), {"max_tokens": None}, "has no max_tokens"),
+        (Budget(dollars=1.0), {}, "has no known price"),
+    ],
+)
+def test_caps_that_cannot_be_kept_are_refused_before_any_call(
+    budget: Budget, settings: Any, match: str
+) -> None:
+    with Provider(answer=kit.stairs(1)) as provider:
+        worker = Worker("w", kit.examples(60), lm=lm_on(provider, **settings))
+        with pytest.raises(ConfigurationError, match=match):
+            compiled([worker], budget)
+        assert provider.attempts == 0
+
+
+def test_a_predictors_own_lm_is_counted_too_and_comes_back_as_it_was() -> None:
+    with Provider(answer=kit.stairs(1)) as provider:
+        own = lm_on(provider)
+        student = dspy.Predict(kit.Sort)
+        student.lm = own
+        optimizer = AsynDBT(kit.metric, workers=2, budget=Budget(lm_calls=60), progress=False)
+        program = optimizer.compile(student, trainset=kit.examples(60))
+        assert provider.attempts == sum(line["attempts"] for line in optimizer.result.spending.values())
+    assert program.lm is own
+    assert student.lm is own
+
+
+def test_workers_on_one_endpoint_share_its_rate_limit() -> None:
+    """Twelve requests a second for both together; the windows themselves are tested in tests/lms."""
+    with Provider(answer=kit.stairs(1)) as provider:
+        workers = workers_on(provider, max_concurrency=16, requests_per_minute=720)
+        compiled(workers, Budget(metric_calls=40))
+        assert provider.most_in_window(1.0) <= 2 * 12  # one full second at once, and one as it comes
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"requests_per_minute": 0}, "worker 'w': requests_per_minute=0 must be > 0"),
+        ({"hedge_after_s": -1}, "worker 'w': hedge_after_s=-1 must be > 0 seconds"),
+        ({"lm": []}, "worker 'w': lm is an empty list"),
+        ({"limiter": "none"}, "worker 'w': limiter='none'"),
+    ],
+)
+def test_a_workers_limits_are_checked(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigurationError, match=match):
+        Worker("w", kit.examples(4), **options)
