@@ -6,7 +6,7 @@ be chosen by itself: candidates are made, worked out and changed a few times (``
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
@@ -61,7 +61,7 @@ class CandidateSearch:
 
     def best(self, lower: Candidate, known: Sequence[Candidate], rng: np.random.Generator) -> Candidate:
         """The best candidate found under the posterior means."""
-        found = self._climb(lower, known, self.model.mean, {}, rng)
+        found = self._climb(lower, known, self.model.mean, _unmoved, rng)
         return min(found, key=found.__getitem__)
 
     def _climb(
@@ -69,7 +69,7 @@ class CandidateSearch:
         lower: Candidate,
         known: Sequence[Candidate],
         effects: FloatArray,
-        unmet: Mapping[str, float],
+        unmet: Callable[[str], float],
         rng: np.random.Generator,
     ) -> dict[Candidate, float]:
         found: dict[Candidate, float] = {}
@@ -117,7 +117,7 @@ class CandidateSearch:
         return int(free[int(rng.integers(len(free)))])
 
 
-class _Unmet(Mapping[str, float]):
+class _Unmet:
     """Effects of names that the model has not met, drawn from the prior when first asked for."""
 
     def __init__(self, model: EffectModel, rng: np.random.Generator, spread: float) -> None:
@@ -126,18 +126,17 @@ class _Unmet(Mapping[str, float]):
         self._spread = spread
         self._drawn: dict[str, float] = {}
 
-    def __getitem__(self, name: str) -> float:
+    def __call__(self, name: str) -> float:
+        if name.startswith("set:"):
+            # A set's own effect would make every new set look better for being new.
+            return 0.0
         if name not in self._drawn:
             deviation = self._spread * self._model.prior_variance(name) ** 0.5
             self._drawn[name] = float(self._rng.normal(0.0, deviation))
         return self._drawn[name]
 
-    def __contains__(self, name: object) -> bool:
-        # A set's own effect would make every new set look better for being new.
-        return not str(name).startswith("set:")
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._drawn)
-
-    def __len__(self) -> int:
-        return len(self._drawn)
+def _unmoved(name: str) -> float:
+    """The prior's mean: what has not been met changes nothing."""
+    del name
+    return 0.0

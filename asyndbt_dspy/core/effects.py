@@ -14,7 +14,7 @@ inference): its posterior divided by its cavity. Factors add up; a later factor 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -277,13 +277,13 @@ class EffectModel:
         return float(self.mean[places] @ weights), max(variance, 0.0) ** 0.5
 
     def worths(
-        self, candidates: Sequence[Candidate], effects: FloatArray, unmet: Mapping[str, float]
+        self, candidates: Sequence[Candidate], effects: FloatArray, unmet: Callable[[str], float]
     ) -> list[float]:
         """Each candidate's effect on the loss under one setting of the parameters.
 
         Args:
             effects: Shape ``[P]``: ``mean``, or a draw of ``sample``.
-            unmet: Effects of names that the model has not met; others count as zero.
+            unmet: The effect of a name that the model has not met.
         """
         found = []
         for candidate in candidates:
@@ -292,8 +292,8 @@ class EffectModel:
                 place = self.names.get(name)
                 if place is not None and place < len(effects):
                     total += weight * float(effects[place])
-                elif name in unmet:
-                    total += weight * unmet[name]
+                else:
+                    total += weight * unmet(name)
             found.append(total)
         return found
 

@@ -110,7 +110,13 @@ def _spoilt(name: str, value: Any, is_request: bool) -> list[Any]:
         wrong = [None, value[:-1], (*value, ()), _filled(value, 2.0j), _filled(value, float("nan"))]
         return [*wrong, _filled(value, 2.0)] if name == "soft_scores" else wrong
     if name == "outcomes":
-        bad = (None, Outcome(float("inf")), Outcome(1.0, -0.1), Outcome(1.0, float("nan")))
+        bad = (
+            None,
+            Outcome(float("inf")),
+            Outcome(1.0, -0.1),
+            Outcome(1.0, float("nan")),
+            Outcome(1.0, 0.1, float("nan")),
+        )
         return [None, value[:-1], (*value, ()), *(_filled(value, one) for one in bad)]
     return [None, "x", (*value, None), (*value, -1)] if isinstance(value, tuple) else []
 
