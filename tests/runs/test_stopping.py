@@ -25,6 +25,14 @@ def json_prompts() -> Any:
         yield
 
 
+@pytest.fixture(autouse=True)
+def a_terminal() -> Any:
+    """Shells start jobs in the background with SIGINT ignored, and Python leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Interrupted(Asked):
     """A script that is interrupted when it is asked for the n-th time."""
 
@@ -186,3 +194,10 @@ def test_a_handler_of_the_program_and_other_threads_are_left_alone() -> None:
 def test_before_there_is_anything_to_stop_ctrl_c_is_ctrl_c() -> None:
     with pytest.raises(KeyboardInterrupt), stopped_by_interrupt(lambda: False):
         press_ctrl_c()
+
+
+def test_a_job_in_the_background_goes_on_ignoring_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with stopped_by_interrupt(lambda: pytest.fail("nobody asked")):
+        press_ctrl_c()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
