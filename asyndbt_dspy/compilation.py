@@ -62,6 +62,8 @@ async def prepare(
     config = preparation.resolve(
         optimizer.config, len(workers), optimizer.active_workers, optimizer.max_staleness
     )
+    if optimizer.deterministic:  # speeds are none of its business
+        config = dataclasses.replace(config, balance=False)
     needs_pool = optimizer.options.mode != "instructions"
     shards = preparation.split_shards(
         workers, valset, student, config, needs_pool=needs_pool, seed=optimizer.seed

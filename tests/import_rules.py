@@ -15,7 +15,14 @@ from pathlib import Path
 
 ERRORS = "asyndbt_dspy.errors"
 PUBLIC = frozenset(
-    {"asyndbt_dspy", ERRORS, "asyndbt_dspy.deploy", "asyndbt_dspy.lms.local", "asyndbt_dspy.testing"}
+    {
+        "asyndbt_dspy",
+        ERRORS,
+        "asyndbt_dspy.deploy",
+        "asyndbt_dspy.lms.local",
+        "asyndbt_dspy.simulation",
+        "asyndbt_dspy.testing",
+    }
 )
 ANY = frozenset({"*"})
 CORE = "asyndbt_dspy.core"
@@ -60,6 +67,9 @@ PARTS = {
     "asyndbt_dspy.deploy": _part(CORE, libraries=DSPY),
     "asyndbt_dspy.runs": _part(CORE, libraries="tqdm filelock"),
     "asyndbt_dspy.runs.report": _part("asyndbt_dspy.runs", CORE, libraries="jinja2 matplotlib"),
+    "asyndbt_dspy.simulation": _part(
+        "asyndbt_dspy.runs", "asyndbt_dspy.testing", "asyndbt_dspy.engines", CORE, libraries="numpy"
+    ),
     "asyndbt_dspy.testing": _part(CORE, "asyndbt_dspy.engines.protocols", libraries="numpy"),
     "asyndbt_dspy.optimizer": WHOLE_PACKAGE,
     "asyndbt_dspy.compilation": WHOLE_PACKAGE,

@@ -24,6 +24,9 @@ class AlgorithmConfig:
     Attributes:
         active_workers: S >= 1. The server updates once so many workers have answered.
         max_staleness: tau >= 1. A message is at most ``tau - 1`` updates of z late; 1 is synchronous.
+        keep_busy: A worker whose answer makes no update yet goes on with its next minibatch from the same z, at most tau
+            times, instead of waiting for others [O 7.2].
+        balance: Where workers are known to be slow, search and race do not wait for what these have not begun [O 6].
         iterations: T >= 1, the largest number of server iterations.
         loss: What a rollout teaches where the LM reports a distribution over the answers. ``margin``: clipped margin of
             the right answer and the metric [O 7.13]. ``cross_entropy``: of the right answer. Elsewhere ``1 - score``.
@@ -78,6 +81,8 @@ class AlgorithmConfig:
 
     active_workers: int = 1
     max_staleness: int = 15
+    keep_busy: bool = False
+    balance: bool = True
     iterations: int = 10_000
     loss: Literal["margin", "cross_entropy"] = "margin"
     draws: int = 2
@@ -187,6 +192,7 @@ DEFAULT = AlgorithmConfig()
 """Our improvements on. What a user gets."""
 
 PAPER = AlgorithmConfig(
+    balance=False,
     loss="cross_entropy",
     draws=4,
     minibatch=4,

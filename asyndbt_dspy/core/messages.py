@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,8 @@ from asyndbt_dspy.core.simplex import FloatArray
 from asyndbt_dspy.core.space import Candidate
 from asyndbt_dspy.errors import ProtocolError
 
-FORMAT = 1
-"""Version of the codec. A decoder reads its own and older formats."""
+FORMAT = 2
+"""Version of the codec. A decoder reads its own and older formats; what an older one can say is still said in it."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class StepRequest:
         plane_push_upper: ``sum_l lambda_l d_l[v]``, shape ``[Q_v]``.
         effects: What the other workers learned, shape ``[2, shared]`` (``[2, 0]`` if nothing is exchanged).
         staleness: Updates of z by which this worker's previous message was late.
+        repeat: 0 for the first step from this version's z, then 1, 2, ….
     """
 
     worker: str
@@ -53,6 +54,7 @@ class StepRequest:
     plane_push_upper: FloatArray
     effects: FloatArray
     staleness: int = 0
+    repeat: int = field(default=0, metadata={"since": 2})
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class StepReply:
     """One step's result.
 
     Attributes:
-        version: That of the request it answers.
+        version, repeat: Those of the request it answers.
         lower: p[v], shape ``[D]``.
         upper: q[v], shape ``[Q_v]`` where planes carry the q-part, else ``None``: q stays with its worker.
         gradient: Lower-level estimate for the server's rounds, shape ``[D]``.
@@ -85,6 +87,7 @@ class StepReply:
     calls: int
     missing: int
     loss: float
+    repeat: int = field(default=0, metadata={"since": 2})
 
 
 @dataclass(frozen=True)
@@ -257,18 +260,31 @@ _CODEC = {
 
 
 def encode(message: Any) -> Any:
-    """Plain strict JSON data: ``{"format": 1, "type": …, …}``.
+    """Plain strict JSON data: ``{"format": …, "type": …, …}``.
 
     Dataclasses become ``{"type": …, …}``, arrays ``{"array": …, "shape": …}``, tuples lists, and numbers that are not
-    finite ``{"float": "nan"}``.
+    finite ``{"float": "nan"}``. A field that came with a later format is left out while it holds its default.
     """
-    return {"format": FORMAT, **_encode(message)}
+    return {"format": max(map(_since, _said(message))), **_encode(message)}
+
+
+def _said(message: Any) -> list[dataclasses.Field[Any]]:
+    """Fields that must be written."""
+    fields = dataclasses.fields(message)
+    return [one for one in fields if "since" not in one.metadata or getattr(message, one.name) != one.default]
+
+
+def _since(one: dataclasses.Field[Any]) -> int:
+    """The format that a field came with."""
+    return int(one.metadata.get("since", 1))
 
 
 def _encode(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: _encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"type": type(value).__name__, **fields}
+        return {
+            "type": type(value).__name__,
+            **{one.name: _encode(getattr(value, one.name)) for one in _said(value)},
+        }
     if isinstance(value, np.ndarray):
         return {"array": [_encode(item) for item in value.ravel().tolist()], "shape": list(value.shape)}
     if isinstance(value, tuple):

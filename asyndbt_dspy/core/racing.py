@@ -3,6 +3,9 @@
 Every candidate of a heat meets the same examples, so that differences are paired and an example's difficulty cancels.
 The student runs in every heat and is returned unless something beats it. Examples stay with the workers that hold them;
 a heat closes without its stragglers once three quarters of its examples are in, and late results still count.
+
+Work goes where it is done soonest: a slow worker gets a smaller part of a heat, and the last heat leaves out what only
+slow workers have not begun, a quarter of it at most.
 """
 
 from __future__ import annotations
@@ -59,6 +62,7 @@ class RaceState:
         holdings: Held-out examples per worker.
         calls: Rollouts the race may spend.
         chunk: Largest number of rollouts per unit of work.
+        speeds: Worker -> rollouts per second in units of the usual worker's; default 1. Less than 1: slow.
     """
 
     def __init__(
@@ -69,9 +73,11 @@ class RaceState:
         calls: int,
         config: AlgorithmConfig,
         chunk: int = 48,
+        speeds: Mapping[str, float] | None = None,
     ) -> None:
         self.config = config
         self.chunk = chunk
+        self.speeds = dict.fromkeys(holdings, 1.0) | dict(speeds or {})
         # In the order of the numbers: whoever numbers the examples mixes them, and may balance every beginning.
         self.unused = {name: list(range(count)) for name, count in holdings.items()}
         examples = sum(holdings.values())
@@ -102,7 +108,7 @@ class RaceState:
             self.done = not self.outstanding  # what is paid for is waited for
             return
         self.heat += 1
-        self.quota = _apportion(left, size)
+        self.quota = _apportion(left, size, self.speeds)
         self._heat_size = size
         self._heat_units = {}
 
@@ -159,8 +165,13 @@ class RaceState:
         waiting += sum(self.quota.values())
         if waiting > (1.0 - _QUORUM) * self._heat_size:
             return
-        if not waiting or not self._is_last_heat():
+        if not self._is_last_heat() or not waiting:
             self._halve()
+            return
+        unbegun = [name for name, count in self.quota.items() if count]
+        if unbegun and all(self.speeds[name] < 1.0 for name in unbegun):
+            self.quota = {}
+            self._last_units, self.done = True, not self.outstanding
 
     def _is_last_heat(self) -> bool:
         return len(self.running) <= 2
@@ -233,13 +244,26 @@ def _standard_error(values: FloatArray) -> float:
     return math.sqrt(spread / len(values))
 
 
-def _apportion(holdings: Mapping[str, int], total: int) -> dict[str, int]:
-    """Split ``total`` over workers in proportion to what they hold (largest remainders, ties to the earlier worker)."""
-    whole = sum(holdings.values())
-    exact = {name: total * count / whole for name, count in holdings.items()}
-    shares = {name: min(holdings[name], int(value)) for name, value in exact.items()}
-    order = sorted(holdings, key=lambda name: shares[name] - exact[name])
-    for name in order * 2:
-        if sum(shares.values()) < total and shares[name] < holdings[name]:
+def _apportion(holdings: Mapping[str, int], total: int, speeds: Mapping[str, float]) -> dict[str, int]:
+    """Split ``total`` over workers in proportion to what they hold and to their speeds, never more than they hold.
+
+    Largest remainders, ties to the earlier worker; what is full leaves its surplus to the others.
+    """
+    weights = {name: count * speeds[name] for name, count in holdings.items()}
+    full: dict[str, int] = {}
+    while True:
+        left, whole = total - sum(full.values()), sum(weights.values())
+        exact = {name: left * weight / whole for name, weight in weights.items()}
+        over = [name for name, value in exact.items() if value > holdings[name]]
+        if not over:
+            break
+        for name in over:
+            full[name] = holdings[name]
+            del weights[name]
+    shares = {name: full.get(name, int(exact.get(name, 0.0))) for name in holdings}
+    left = total - sum(shares.values())
+    for name in sorted(exact, key=lambda name: shares[name] - exact[name]) * 2:
+        if left and shares[name] < holdings[name]:
             shares[name] += 1
+            left -= 1
     return shares

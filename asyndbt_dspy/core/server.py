@@ -21,7 +21,6 @@ with ``ProtocolError`` and change nothing. Sums run in worker order, never in or
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -31,6 +30,7 @@ from asyndbt_dspy.core.config import AlgorithmConfig
 from asyndbt_dspy.core.consensus import update_consensus, update_duals
 from asyndbt_dspy.core.decoding import decode, finalists, merge_factors, safest
 from asyndbt_dspy.core.effects import EffectKeys
+from asyndbt_dspy.core.final import kept_back, learned, open_race
 from asyndbt_dspy.core.lower_level import LowerEstimate, Surrogate, buffered_estimate
 from asyndbt_dspy.core.messages import (
     Finish,
@@ -46,8 +46,11 @@ from asyndbt_dspy.core.messages import (
     Wait,
     WorkerLost,
 )
+from asyndbt_dspy.core.pacing import Paces
 from asyndbt_dspy.core.policies import Nomination, WorkerSpace
 from asyndbt_dspy.core.racing import RaceState
+from asyndbt_dspy.core.roster import Member as Member
+from asyndbt_dspy.core.roster import Roster
 from asyndbt_dspy.core.rounds import BarrierRounds
 from asyndbt_dspy.core.simplex import FloatArray, Layout
 from asyndbt_dspy.core.snapshots import snapshot
@@ -59,23 +62,6 @@ _FREE_STEPS = 4
 """Steps in a row of every worker that cost no call: a small space can be exhausted before the budget is."""
 
 Phase = Literal["search", "rounds", "race", "finished"]
-
-
-@dataclass(frozen=True)
-class Member:
-    """What the server knows of a worker before the start.
-
-    Attributes:
-        name: Unique.
-        allowed: Per upper-level block the arms this worker may draw (numbers, no texts).
-        held_out: Number of its examples for the final race.
-        step_calls: Rollouts of one of its steps; ``None``: draws times minibatch.
-    """
-
-    name: str
-    allowed: tuple[tuple[int, ...], ...]
-    held_out: int = 0
-    step_calls: int | None = None
 
 
 class ServerState:
@@ -129,24 +115,18 @@ class ServerState:
         self.finish_reason = ""
         self.winner: Candidate = space.student
         self.staleness = [0] * count
-        self.outstanding: dict[int, int] = {}
+        self.roster = Roster(count)
+        self.paces = Paces(count, config)
         self.arrived: dict[int, StepReply] = {}
         self.in_race: set[int] = set()
         self.calls_spent = 0
-        self.race_calls = self._race_calls(calls)
+        self.race_calls = kept_back(config, self.members, calls)
         self.calls_left = None if calls is None else calls - self.race_calls
         self._calm = 0
         self._free_steps = [0] * count
         self._rounds: BarrierRounds | None = None
         self._started = False
         self._stop_reason = ""
-
-    def _race_calls(self, calls: int | None) -> int:
-        examples = sum(member.held_out for member in self.members)
-        whole = (self.config.race_candidates + 1) * examples
-        if not self.config.race:
-            return 0
-        return whole if calls is None else min(whole, int(calls * self.config.race_fraction))
 
     # ------------------------------------------------------------------ events
 
@@ -199,7 +179,8 @@ class ServerState:
             )
         check_step_reply(self, number, reply)
         late = self.version - reply.version
-        del self.outstanding[number]
+        self.roster.take_back(number)
+        self.paces.take_back(number, self.step_calls(number))
         self._settle(number, reply.calls)
         self._free_steps[number] = 0 if reply.calls else self._free_steps[number] + 1
         self.nominations[number] = reply.nominations
@@ -209,7 +190,7 @@ class ServerState:
         self.arrived[number] = reply
         if self._rounds is not None:
             return self._send_round([number])
-        return self._advance()
+        return (not self._may_iterate() and self._send_further(number, reply)) or self._advance()
 
     def _settle(self, number: int, calls: int) -> None:
         self.calls_spent += calls
@@ -223,26 +204,37 @@ class ServerState:
 
     # -------------------------------------------------------------- iterations
 
+    @property
+    def outstanding(self) -> dict[int, int]:
+        """Worker -> version of the step it has under way."""
+        return self.roster.outstanding
+
     def _alive(self) -> list[int]:
-        return [number for number in range(len(self.members)) if self.live[number]]
+        return self.roster.living
 
     def _may_iterate(self) -> bool:
         needed = min(self.config.active_workers, len(self._alive()))
         # When nobody is busy any more, those that answered are all there will be.
-        if not self.arrived or (len(self.arrived) < needed and self.outstanding):
+        if not self.arrived or (len(self.arrived) < needed and not self._is_over_but_for_slow_ones()):
             return False
-        limit = self.config.max_staleness - 1
-        return all(self.version + 1 - sent <= limit for sent in self.outstanding.values())
+        return self.version + 1 - self.roster.oldest(self.version + 1) <= self.config.max_staleness - 1
+
+    def _is_over_but_for_slow_ones(self) -> bool:
+        """The budget is handed out, and who still works on it is slow: nobody waits for these."""
+        if not self.outstanding:
+            return True
+        return bool(self.roster.idle) and all(self.paces.speed(number) < 1.0 for number in self.outstanding)
 
     def _advance(self) -> list[Instruction]:
         if not self._may_iterate():
-            if not self.outstanding and not self.arrived:
+            if not self.arrived and self._is_over_but_for_slow_ones():
                 return self._end_search("the budget of the search is spent")
             return [Wait(f"{len(self.arrived)} of {self.config.active_workers} active workers have answered")]
         active = sorted(self.arrived)
         moved = self._iterate(active)
         self.version += 1
         self.arrived = {}
+        self.paces.refresh()
         if self._is_stationary(moved):
             return self._end_search(f"stationary: step norm {moved:.3g} <= {self.config.stationarity:g}")
         if self.version >= self.config.iterations:
@@ -258,14 +250,14 @@ class ServerState:
 
     def _continue(self, active: list[int]) -> list[Instruction]:
         """Requests to those that an empty budget had left idle (they waited longest), then to those that answered."""
-        busy = {*active, *self.outstanding, *self.arrived}
-        idle = [number for number in self._alive() if number not in busy]
-        sent = self._send_steps(idle + [number for number in active if self.live[number]])
+        answered = [number for number in active if self.live[number] and number not in self.outstanding]
+        sent = self._send_steps(sorted(self.roster.idle.difference(answered)) + answered)
         if self.arrived and (not sent or self._may_iterate()):  # answers that came in while rounds ran
             return [*sent, *self._advance()]
         if sent:
             return sent
-        if self.outstanding:  # what is paid for is waited for; it may also cost less than was set aside
+        # What is paid for is waited for; it may also cost less than was set aside.
+        if not self._is_over_but_for_slow_ones():
             return [Wait("the budget of the search is handed out; the last steps are under way")]
         return self._end_search("the budget of the search is spent")
 
@@ -278,7 +270,7 @@ class ServerState:
                 float(np.sum((reply.lower - self.p[number]) ** 2)) / max(self.config.lower_step, 1e-12) ** 2
             )
             self._store(number, reply)
-        rows = np.array(self._alive())
+        rows = np.flatnonzero(self.live)
         push = cuts.consensus_push(self.planes, self.layout)
         before = self.z
         self.z = update_consensus(self.layout, self.config, self.z, self.p[rows], self.duals[rows], push)
@@ -381,11 +373,21 @@ class ServerState:
         merged = merge_factors(self.config, self.factors, self.live) if numbers else self.factors[:0]
         for number in numbers:
             if self.calls_left is not None and self.calls_left < self.step_calls(number):
+                self.roster.idle.add(number)
                 continue
             self._reserve(number)
-            self.outstanding[number] = self.version
+            self.roster.hand_out(number, self.version)
+            self.paces.hand_out(number)
             sent.append(Send(self._step_request(number, merged)))
         return sent
+
+    def _send_further(self, number: int, reply: StepReply) -> list[Instruction]:
+        """The next minibatch for a worker that would wait for others, unless it costs nothing: then it never would end."""
+        if not (self.config.keep_busy and reply.calls):
+            return []
+        if reply.version == self.version and self.roster.repeats[number] + 1 >= self.config.max_staleness:
+            return []
+        return self._send_steps([number])
 
     def _step_request(self, number: int, merged: FloatArray) -> StepRequest:
         push, push_upper = cuts.pushes(self.planes, number, self.q_owner, self.layout, self.q_layouts[number])
@@ -398,6 +400,7 @@ class ServerState:
             plane_push_upper=push_upper,
             effects=merged[number] if len(merged) else np.zeros((2, 0)),
             staleness=self.staleness[number],
+            repeat=self.roster.repeats[number],
         )
 
     # ---------------------------------------------------------------- evictions
@@ -408,8 +411,9 @@ class ServerState:
         self.factors[number] = 0.0
         self.surrogates[number] = None
         self.in_race.discard(number)
+        self.paces.forget(number)
         asked = self._rounds is not None and self._rounds.lose(number)
-        if self.outstanding.pop(number, None) is not None or asked:
+        if self.roster.lose(number) or asked:
             self.calls_spent += self.step_calls(number)  # what was in flight counts as spent
         if self.race is not None:
             self.calls_spent += self.race.lose(self.members[number].name)
@@ -436,29 +440,18 @@ class ServerState:
 
     def finalists(self) -> tuple[Candidate, ...]:
         """Candidates for the race, most promising first, the student not among them."""
-        return tuple(one for one in finalists(*self._learned()) if one != self.space.student)
-
-    def _learned(self) -> tuple[Any, ...]:
-        """What decoding needs, of live workers in their order."""
-        alive = self._alive()
-        nominated = [self.nominations[number] for number in alive if number in self.nominations]
-        allowed = tuple(self.members[number].allowed for number in alive)
-        factors = self.factors[np.array(alive, dtype=np.int64)]
-        return self.space, self.config, self.keys, self.layout.argmax(self.z), nominated, factors, allowed
+        return tuple(one for one in finalists(*learned(self)) if one != self.space.student)
 
     def _end_search(self, reason: str) -> list[Instruction]:
         self.finish_reason = reason
         if not self.config.race:
-            self.winner = decode(*self._learned())
+            self.winner = decode(*learned(self))
             return self._finish(reason)
         challengers = self.finalists()
         if not challengers:
             return self._finish(reason)
-        holdings = {self.members[number].name: self.members[number].held_out for number in self._alive()}
         self.phase = "race"
-        # What a search that ended early did not spend goes to the race.
-        calls = self.race_calls + max(0, self.calls_left or 0)
-        self.race = RaceState(self.space.student, challengers, holdings, calls, self.config)
+        self.race = open_race(self, challengers)
         return self._race_on()
 
     def _race_reply(self, number: int, reply: RaceReply) -> list[Instruction]:

@@ -57,9 +57,13 @@ def check_config(names: Sequence[str], config: AlgorithmConfig, calls: int | Non
 def check_step_reply(server: ServerState, number: int, reply: StepReply) -> None:
     """Refuse a step that answers another request, is too late, or holds anything that is no point of its space."""
     sender = f"worker {reply.worker!r}"
-    sent = server.outstanding[number]
+    sent, repeat = server.outstanding[number], server.roster.repeats.get(number, 0)
     if reply.version != sent:
         raise ProtocolError(f"{sender} was sent version {sent} and answers version {reply.version}")
+    if reply.repeat != repeat:
+        raise ProtocolError(
+            f"{sender} was sent step {repeat} of version {sent} and answers step {reply.repeat}"
+        )
     late, limit = server.version - reply.version, server.config.max_staleness - 1
     if late > limit and server.phase != "race":
         raise ProtocolError(f"{sender} is {late} updates late; the bound is {limit}")
@@ -154,6 +158,7 @@ def _check_variables(worker: WorkerState, sender: str, request: StepRequest | Ro
         _check_array(sender, "rho", request.rho, (lower.length,))
         return
     _check_count(sender, "staleness", request.staleness)
+    _check_count(sender, "repeat", request.repeat)
     _check_array(sender, "duals", request.duals, (lower.length,))
     _check_array(sender, "plane_push", request.plane_push, (lower.length,))
     _check_array(sender, "plane_push_upper", request.plane_push_upper, (upper.length,))

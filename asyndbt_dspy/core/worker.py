@@ -10,7 +10,7 @@ scoring        Scored (its task)          Send(reply) -> idle
 any            Stop                       Wait -> stopped
 =============  =========================  ==========================================
 
-Requests come in one order: versions rise, the rounds of a version precede its step, the units of the race rise and
+Requests come in one order: versions rise, the rounds of a version precede its steps, the units of the race rise and
 follow everything else. Anything else raises ``ProtocolError`` and changes nothing.
 """
 
@@ -106,7 +106,7 @@ class WorkerState:
         self.q = spaces.upper.uniform()
         self.step = 0
         self.task = 0
-        self.last_order: tuple[float, ...] = (0, -1, 0)
+        self.last_order: tuple[float, ...] = (0, -1, 0, 0)
         self.stopped = False
         self._adam = (Adam(spaces.lower.length), Adam(spaces.upper.length))
         self._pending: StepRequest | RoundRequest | RaceRequest | None = None
@@ -163,10 +163,12 @@ class WorkerState:
         return [self._evaluate(self._batch.candidates, self._batch.examples, held_out=False)]
 
     def order_of(self, request: StepRequest | RoundRequest | RaceRequest) -> tuple[float, ...]:
-        """Rises from request to request: (race?, version or unit, round; infinite for a step)."""
+        """Rises from request to request: (race?, version or unit, round; infinite for a step, repeat)."""
         if isinstance(request, RaceRequest):
-            return (1, request.unit, 0)
-        return (0, request.version, request.number if isinstance(request, RoundRequest) else math.inf)
+            return (1, request.unit, 0, 0)
+        if isinstance(request, RoundRequest):
+            return (0, request.version, request.number, 0)
+        return (0, request.version, math.inf, request.repeat)
 
     def _evaluate(
         self, candidates: tuple[Any, ...], examples: tuple[tuple[int, ...], ...], held_out: bool
@@ -234,6 +236,7 @@ class WorkerState:
             calls=event.calls,
             missing=sum(one.score is None for row in event.outcomes for one in row),
             loss=float(answered.mean()) if answered.size else float("nan"),
+            repeat=request.repeat,
         )
 
     def _moved(

@@ -47,6 +47,7 @@ CONFIGS = {
     "paper_with_race": dataclasses.replace(
         PAPER, **SMALL, active_workers=2, max_staleness=2, plane_period=2, lower_rounds=2, race=True, race_fraction=0.4
     ),
+    "always_busy": dataclasses.replace(DEFAULT, **SMALL, active_workers=2, max_staleness=2, keep_busy=True),
     "rounds_every_time": dataclasses.replace(PAPER, **SMALL, max_staleness=4, plane_period=1, lower_rounds=1),
     "gradients_with_q": dataclasses.replace(
         DEFAULT, **SMALL, policy="score_function", hypergradient=True, max_staleness=2,

@@ -37,6 +37,8 @@ SWITCHES: dict[str, tuple[Any, dict[str, Any]]] = {
     "aggregator": ("sign", {}),
     "share_demos": (False, {"iterations": 3}),
     "race": (False, {}),
+    "keep_busy": (True, {"active_workers": 2}),
+    "balance": (False, {}),
     "race_soft": (0.0, {}),
     "loss": ("cross_entropy", {}),
     "exploration": (1.0, {}),

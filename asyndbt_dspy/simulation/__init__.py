@@ -1,0 +1,5 @@
+"""The shipped server and engine on a virtual clock, with made-up workers: what asynchrony gains, what a run would take."""
+
+from asyndbt_dspy.simulation.stragglers import Case, Outcome, run_case
+
+__all__ = ["Case", "Outcome", "run_case"]

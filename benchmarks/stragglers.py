@@ -1,0 +1,95 @@
+"""Asynchronous against synchronous workers of unequal speed, on a simulated clock; plane refreshes and race included.
+
+    python benchmarks/stragglers.py [--seeds 5] [--out FILE]
+
+Protocol: one log-normal delay (median 30 ms, sigma 1) per round trip, tau = 15, some workers four times slower, equal
+budgets of LM calls in all arms; S workers active against all of them (S = R, tau = 1) on the same problem. Ratios are
+means over seeds divided by each other: contributions (steps and race units that came back) per second of the whole run,
+rollouts per second, and seconds to one target loss under the consensus. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from asyndbt_dspy.simulation import Case, Outcome, run_case
+
+CASES = {
+    "(18,9,0)": (Case(18, 9), 2.9),
+    "(18,9,3)": (Case(18, 9, stragglers=3), 4.0),
+    "(24,12,3)": (Case(24, 12, stragglers=3), 4.0),
+    "(3,2,0)": (Case(3, 2), 1.4),
+    "(3,2,1)": (Case(3, 2, stragglers=1), 2.2),
+    "(18,9,0) waiting": (Case(18, 9, keep_busy=False), None),
+    "(18,9,3) waiting": (Case(18, 9, stragglers=3, keep_busy=False), None),
+    "(3,2,1) waiting": (Case(3, 2, stragglers=1, keep_busy=False), None),
+    "(3,1,1)": (Case(3, 1, stragglers=1), None),
+    "(18,9,0) equal delays": (Case(18, 9, sigma=0.0), None),
+    "(18,9,3) equal delays": (Case(18, 9, stragglers=3, sigma=0.0), None),
+    "(3,2,1) equal delays": (Case(3, 2, stragglers=1, sigma=0.0), None),
+    "(18,9,3) two drop out": (Case(18, 9, stragglers=3, lost=2), None),
+}
+"""(R, S, stragglers) and the ratio of contributions per second that it must reach."""
+
+
+def mean(runs: Sequence[Outcome], name: str) -> float:
+    return statistics.fmean(getattr(one, name) for one in runs)
+
+
+def compare(case: Case, seeds: int) -> dict[str, Any]:
+    fast = [run_case(case, seed, synchronous=False) for seed in range(seeds)]
+    slow = [run_case(case, seed, synchronous=True) for seed in range(seeds)]
+    return {
+        "contributions_ratio": round(mean(fast, "rate") / mean(slow, "rate"), 3),
+        "rollouts_ratio": round(mean(fast, "rollout_rate") / mean(slow, "rollout_rate"), 3),
+        "target_seconds_ratio": round(mean(fast, "target_s") / mean(slow, "target_s"), 3),
+        "asynchronous": summary(fast),
+        "synchronous": summary(slow),
+    }
+
+
+def summary(runs: Sequence[Outcome]) -> dict[str, Any]:
+    plain = [dataclasses.asdict(one) for one in runs]
+    names = (
+        "contributions",
+        "seconds",
+        "search_s",
+        "target_s",
+        "target_calls",
+        "mean_staleness",
+        "utilisation",
+    )
+    figures = {name: round(statistics.fmean(one[name] for one in plain), 3) for name in names}
+    return {
+        **figures,
+        "contributions_per_s": round(mean(runs, "rate"), 1),
+        "largest_staleness": max(one.largest_staleness for one in runs),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--out", type=pathlib.Path)
+    options = parser.parse_args()
+    arms = {}
+    for name, (case, needed) in CASES.items():
+        arms[name] = compare(case, options.seeds)
+        if needed is not None:
+            arms[name] |= {"needed": needed, "reached": arms[name]["contributions_ratio"] >= needed}
+    text = json.dumps({"benchmark": "stragglers", "seeds": options.seeds, "arms": arms})
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

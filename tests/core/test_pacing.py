@@ -1,0 +1,156 @@
+"""Who is slow, as the order of answers tells, and what follows from it for search and race."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from typing import Any
+
+import pytest
+
+from asyndbt_dspy.core.config import DEFAULT, AlgorithmConfig
+from asyndbt_dspy.core.messages import RaceReply, StepRequest
+from asyndbt_dspy.core.pacing import Paces
+from asyndbt_dspy.core.racing import RaceState
+from asyndbt_dspy.engines.meter import RunMeter
+from asyndbt_dspy.engines.protocols import Recorded, replay
+from asyndbt_dspy.engines.simulated import Delays, SimulatedEngine, lognormal_delays, work_delays
+from asyndbt_dspy.testing.toys import TableEvaluator, additive_score, small_machines
+
+THREE_OF_FOUR = dataclasses.replace(DEFAULT, active_workers=3)
+
+
+def observed(seconds: list[int], rounds: int = 40, config: AlgorithmConfig = THREE_OF_FOUR) -> Paces:
+    """Workers answer every so many ticks, each at once asked again."""
+    paces = Paces(len(seconds), config)
+    for number in range(len(seconds)):
+        paces.hand_out(number)
+    for tick in range(1, rounds + 1):
+        for number, every in enumerate(seconds):
+            if tick % every == 0:
+                paces.take_back(number, 6)
+                paces.hand_out(number)
+    paces.refresh()
+    return paces
+
+
+def test_the_slow_one_is_known_by_what_the_others_did_meanwhile() -> None:
+    paces = observed([1, 1, 1, 4])
+    assert [paces.speed(number) for number in range(3)] == [1.0, 1.0, 1.0]
+    assert paces.speed(3) == pytest.approx(1 / 4, rel=0.15)
+
+
+def test_a_little_slower_is_not_slow_and_two_answers_say_nothing() -> None:
+    assert observed([2, 2, 2, 3]).speed(3) == 1.0
+    assert observed([1, 1, 1, 8], rounds=20).speed(3) == 1.0
+    assert observed([1, 1, 1, 8], rounds=24).speed(3) < 0.2
+
+
+def test_who_is_gone_or_answers_unasked_counts_for_nothing() -> None:
+    paces = observed([1, 1, 1, 4])
+    paces.forget(3)
+    paces.take_back(3, 6)
+    assert paces.speed(3) == 1.0
+
+
+@pytest.mark.parametrize("changes", [{"active_workers": 4}, {"balance": False}])
+def test_nothing_is_noted_where_it_would_not_be_used(changes: dict[str, Any]) -> None:
+    assert observed([1, 1, 1, 4], config=dataclasses.replace(DEFAULT, **changes)).speed(3) == 1.0
+
+
+# --------------------------------------------------------------------------------------------------- the search
+
+
+def simulated(config: AlgorithmConfig, delays: Delays, workers: int = 5, calls: int = 900) -> Any:
+    def machines() -> Any:
+        return small_machines(config, workers=workers, calls=calls, examples=12, held_out=8)
+
+    server, states = machines()
+    meter, events = RunMeter(server), list[Recorded]()
+    engine = SimulatedEngine(delays)
+    asyncio.run(engine.run(server, states, TableEvaluator(additive_score), [meter, events.append]))
+    again, fresh = machines()
+    replay(events, again, fresh)
+    assert again.snapshot() == server.snapshot()
+    return server, meter, events
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nobody_waits_where_everybody_is_kept_busy(seed: int) -> None:
+    config = dataclasses.replace(DEFAULT, active_workers=3, max_staleness=4)
+    waiting = simulated(config, lognormal_delays(1.0, 1.0, seed, {"w4": 4.0}))[1]
+    server, busy, events = simulated(
+        dataclasses.replace(config, keep_busy=True), lognormal_delays(1.0, 1.0, seed, {"w4": 4.0})
+    )
+    assert busy.search_end_s < waiting.search_end_s
+    assert busy.utilisation > waiting.utilisation
+    assert 1 <= busy.largest_staleness <= 3
+    repeats = [one.event.repeat for one in events if isinstance(one.event, StepRequest)]
+    assert 1 <= max(repeats) <= 3
+    assert server.calls_spent <= 900
+
+
+def test_the_search_ends_while_a_slow_worker_still_has_a_step_under_way() -> None:
+    config = dataclasses.replace(DEFAULT, active_workers=2, max_staleness=60, policy="score_function")
+    delays = work_delays({"w4": 7.0})
+    fast = simulated(config, delays, calls=1600)[1]
+    slow = simulated(dataclasses.replace(config, balance=False), delays, calls=1600)[1]
+    assert fast.search_end_s < slow.search_end_s
+
+
+# --------------------------------------------------------------------------------------------------- the race
+
+
+def race(speeds: dict[str, float], calls: int = 96) -> RaceState:
+    holdings = dict.fromkeys(("a", "b", "c"), 24)
+    return RaceState(
+        (0,), [(1,)], holdings, calls, AlgorithmConfig(race_candidates=1), chunk=8, speeds=speeds
+    )
+
+
+def finish(state: RaceState, seconds: dict[str, float]) -> tuple[float, dict[str, int]]:
+    """Let workers take units until the race is over; returns when, and how many examples each scored."""
+    free, scored = dict.fromkeys(seconds, 0.0), dict.fromkeys(seconds, 0)
+    under_way: dict[str, Any] = {}
+    now = 0.0
+    while not state.done:
+        for worker in seconds:
+            unit = None if worker in under_way else state.assign(worker)
+            if unit is not None:
+                under_way[worker], free[worker] = unit, now + seconds[worker] * len(unit.examples)
+        worker = min(under_way, key=lambda one: free[one])
+        now, unit = free[worker], under_way.pop(worker)
+        scored[worker] += len(unit.examples)
+        rows = tuple(tuple(1.0 for _ in unit.examples) for _ in unit.candidates)
+        state.receive(RaceReply(worker, unit.unit, rows, rows, 2 * len(unit.examples)))
+    return now, scored
+
+
+def test_the_race_is_spread_by_speed() -> None:
+    slow = {"a": 1.0, "b": 1.0, "c": 8.0}
+    even, _ = finish(race({}), slow)
+    told, scored = finish(race({"c": 0.125}), slow)
+    assert (told, even) == (24.0, 128.0)
+    assert scored == {"a": 23, "b": 22, "c": 3}
+
+
+def test_who_holds_few_examples_leaves_its_surplus_to_the_others() -> None:
+    state = RaceState(
+        (0,), [(1,)], {"a": 4, "b": 40}, 64, AlgorithmConfig(race_candidates=1), speeds={"b": 0.01}
+    )
+    assert state.quota == {"a": 4, "b": 28}
+
+
+def test_the_race_does_not_wait_for_what_a_slow_worker_has_not_begun() -> None:
+    """c's step still runs when the race opens: a and b score their part, and that is enough."""
+    state = race({"c": 0.25})
+    scored = 0
+    for _ in range(20):
+        for worker in ("a", "b"):
+            unit = state.assign(worker)
+            if unit is not None:
+                rows = tuple(tuple(1.0 for _ in unit.examples) for _ in unit.candidates)
+                state.receive(RaceReply(worker, unit.unit, rows, rows, 2 * len(unit.examples)))
+                scored += len(unit.examples)
+    assert state.done
+    assert scored == 42
