@@ -16,6 +16,7 @@ from asyndbt_dspy.core.policies import WorkerSpace
 from asyndbt_dspy.core.server import ServerState
 from asyndbt_dspy.core.validation import check_config
 from asyndbt_dspy.core.worker import WorkerState
+from asyndbt_dspy.engines.meter import RunMeter
 from asyndbt_dspy.engines.protocols import Engine, Recorded, ResumableEngine
 from asyndbt_dspy.errors import BudgetExceededError
 from asyndbt_dspy.metering import PROPOSER, Metering, confirm, estimate
@@ -273,10 +274,11 @@ class Run:
         self.recorder = book if isinstance(book, RunRecorder) else None
         self.recorded: list[Recorded] = []
         self.curve = CurveRecorder(server)
+        self.meter = RunMeter(server)
         self.bar = ProgressBar(server, optimizer.budget.metric_calls, spent) if optimizer.progress else None
 
     async def search(self) -> None:
-        observers: list[Any] = [self.recorded.append, self.curve]
+        observers: list[Any] = [self.recorded.append, self.curve, self.meter]
         if self.bar is not None:
             observers.append(self.bar)
         engine = self.optimizer.make_engine()
@@ -346,6 +348,7 @@ class Run:
             self.workers,
             self.evaluator,
             self.curve,
+            self.meter,
             self.recorded,
             seconds=time.perf_counter() - self.started,
             settings=settings,

@@ -10,6 +10,7 @@ from asyndbt_dspy.core.messages import WorkerLost
 from asyndbt_dspy.core.racing import Standing
 from asyndbt_dspy.core.server import ServerState
 from asyndbt_dspy.core.worker import WorkerState
+from asyndbt_dspy.engines.meter import RunMeter
 from asyndbt_dspy.engines.protocols import Recorded
 from asyndbt_dspy.programs.evaluator import ProgramEvaluator
 from asyndbt_dspy.programs.slots import ProgramSpace
@@ -23,6 +24,7 @@ def make_result(
     workers: Sequence[WorkerState],
     evaluator: ProgramEvaluator,
     curve: CurveRecorder,
+    meter: RunMeter,
     recorded: Sequence[Recorded],
     *,
     seconds: float,
@@ -42,6 +44,9 @@ def make_result(
         workers=_workers(workers, evaluator, curve, recorded),
         metric_calls=sum(use.calls for use in evaluator.uses.values()),
         seconds=seconds,
+        utilisation=meter.utilisation,
+        largest_staleness=meter.largest_staleness,
+        mean_staleness=meter.mean_staleness,
         settings=settings,
         spending=spending,
     )

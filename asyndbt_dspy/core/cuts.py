@@ -174,11 +174,11 @@ def pushes(
 ) -> tuple[FloatArray, FloatArray]:
     """``sum_l lambda_l a_l[v]`` and ``sum_l lambda_l d_l[v]`` of worker ``number``, shapes ``[D]`` and ``[Q_v]``."""
     push, push_upper = np.zeros(lower.length), np.zeros(upper.length)
-    mine = q_owner == number
+    mine = np.flatnonzero(q_owner == number) if len(q_owner) else q_owner.astype(np.int64)
     for plane in planes:
         if plane.multiplier:
             push = push + plane.multiplier * plane.a[number]
-            if mine.any():
+            if len(mine):
                 push_upper = push_upper + plane.multiplier * plane.d[mine]
     return push, push_upper
 

@@ -34,15 +34,22 @@ def pool_factors(config: AlgorithmConfig, factors: FloatArray) -> FloatArray:
     return total
 
 
-def merge_factors(config: AlgorithmConfig, factors: FloatArray, live: FloatArray) -> FloatArray:
-    """For each worker the pooled factors of all *other* live workers, times ``effect_trust``; shape ``[R, 2, K]``."""
-    if not factors.shape[2]:
-        return factors
-    masked = factors * live[:, None, None]
+def merge_factors(
+    config: AlgorithmConfig, factors: FloatArray, live: FloatArray, numbers: Sequence[int]
+) -> FloatArray:
+    """For each of the workers ``numbers`` the pooled factors of all *other* live workers, times ``effect_trust``.
+
+    Returns:
+        Shape ``[len(numbers), 2, K]``.
+    """
+    own = factors[np.asarray(numbers, dtype=np.int64)]
+    if not factors.shape[2] or not len(own):
+        return own
+    masked = factors if live.all() else factors * live[:, None, None]
     if config.aggregator in ("median", "trimmed_mean"):
-        others = [pool_factors(config, np.delete(masked, number, axis=0)) for number in range(len(factors))]
+        others = [pool_factors(config, np.delete(masked, number, axis=0)) for number in numbers]
         return np.stack(others) * config.effect_trust
-    merged = (masked.sum(axis=0)[None] - masked) * config.effect_trust
+    merged = (masked.sum(axis=0)[None] - own) * config.effect_trust
     # What is left of a sum minus its only term is rounding, not knowledge.
     return np.where(merged[:, :1] > 1e-9, merged, 0.0)
 

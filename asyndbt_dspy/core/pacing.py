@@ -12,7 +12,6 @@ import math
 import numpy as np
 
 from asyndbt_dspy.core.config import AlgorithmConfig
-from asyndbt_dspy.core.simplex import FloatArray
 
 _MEMORY = 0.9
 """Weight of the past in a smoothed pace, once there is as much of it."""
@@ -35,8 +34,8 @@ class Paces:
         self.noted = config.balance and config.active_workers < count
         self._work = 0
         self._begun: dict[int, int] = {}
-        self._log_pace: FloatArray = np.zeros(count)
-        self._answers = np.zeros(count, dtype=np.int64)
+        self._log_pace = [0.0] * count
+        self._answers = [0] * count
         self._median = 0.0
 
     def hand_out(self, number: int) -> None:
@@ -52,7 +51,7 @@ class Paces:
         self._work += rollouts
         pace = math.log((self._work - begun) / rollouts)
         self._answers[number] += 1
-        past = min(_MEMORY, 1.0 - 1.0 / float(self._answers[number]))
+        past = min(_MEMORY, 1.0 - 1.0 / self._answers[number])
         self._log_pace[number] = past * self._log_pace[number] + (1.0 - past) * pace
 
     def forget(self, number: int) -> None:
@@ -63,12 +62,14 @@ class Paces:
     def refresh(self) -> None:
         """Take the median anew: once per update, so that a message costs the same however many workers there are."""
         if self.noted:
-            known = self._log_pace[self._answers >= _FEWEST]
-            self._median = float(np.median(known)) if len(known) else 0.0
+            known = [
+                pace for pace, count in zip(self._log_pace, self._answers, strict=True) if count >= _FEWEST
+            ]
+            self._median = float(np.median(known)) if known else 0.0
 
     def speed(self, number: int) -> float:
         """Rollouts per second in units of the median worker's, in (0, 1/2]; 1 for who is not slow or not known."""
         if self._answers[number] < _FEWEST:
             return 1.0
-        relative = math.exp(self._median - float(self._log_pace[number]))
+        relative = math.exp(self._median - self._log_pace[number])
         return relative if relative <= _SLOW else 1.0

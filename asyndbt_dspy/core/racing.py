@@ -93,6 +93,8 @@ class RaceState:
         self.quota: dict[str, int] = {}
         self.units = 0
         self.done = False
+        self._quota_left = 0  # examples of the heat that nobody has begun
+        self._under_way = 0  # examples of the heat that are out
         self._heat_units: dict[int, int] = {}
         self._heat_size = 0
         self._last_units = False
@@ -108,7 +110,9 @@ class RaceState:
             self.done = not self.outstanding  # what is paid for is waited for
             return
         self.heat += 1
-        self.quota = _apportion(left, size, self.speeds)
+        shares = _apportion(left, size, self.speeds)
+        self.quota = {name: share for name, share in shares.items() if share}
+        self._quota_left, self._under_way = size, 0
         self._heat_size = size
         self._heat_units = {}
 
@@ -121,6 +125,10 @@ class RaceState:
         examples = tuple(self.unused[worker][:count])
         self.unused[worker] = self.unused[worker][count:]
         self.quota[worker] -= count
+        if not self.quota[worker]:
+            del self.quota[worker]
+        self._quota_left -= count
+        self._under_way += count
         self.calls_left -= count * len(self.running)
         self.units += 1
         request = RaceRequest(
@@ -141,6 +149,7 @@ class RaceState:
             raise ProtocolError(f"worker {reply.worker!r} has no race unit {reply.unit} in hand")
         check_race_reply(request, reply)
         del self.outstanding[reply.unit]
+        self._under_way -= self._heat_units.pop(reply.unit, 0)
         self.calls_left += len(request.candidates) * len(request.examples) - reply.calls
         for candidate, scores, soft in zip(request.candidates, reply.scores, reply.soft_scores, strict=True):
             number = self.candidates.index(candidate)
@@ -152,7 +161,9 @@ class RaceState:
         """A worker is gone: its units and its examples leave the race. Returns the rollouts it had in hand."""
         held = [one for one in self.outstanding.values() if one.worker == worker]
         self.outstanding = {unit: one for unit, one in self.outstanding.items() if one.worker != worker}
-        self.quota.pop(worker, None)
+        lost = [unit for unit in self._heat_units if unit not in self.outstanding]
+        self._under_way -= sum(self._heat_units.pop(unit) for unit in lost)
+        self._quota_left -= self.quota.pop(worker, 0)
         self.unused.pop(worker, None)
         self._advance()
         return sum(len(one.candidates) * len(one.examples) for one in held)
@@ -161,16 +172,14 @@ class RaceState:
         if self._last_units:
             self.done = not self.outstanding
             return
-        waiting = sum(self._heat_units[unit] for unit in self.outstanding if unit in self._heat_units)
-        waiting += sum(self.quota.values())
+        waiting = self._under_way + self._quota_left
         if waiting > (1.0 - _QUORUM) * self._heat_size:
             return
         if not self._is_last_heat() or not waiting:
             self._halve()
             return
-        unbegun = [name for name, count in self.quota.items() if count]
-        if unbegun and all(self.speeds[name] < 1.0 for name in unbegun):
-            self.quota = {}
+        if self.quota and all(self.speeds[name] < 1.0 for name in self.quota):
+            self.quota, self._quota_left = {}, 0
             self._last_units, self.done = True, not self.outstanding
 
     def _is_last_heat(self) -> bool:
@@ -180,7 +189,7 @@ class RaceState:
         challengers = sorted(self.running[1:], key=lambda one: -self._paired(one)[0])
         keep = challengers if self._is_last_heat() else challengers[: math.ceil(len(challengers) / 2)]
         self.running = [0, *sorted(keep)]
-        self.quota = {}
+        self.quota, self._quota_left = {}, 0
         self._open_heat()
 
     def _value(self, result: tuple[float | None, float | None]) -> float:
@@ -190,16 +199,16 @@ class RaceState:
         weight = self.config.race_soft
         return score if soft is None else (1.0 - weight) * score + weight * soft
 
-    def _ordered(self) -> list[tuple[tuple[int, str, int], tuple[float | None, float | None]]]:
-        """Results in one order: sums must not depend on which arrived first."""
-        return sorted(self.results.items(), key=lambda item: item[0])
+    def _of(self, number: int) -> list[tuple[str, int]]:
+        """Worker and example of a candidate's results in one order: sums must not depend on which arrived first."""
+        return sorted((worker, example) for one, worker, example in self.results if one == number)
 
     def _paired(self, number: int) -> tuple[float, float]:
         """Mean and standard error of the difference to the student, over examples that both answered."""
         pairs = [
-            self._value(result) - self._value(self.results.get((0, worker, example), (None, None)))
-            for (one, worker, example), result in self._ordered()
-            if one == number
+            self._value(self.results[(number, *place)])
+            - self._value(self.results.get((0, *place), (None, None)))
+            for place in self._of(number)
         ]
         differences = np.array([pair for pair in pairs if math.isfinite(pair)])
         if not len(differences):
@@ -220,9 +229,8 @@ class RaceState:
         """The student first, then the challengers in the order they entered."""
         rows = []
         for number, candidate in enumerate(self.candidates):
-            scores = np.array(
-                [s for (one, _, _), (s, _) in self._ordered() if one == number and s is not None]
-            )
+            found = [self.results[(number, *place)][0] for place in self._of(number)]
+            scores = np.array([score for score in found if score is not None])
             mean = float(scores.mean()) if len(scores) else math.nan
             half = _INTERVAL_Z * _standard_error(scores)
             low, high = mean - half, mean + half

@@ -125,6 +125,7 @@ class ServerState:
         self._calm = 0
         self._free_steps = [0] * count
         self._rounds: BarrierRounds | None = None
+        self._least_step = min(self.step_calls(number) for number in range(count))
         self._started = False
         self._stop_reason = ""
 
@@ -185,12 +186,12 @@ class ServerState:
         self._free_steps[number] = 0 if reply.calls else self._free_steps[number] + 1
         self.nominations[number] = reply.nominations
         if self.phase == "race":
-            return self._race_on()
+            return self._race_on([number])
         self.staleness[number] = late
         self.arrived[number] = reply
         if self._rounds is not None:
             return self._send_round([number])
-        return (not self._may_iterate() and self._send_further(number, reply)) or self._advance()
+        return self._send_further(number, reply) or self._advance()
 
     def _settle(self, number: int, calls: int) -> None:
         self.calls_spent += calls
@@ -266,9 +267,11 @@ class ServerState:
         moved = 0.0
         for number in active:
             reply = self.arrived[number]
-            moved += (
-                float(np.sum((reply.lower - self.p[number]) ** 2)) / max(self.config.lower_step, 1e-12) ** 2
-            )
+            if self.config.stationarity:
+                moved += (
+                    float(np.sum((reply.lower - self.p[number]) ** 2))
+                    / max(self.config.lower_step, 1e-12) ** 2
+                )
             self._store(number, reply)
         rows = np.flatnonzero(self.live)
         push = cuts.consensus_push(self.planes, self.layout)
@@ -370,26 +373,29 @@ class ServerState:
     def _send_steps(self, numbers: list[int]) -> list[Instruction]:
         """Requests to these workers, as far as the budget of the search reaches."""
         sent: list[Instruction] = []
-        merged = merge_factors(self.config, self.factors, self.live) if numbers else self.factors[:0]
-        for number in numbers:
+        if self.calls_left is not None and self.calls_left < self._least_step:
+            self.roster.idle.update(numbers)
+            return sent
+        merged = merge_factors(self.config, self.factors, self.live, numbers)
+        for place, number in enumerate(numbers):
             if self.calls_left is not None and self.calls_left < self.step_calls(number):
                 self.roster.idle.add(number)
                 continue
             self._reserve(number)
             self.roster.hand_out(number, self.version)
             self.paces.hand_out(number)
-            sent.append(Send(self._step_request(number, merged)))
+            sent.append(Send(self._step_request(number, merged[place])))
         return sent
 
     def _send_further(self, number: int, reply: StepReply) -> list[Instruction]:
         """The next minibatch for a worker that would wait for others, unless it costs nothing: then it never would end."""
-        if not (self.config.keep_busy and reply.calls):
+        if not (self.config.keep_busy and reply.calls) or self._may_iterate():
             return []
         if reply.version == self.version and self.roster.repeats[number] + 1 >= self.config.max_staleness:
             return []
         return self._send_steps([number])
 
-    def _step_request(self, number: int, merged: FloatArray) -> StepRequest:
+    def _step_request(self, number: int, effects: FloatArray) -> StepRequest:
         push, push_upper = cuts.pushes(self.planes, number, self.q_owner, self.layout, self.q_layouts[number])
         return StepRequest(
             worker=self.members[number].name,
@@ -398,7 +404,7 @@ class ServerState:
             duals=self.duals[number].copy(),
             plane_push=push,
             plane_push_upper=push_upper,
-            effects=merged[number] if len(merged) else np.zeros((2, 0)),
+            effects=effects,
             staleness=self.staleness[number],
             repeat=self.roster.repeats[number],
         )
@@ -457,16 +463,18 @@ class ServerState:
     def _race_reply(self, number: int, reply: RaceReply) -> list[Instruction]:
         if self.race is None or number not in self.in_race:
             raise ProtocolError(f"worker {reply.worker!r} owes no race unit and sent unit {reply.unit}")
+        heat = self.race.heat
         self.race.receive(reply)
         self.calls_spent += reply.calls
         self.in_race.discard(number)
-        return self._race_on()
+        return self._race_on([number] if self.race.heat == heat else None)
 
-    def _race_on(self) -> list[Instruction]:
+    def _race_on(self, numbers: Sequence[int] | None = None) -> list[Instruction]:
+        """Units for those of ``numbers`` (``None``: of all workers) that have nothing in hand."""
         race = self.race
         assert race is not None  # only called once the race runs
         sent: list[Instruction] = []
-        for number in self._alive():
+        for number in self._alive() if numbers is None else numbers:
             if number not in self.outstanding and number not in self.in_race:
                 request = race.assign(self.members[number].name)
                 if request is not None:

@@ -124,6 +124,15 @@ class Space:
         """Per predictor the number of its order block, where it has one."""
         return {block.predictor: number for number, block in enumerate(self.blocks) if block.kind == "order"}
 
+    @functools.cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Arms of every block."""
+        return tuple(len(block.arms) for block in self.blocks)
+
+    @functools.cached_property
+    def _has_private_arms(self) -> bool:
+        return not all(arm.shared for block in self.blocks for arm in block.arms)
+
     @property
     def student(self) -> Candidate:
         """The candidate that changes nothing."""
@@ -131,6 +140,11 @@ class Space:
 
     def check(self, candidate: Sequence[int]) -> Candidate:
         """Return ``candidate`` as a tuple, or raise ``ConfigurationError`` naming the block that does not fit."""
+        sizes = self.sizes
+        if len(candidate) == len(sizes) and all(
+            type(arm) is int and 0 <= arm < size for arm, size in zip(candidate, sizes, strict=True)
+        ):
+            return tuple(candidate)
         if len(candidate) != len(self.blocks):
             raise ConfigurationError(f"a candidate has {len(self.blocks)} arms here, got {len(candidate)}")
         for arm, block in zip(candidate, self.blocks, strict=True):
@@ -140,7 +154,9 @@ class Space:
 
     def is_shared(self, candidate: Candidate) -> bool:
         """Whether every arm of ``candidate`` may leave its home worker."""
-        return all(block.arms[arm].shared for arm, block in zip(candidate, self.blocks, strict=True))
+        return not self._has_private_arms or all(
+            block.arms[arm].shared for arm, block in zip(candidate, self.blocks, strict=True)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -6,6 +6,7 @@ All functions raise ``ProtocolError`` that names the field, what it holds and wh
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ def check_config(names: Sequence[str], config: AlgorithmConfig, calls: int | Non
     """Refuse settings that cannot work with these workers (``ConfigurationError``)."""
     if not names:
         raise ConfigurationError("0 workers; give at least one")
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise ConfigurationError(f"worker names must be unique; used twice: {twice}; rename one of each")
     if config.active_workers > len(names):
@@ -213,7 +214,7 @@ def _check_distribution(sender: str, name: str, layout: Layout, values: Any) -> 
 def _check_array(sender: str, name: str, values: Any, shape: tuple[int, ...]) -> None:
     if not isinstance(values, np.ndarray) or values.dtype != np.float64 or values.shape != shape:
         raise ProtocolError(f"{sender} holds {name} = {_short(values)}; it must be float64 of shape {shape}")
-    if not np.all(np.isfinite(values)):
+    if not np.isfinite(values).all():
         raise ProtocolError(f"{sender} holds {name} with values that are not finite")
 
 

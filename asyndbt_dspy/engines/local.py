@@ -73,7 +73,7 @@ class LocalEngine:
     ) -> None:
         started = self.clock() - self._elapsed_s
         self._loop = asyncio.get_running_loop()
-        driver = Driver(server, workers, observers, lambda: self.clock() - started)
+        driver = Driver(server, workers, observers, lambda: 0.0)  # a resumed run begins again when it began
         tasks: _Tasks = {}
         abandoned: list[asyncio.Task[Scored]] = []
         deadline = started + self.deadline_s
@@ -85,6 +85,7 @@ class LocalEngine:
 
         try:
             begin(driver.start())
+            driver.clock = lambda: self.clock() - started
             await self._repeat(driver, tasks, begin)
             while not driver.finished:
                 if self.clock() >= deadline:

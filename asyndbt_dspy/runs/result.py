@@ -102,6 +102,9 @@ class Result:
         metric_calls: Completed rollouts, all phases together.
         seconds: From start to return.
         settings: Preset, seed, budget and what else is needed to repeat the run.
+        utilisation: Share of the workers' time, from the first request to the end of the race, that they spent
+            evaluating, in [0, 1]; of a deterministic run on its virtual clock.
+        largest_staleness, mean_staleness: Of all steps, in updates of z.
         spending: Attempts on the wire, answers, tokens, dollars (exact, as text), cache hits and seconds held back by
             rate limits, by worker (and ``proposer``); see ``LedgerLine``.
     """
@@ -116,6 +119,9 @@ class Result:
     seconds: float
     settings: dict[str, Any] = field(default_factory=dict)
     spending: dict[str, dict[str, Any]] = field(default_factory=dict)
+    utilisation: float = 0.0
+    largest_staleness: int = 0
+    mean_staleness: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         return _plain(dataclasses.asdict(self))  # type: ignore[no-any-return]
@@ -144,6 +150,10 @@ class Result:
             tokens = worker.prompt_tokens + worker.completion_tokens
             row = f"{worker.name:<14}{worker.calls:>9}{worker.missing:>9}{worker.reused:>9}{tokens:>10}{worker.steps:>7}"
             lines.append(f"{row}{late:>16}{worker.busy_s:>9.1f}  {worker.set_aside}".rstrip())
+        lines.append(
+            f"{self.utilisation:.0%} of the workers' time spent evaluating; staleness at most "
+            f"{self.largest_staleness}, {self.mean_staleness:.1f} on average"
+        )
         return "\n".join([*lines, *self._spending_lines()])
 
     def _spending_lines(self) -> list[str]:

@@ -190,12 +190,12 @@ def test_factors_add_up_and_the_median_withstands_a_liar() -> None:
 
 def test_each_worker_gets_what_the_others_know() -> None:
     live = np.array([1.0, 1.0, 0.0])
-    merged = merge_factors(dataclasses.replace(DEFAULT, effect_trust=0.5), FACTORS, live)
+    merged = merge_factors(dataclasses.replace(DEFAULT, effect_trust=0.5), FACTORS, live, (0, 1, 2))
     np.testing.assert_allclose(merged[0], [[1.0, 0.0], [-1.0, 0.0]])
     np.testing.assert_allclose(merged[1], [[1.0, 0.5], [-1.0, 0.5]])
-    robust = merge_factors(dataclasses.replace(DEFAULT, aggregator="median"), FACTORS, np.ones(3))
+    robust = merge_factors(dataclasses.replace(DEFAULT, aggregator="median"), FACTORS, np.ones(3), (0, 1, 2))
     assert robust.shape == FACTORS.shape
-    assert merge_factors(DEFAULT, FACTORS[:, :, :0], live).shape == (3, 2, 0)
+    assert merge_factors(DEFAULT, FACTORS[:, :, :0], live, (0, 1, 2)).shape == (3, 2, 0)
 
 
 def nominated(*rows: tuple[tuple[int, ...], float]) -> list[Nomination]:

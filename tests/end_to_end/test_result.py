@@ -69,6 +69,10 @@ def test_every_worker_has_calls_tokens_seconds_and_staleness(compiled: tuple[Asy
         assert one.busy_s > 0
         assert one.steps > 0
         assert 0 <= one.mean_staleness <= one.largest_staleness
+    assert 0.3 < result.utilisation <= 1.0
+    assert result.largest_staleness == max(one.largest_staleness for one in result.workers)
+    assert 0 <= result.mean_staleness <= result.largest_staleness
+    assert f"{result.utilisation:.0%} of the workers' time" in str(result)
 
 
 def test_the_table_shows_winner_scores_and_workers(compiled: tuple[AsynDBT, dspy.Module]) -> None:

@@ -15,7 +15,7 @@ from asyndbt_dspy import AsynDBT
 from asyndbt_dspy.runs.journal import JournalWriter, read_journal
 from asyndbt_dspy.runs.result import Result
 
-VOLATILE = frozenset({"seconds", "busy_s", "time_s", "spending"})
+VOLATILE = frozenset({"seconds", "utilisation", "busy_s", "time_s", "spending"})
 
 
 class Killed(BaseException):

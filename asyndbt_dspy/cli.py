@@ -1,0 +1,186 @@
+"""Command line: ``asyndbt simulate`` says what a run will take before anyone pays for it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from asyndbt_dspy.errors import AsynDBTError
+from asyndbt_dspy.simulation.calibration import calibrated, read_run
+from asyndbt_dspy.simulation.plan import Plan, mean_forecast, simulate
+from asyndbt_dspy.simulation.provider import Latency
+
+_UNITS = {"ms": 1e-3, "s": 1.0, "": 1.0}
+_PERIODS = {"s": 60.0, "min": 1.0, "h": 1.0 / 60.0}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ``asyndbt``; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="asyndbt", description="AsynDBT for DSPy.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_simulate(
+        commands.add_parser("simulate", help="expected time, cost, staleness and utilisation of a plan")
+    )
+    options = parser.parse_args(arguments)
+    try:
+        return _simulate(options)
+    except AsynDBTError as error:
+        print(f"asyndbt: {error}", file=sys.stderr)
+        return 2
+
+
+def _add_simulate(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--workers", type=int, help="default 3, or as many as the journal has")
+    add("--metric-calls", type=int, help="default 100 per worker, or as many as the journal has")
+    add(
+        "--latency",
+        type=latency,
+        default=Latency(1.0, 0.5),
+        help="lognormal:MEDIAN,SIGMA or a constant: 1.2s, 300ms",
+    )
+    add("--stragglers", type=stragglers, default=(0.0, 1.0), help="SHARExFACTOR, as 5%%x10")
+    add("--rate-limit", type=rate, default=math.inf, help="requests of all workers together, as 500/min")
+    add("--hanging", type=share, default=0.0, help="share of calls that never come back, as 2%%")
+    add("--timeout", type=seconds, default=120.0, help="when a hanging call is given up")
+    add("--concurrency", type=int, default=8, help="calls that one worker has in flight")
+    add("--held-out", type=int, default=10, help="examples per worker for the final race")
+    add("--active-workers", type=int, help="S, answers per update; default half of the workers")
+    add("--max-staleness", type=int, help="tau, bound on lateness in updates; default 15")
+    add("--keep-busy", action="store_true", help="nobody waits for others: further minibatches instead")
+    add("--predictors", type=int, default=1, help="LM calls of one run of the program")
+    add("--tokens", type=pair, default=(600.0, 40.0), help="PROMPT,COMPLETION tokens of one call")
+    add("--price", type=pair, help="PROMPT,COMPLETION dollars per million tokens")
+    add(
+        "--from-journal",
+        type=Path,
+        metavar="RUN_DIR",
+        help="latencies, tokens and stragglers as a run recorded them",
+    )
+    add("--seeds", type=int, default=3, help="simulated runs that the figures are means of")
+    add("--json", action="store_true", help="print JSON")
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    measured = read_run(options.from_journal) if options.from_journal else None
+    workers = options.workers or (len(measured.seconds) if measured else 3)
+    share_slow, slowdown = options.stragglers
+    plan = Plan(
+        workers=workers,
+        latency=options.latency,
+        metric_calls=options.metric_calls or (measured.rollouts if measured else 100 * workers),
+        calls_per_rollout=options.predictors,
+        concurrency=options.concurrency,
+        stragglers=share_slow,
+        slowdown=slowdown,
+        requests_per_minute=options.rate_limit,
+        hanging=options.hanging,
+        timeout_s=options.timeout,
+        held_out=options.held_out,
+        active_workers=options.active_workers,
+        max_staleness=options.max_staleness,
+        keep_busy=options.keep_busy,
+        prompt_tokens=options.tokens[0],
+        completion_tokens=options.tokens[1],
+        price=options.price,
+    )
+    if measured is not None:
+        plan = calibrated(plan, measured)
+    found = mean_forecast(
+        [simulate(dataclasses.replace(plan, seed=seed)) for seed in range(max(1, options.seeds))]
+    )
+    print(json.dumps(found) if options.json else describe(plan, found))
+    return 0
+
+
+def describe(plan: Plan, found: dict[str, Any]) -> str:
+    """The forecast as a person reads it."""
+    slow = f", {plan.stragglers:.0%} of them {plan.slowdown:.3g} times slower" if plan.stragglers else ""
+    low, high = found["seconds_range"]
+    dollars = found["dollars"]
+    cost = "unknown (give --price)" if dollars is None else f"{dollars:.4g} dollars"
+    return "\n".join(
+        [
+            f"{plan.workers} workers{slow}; median call {plan.latency.median_s:.3g} s",
+            f"time         {_duration(found['seconds'])} ({_duration(low)} to {_duration(high)}), "
+            f"the race {_duration(found['race_s'])} of it",
+            f"cost         {cost}, {found['lm_calls']:,.0f} LM calls, {found['tokens']:,.0f} tokens",
+            f"metric calls {found['metric_calls']:,.0f} in {found['iterations']:,.0f} updates",
+            f"staleness    {found['mean_staleness']:.2f} on average, at most {found['largest_staleness']}",
+            f"utilisation  {found['utilisation']:.0%} of the workers' time spent evaluating",
+        ]
+    )
+
+
+def _duration(value: float) -> str:
+    if value < 120:
+        return f"{value:.3g} s"
+    return f"{value / 60:.3g} min" if value < 7200 else f"{value / 3600:.3g} h"
+
+
+# ------------------------------------------------------------------------------------------- arguments
+
+
+def seconds(text: str) -> float:
+    """``1.2s``, ``300ms`` or a plain number of seconds."""
+    found = re.fullmatch(r"([0-9.]+)(ms|s|)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; write 1.2s or 300ms")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def latency(text: str) -> Latency:
+    """``lognormal:1.2s,0.8`` or a constant."""
+    if not text.startswith("lognormal:"):
+        return Latency(seconds(text))
+    median, _, sigma = text.removeprefix("lognormal:").partition(",")
+    try:
+        return Latency(seconds(median), float(sigma or 0.5))
+    except (ValueError, AsynDBTError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}; write lognormal:1.2s,0.8") from error
+
+
+def share(text: str) -> float:
+    """``5%`` or ``0.05``."""
+    try:
+        return float(text.removesuffix("%")) / (100.0 if text.endswith("%") else 1.0)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; write 5%") from error
+
+
+def stragglers(text: str) -> tuple[float, float]:
+    """``5%x10``: one in twenty workers ten times slower."""
+    part, _, factor = text.partition("x")
+    try:
+        return share(part), float(factor)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share with a factor; write 5%x10") from error
+
+
+def rate(text: str) -> float:
+    """Requests per minute from ``500/min``, ``10/s`` or ``2000/h``."""
+    count, _, period = text.partition("/")
+    try:
+        return float(count) * _PERIODS[period]
+    except (ValueError, KeyError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no rate; write 500/min") from error
+
+
+def pair(text: str) -> tuple[float, float]:
+    """Two numbers: ``600,40``."""
+    try:
+        first, second = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers; write 0.15,0.60") from error
+    return first, second
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""A plan from what a real run recorded: latencies, tokens, failures and slow workers of its newest journal."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+from asyndbt_dspy.errors import ConfigurationError
+from asyndbt_dspy.runs.journal import read_journal
+from asyndbt_dspy.simulation.plan import Plan
+from asyndbt_dspy.simulation.provider import Latency
+
+_SLOW = 1.5
+"""A worker counts as a straggler from so many times the median worker's seconds on."""
+_FEWEST = 5
+"""Rollouts that a worker needs to say how fast it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What one run recorded.
+
+    Attributes:
+        seconds: Worker -> seconds per LM call of every rollout that was answered.
+        calls_per_rollout: Mean, at least 1.
+        prompt_tokens, completion_tokens: Mean of one call.
+        missing: Share of rollouts without a score, in [0, 1].
+        rollouts: Recorded.
+    """
+
+    seconds: Mapping[str, tuple[float, ...]]
+    calls_per_rollout: float
+    prompt_tokens: float
+    completion_tokens: float
+    missing: float
+    rollouts: int
+
+    def factors(self) -> dict[str, float]:
+        """How many times slower each worker is than the median one."""
+        medians = {
+            name: statistics.median(found) for name, found in self.seconds.items() if len(found) >= _FEWEST
+        }
+        whole = statistics.median(medians.values()) if medians else 1.0
+        return {name: medians.get(name, whole) / whole for name in self.seconds}
+
+
+def read_run(run_dir: Path) -> Measured:
+    """The newest run in ``run_dir``.
+
+    Raises:
+        ConfigurationError: no recorded rollout there.
+        JournalError: a journal that is damaged.
+    """
+    runs = sorted(run_dir.glob("runs/[0-9]*"))
+    journals = sorted(runs[-1].glob("workers/*.jsonl")) if runs else []
+    seconds: dict[str, tuple[float, ...]] = {}
+    calls = prompt = completion = rollouts = missing = 0
+    for path in journals:
+        entries = [
+            one for one in read_journal(path) if one.get("kind") == "rollout" and not one.get("shared")
+        ]
+        paid = [one for one in entries if one["usage"][0]]
+        rollouts += len(entries)
+        missing += sum(one.get("score") is None for one in entries)
+        calls += sum(one["usage"][0] for one in paid)
+        prompt += sum(one["usage"][1] for one in paid)
+        completion += sum(one["usage"][2] for one in paid)
+        seconds[path.stem] = tuple(
+            max(1e-6, one["seconds"] / one["usage"][0]) for one in paid if one.get("score") is not None
+        )
+    if not any(seconds.values()):
+        raise ConfigurationError(
+            f"{run_dir} holds no run with answered LM calls; give the run_dir of a compile, or plan without it"
+        )
+    paid_rollouts = sum(map(len, seconds.values()))
+    per_rollout = max(1.0, calls / max(1, rollouts - missing)) if paid_rollouts else 1.0
+    return Measured(seconds, per_rollout, prompt / calls, completion / calls, missing / rollouts, rollouts)
+
+
+def calibrated(plan: Plan, measured: Measured) -> Plan:
+    """``plan`` with latencies, tokens, calls per rollout and stragglers as measured."""
+    factors = measured.factors()
+    pooled = tuple(one / factors[name] for name, found in sorted(measured.seconds.items()) for one in found)
+    slow = [factor for factor in factors.values() if factor >= _SLOW]
+    return dataclasses.replace(
+        plan,
+        latency=Latency(statistics.median(pooled), measured_s=pooled),
+        calls_per_rollout=max(1, round(measured.calls_per_rollout)),
+        prompt_tokens=measured.prompt_tokens,
+        completion_tokens=measured.completion_tokens,
+        stragglers=len(slow) / len(factors),
+        slowdown=statistics.fmean(slow) if slow else 1.0,
+    )

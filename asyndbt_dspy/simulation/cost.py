@@ -1,0 +1,82 @@
+"""What the server costs per message."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import pathlib
+import resource
+import time
+from typing import Any
+
+from asyndbt_dspy.core.config import DEFAULT
+from asyndbt_dspy.core.messages import Instruction, ServerEvent
+from asyndbt_dspy.core.server import ServerState
+from asyndbt_dspy.engines.meter import RunMeter
+from asyndbt_dspy.engines.protocols import SERVER, Recorded
+from asyndbt_dspy.engines.simulated import SimulatedEngine, lognormal_delays
+from asyndbt_dspy.simulation.machines import CoinEvaluator, light_machines
+
+_HELD_OUT = 4
+
+
+class TimedServer(ServerState):
+    """Counts its messages and the CPU seconds it spends on them."""
+
+    messages = 0
+    seconds = 0.0
+
+    def receive(self, event: ServerEvent) -> list[Instruction]:
+        begun = time.thread_time()
+        instructions = super().receive(event)
+        self.seconds += time.thread_time() - begun
+        self.messages += 1
+        return instructions
+
+
+def measure_server(workers: int, messages: int, active: int, max_staleness: int = 15) -> dict[str, Any]:
+    """One simulated run of about ``messages`` messages, race included; plain figures.
+
+    Args:
+        active: S.
+    """
+    config = dataclasses.replace(
+        DEFAULT, active_workers=active, max_staleness=max_staleness, iterations=10**9
+    )
+    race = min((config.race_candidates + 1) * _HELD_OUT * workers, messages)
+    calls = messages * config.draws * config.minibatch + race
+    before = resident_mib()
+    server, machines = light_machines(
+        workers, config, calls=calls, held_out=_HELD_OUT, server_type=TimedServer
+    )
+    assert isinstance(server, TimedServer)
+    meter, memory = RunMeter(server), [resident_mib()]
+
+    def watch(recorded: Recorded) -> None:
+        if recorded.machine == SERVER and server.messages % max(1, messages // 10) == 0:
+            memory.append(resident_mib())
+
+    begun = time.perf_counter()
+    engine = SimulatedEngine(lognormal_delays(0.03, 1.0, seed=workers))
+    asyncio.run(engine.run(server, machines, CoinEvaluator(), [meter, watch]))
+    return {
+        "workers": workers,
+        "active": active,
+        "messages": server.messages,
+        "iterations": server.version,
+        "server_us_per_message": round(server.seconds / server.messages * 1e6, 2),
+        "simulator_s": round(time.perf_counter() - begun, 1),
+        "memory_before_mib": round(before),
+        "memory_mib": [round(one) for one in memory],
+        "planes": len(server.planes),
+        "race_units": server.race.units if server.race is not None else 0,
+        "largest_staleness": meter.largest_staleness,
+        "mean_staleness": round(meter.mean_staleness, 3),
+        "utilisation": round(meter.utilisation, 4),
+    }
+
+
+def resident_mib() -> float:
+    """Memory of this process as the system counts it, in MiB."""
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
