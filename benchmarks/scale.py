@@ -30,7 +30,7 @@ def main() -> None:
         measure_server(100, few, 50),
         measure_server(1_000, few, 500),
         measure_server(10_000, options.messages, 5_000),
-        measure_server(10_000, few, 100, max_staleness=400),  # one in a hundred makes an update
+        measure_server(10_000, few, 100, max_staleness=400),  # an update from one in a hundred
     ]
     costs = [row["server_us_per_message"] for row in rows[:3]]
     line = {

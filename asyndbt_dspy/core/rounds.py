@@ -12,6 +12,32 @@ from asyndbt_dspy.core.lower_level import LowerEstimate, RoundState, server_roun
 from asyndbt_dspy.core.messages import RoundRequest
 from asyndbt_dspy.core.simplex import FloatArray, Layout
 
+_MANY = 256
+"""Workers from which on planes are not refreshed before a quarter of them answered anew."""
+
+
+class RefreshSchedule:
+    """When planes are refreshed: every delta iterations.
+
+    With very many workers, and phi from buffers, not before a quarter of them answered: where few of them make an update,
+    the buffers hardly change from one to the next, and a refresh costs what all of them weigh.
+    """
+
+    def __init__(self, config: AlgorithmConfig) -> None:
+        self.config = config
+        self._is_over = False  # the period
+        self._answers = 0
+
+    def is_due(self, version: int, answers: int, living: int) -> bool:
+        """Whether to refresh after the update that made ``version`` of so many answers; if so, it starts anew."""
+        self._is_over |= (version - 1) % self.config.plane_period == 0
+        self._answers += answers
+        enough = not self.config.buffered_lower or living < _MANY or 4 * self._answers >= living
+        if not (self._is_over and enough):
+            return False
+        self._is_over, self._answers = False, 0
+        return True
+
 
 @dataclass
 class BarrierRounds:

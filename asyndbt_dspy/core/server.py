@@ -51,7 +51,7 @@ from asyndbt_dspy.core.policies import Nomination, WorkerSpace
 from asyndbt_dspy.core.racing import RaceState
 from asyndbt_dspy.core.roster import Member as Member
 from asyndbt_dspy.core.roster import Roster
-from asyndbt_dspy.core.rounds import BarrierRounds
+from asyndbt_dspy.core.rounds import BarrierRounds, RefreshSchedule
 from asyndbt_dspy.core.simplex import FloatArray, Layout
 from asyndbt_dspy.core.snapshots import snapshot
 from asyndbt_dspy.core.space import Candidate, Space
@@ -125,6 +125,7 @@ class ServerState:
         self._calm = 0
         self._free_steps = [0] * count
         self._rounds: BarrierRounds | None = None
+        self._schedule = RefreshSchedule(config)
         self._least_step = min(self.step_calls(number) for number in range(count))
         self._started = False
         self._stop_reason = ""
@@ -243,7 +244,7 @@ class ServerState:
         exhausted = all(self._free_steps[number] >= _FREE_STEPS for number in self._alive())
         if exhausted and self.calls_left is not None:
             return self._end_search("nothing new to score: every draw is known already")
-        if (self.version - 1) % self.config.plane_period == 0 and self.layout.length:
+        if self._schedule.is_due(self.version, len(active), len(self._alive())) and self.layout.length:
             started = self._refresh_planes(active)
             if started:
                 return started

@@ -13,6 +13,7 @@ from asyndbt_dspy.core import cuts
 from asyndbt_dspy.core.config import AlgorithmConfig
 from asyndbt_dspy.core.lower_level import LowerEstimate
 from asyndbt_dspy.core.messages import Instruction, Send, StepRequest
+from asyndbt_dspy.core.rounds import RefreshSchedule
 from asyndbt_dspy.core.server import ServerState
 from asyndbt_dspy.core.simplex import Layout
 from asyndbt_dspy.testing.toys import AnchoredPolicy, step_reply, toy_machines
@@ -245,3 +246,15 @@ def test_a_plane_without_multiplier_leaves_every_step_bit_identical() -> None:
         assert isinstance(other.message, StepRequest)
         assert one.message.plane_push.tobytes() == other.message.plane_push.tobytes()
         assert one.message.consensus.tobytes() == other.message.consensus.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("buffered", "living", "due"),
+    [(True, 255, [True, True, True]), (True, 400, [False, False, True]), (False, 400, [True, True, True])],
+)
+def test_with_very_many_workers_planes_wait_for_a_quarter_of_them(
+    buffered: bool, living: int, due: list[bool]
+) -> None:
+    schedule = RefreshSchedule(AlgorithmConfig(plane_period=1, buffered_lower=buffered))
+    assert [schedule.is_due(version, 40, living) for version in (1, 2, 3)] == due
+    assert schedule.is_due(4, 40, 40)

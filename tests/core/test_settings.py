@@ -6,6 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from asyndbt_dspy.core.budget import Budget
@@ -88,6 +89,12 @@ def test_a_block_needs_an_arm() -> None:
 def test_candidates_that_do_not_exist(candidate: Any, says: str) -> None:
     with pytest.raises(ConfigurationError, match=says):
         Space((LOWER, UPPER)).check(candidate)
+
+
+def test_arms_may_be_numpy_integers_and_come_back_as_plain_ones() -> None:
+    checked = Space((LOWER, UPPER)).check((np.int64(1), np.int64(0)))
+    assert checked == (1, 0)
+    assert {type(arm) for arm in checked} == {int}
 
 
 def members(count: int, name: str = "w") -> list[Member]:
