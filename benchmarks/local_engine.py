@@ -2,6 +2,7 @@
 
     python benchmarks/local_engine.py            # prints one JSON object; about ten minutes on two cores
     python benchmarks/local_engine.py --quick    # fewer requests, noisier ratios
+    python benchmarks/local_engine.py --only overhead roofline    # these two alone; both need no idle machine
 
 All loads use the committed prompts in `prompts/trec_six_demos.json` (trec, six demos, one of each class) and
 SmolLM2-135M, in one run, through DSPy's JSONAdapter with up to 32 requests in flight. Every baseline gets the dtype
@@ -9,6 +10,15 @@ of the engine (llama.cpp: the GGUF file), the same grammar for the answer with a
 of one thread and all threads. Baselines that answer one request at a time are measured on fewer requests; rates are
 per second of wall time. `enum_vs_generate_prefilled` is against a `generate` that also gets the beginning of the
 answer (all that the grammar forces before the label) as part of its prompt, which no general server would know.
+
+`overhead` is CPU time, the median of five alternating runs. `roofline` sets what the engine computes for an
+enumerated request against what the same cores reach in matrix products alone: of the model's own shapes, and of
+2048 x 2048.
+
+llama-cpp-python comes as source. Built for this processor with AMX, llama.cpp crashes on the first request; the
+committed figure is from a build with AVX-512 (VNNI, BF16) and without AMX:
+`CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON
+-DGGML_AVX512_BF16=ON" pip install llama-cpp-python`. PyTorch does use AMX.
 """
 
 from __future__ import annotations
@@ -19,6 +29,7 @@ import importlib.util
 import json
 import logging
 import os
+import statistics
 import subprocess
 import sys
 import threading
@@ -35,7 +46,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import dspy
 import torch
 from dspy.lm15 import Config, Message, Request, Response, Usage
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from asyndbt_dspy.lms.distributions import collect
 from asyndbt_dspy.lms.local import local_lm
@@ -331,26 +342,66 @@ def largest_difference(prompts: Prompts) -> dict[str, float]:
     }
 
 
-def measure_overhead(prompts: Prompts, requests: int) -> dict[str, float]:
+def measure_overhead(prompts: Prompts, requests: int, rounds: int = 5) -> dict[str, float]:
     """CPU milliseconds per request of the engine with a model that computes nothing, and of DSPy around it."""
     from local_engine_overhead import model_free_lm, null_lm
 
-    def cpu_ms(lm: dspy.LM) -> float:
-        load = prompts.load(2, requests // 2)
-        with dspy.context(lm=lm, adapter=dspy.JSONAdapter(), disable_history=True):
-            for work in load[:8]:
-                classify(lm, *work)
-            with ThreadPoolExecutor(IN_FLIGHT) as pool:
-                started = time.process_time()
-                for future in [pool.submit(copy_context().run, classify, lm, *work) for work in load]:
-                    future.result()
-                return (time.process_time() - started) / len(load) * 1e3
+    load = prompts.load(2, requests // 2)
 
-    dspy_ms = cpu_ms(null_lm(prompts.labels[0]))
-    lm = model_free_lm(MODEL)
-    total_ms = cpu_ms(lm)
+    def cpu_ms(lm: dspy.LM) -> float:
+        with (
+            dspy.context(lm=lm, adapter=dspy.JSONAdapter(), disable_history=True),
+            ThreadPoolExecutor(IN_FLIGHT) as pool,
+        ):
+            started = time.process_time()
+            for future in [pool.submit(copy_context().run, classify, lm, *work) for work in load]:
+                future.result()
+            return (time.process_time() - started) / len(load) * 1e3
+
+    alone, engine = null_lm(prompts.labels[0]), model_free_lm(MODEL)
+    cpu_ms(alone), cpu_ms(engine)
+    pairs = [(cpu_ms(alone), cpu_ms(engine)) for _ in range(rounds)]
+    engine.engine.close()
+    return {
+        "engine_ms": statistics.median(total - dspy_ms for dspy_ms, total in pairs),
+        "dspy_ms": statistics.median(dspy_ms for dspy_ms, _ in pairs),
+    }
+
+
+def measure_roofline(prompts: Prompts, dtype: torch.dtype) -> dict[str, float]:
+    """GFLOP of one enumerated request, GFLOP/s of the engine with them, and of matrix products alone."""
+    lm = local_lm(MODEL)
+    load = prompts.load(4, 64)
+    rate(lm, load[:64], classify)
+    scheduler = lm.engine.core.scheduler
+    before = scheduler.pass_tokens
+    per_second = rate(lm, load, classify)
+    tokens = (scheduler.pass_tokens - before) / (len(load) + 1)
     lm.engine.close()
-    return {"engine_ms": total_ms - dspy_ms, "dspy_ms": dspy_ms}
+    config = AutoConfig.from_pretrained(find_model(MODEL).pretrained)
+    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    heads = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+    weights = layers * (2 * width * width + 2 * width * heads + 3 * width * inner)
+    gflop = 2 * tokens * weights / 1e9
+    return {
+        "tokens_per_request": round(tokens, 1),
+        "gflop_per_request": round(gflop, 2),
+        "engine_gflops": round(gflop * per_second, 1),
+        "matmul_gflops_of_the_models_shapes": round(matmul_gflops(2048, width, inner, dtype), 1),
+        "matmul_gflops_2048": round(matmul_gflops(2048, 2048, 2048, dtype), 1),
+    }
+
+
+def matmul_gflops(rows: int, inner: int, columns: int, dtype: torch.dtype, seconds: float = 2.0) -> float:
+    """GFLOP/s of one matrix product, repeated."""
+    left, right = torch.randn(rows, inner).to(dtype), torch.randn(inner, columns).to(dtype)
+    out = torch.empty(rows, columns, dtype=dtype)
+    torch.mm(left, right, out=out)
+    started, count = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - started) < seconds:
+        torch.mm(left, right, out=out)
+        count += 1
+    return 2 * rows * inner * columns * count / elapsed / 1e9
 
 
 def ratio(ours: float | None, theirs: float | None) -> float | None:
@@ -364,6 +415,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer requests")
+    parser.add_argument("--only", nargs="+", choices=("overhead", "roofline"), help="measure these alone")
     parser.add_argument("--llamacpp", type=int, metavar="REQUESTS", help="measure llama-cpp-python only")
     arguments = parser.parse_args()
     quick = arguments.quick
@@ -373,7 +425,14 @@ def main() -> int:
         sys.stdout.write(json.dumps(measure_llama_cpp(prompts, arguments.llamacpp)) + "\n")
         return 0
     dtype = torch.bfloat16 if cpu_computes_bfloat16() else torch.float32
-    overhead = measure_overhead(prompts, 64 if quick else 256)
+    parts: dict[str, Callable[[], dict[str, float]]] = {
+        "overhead": lambda: measure_overhead(prompts, 64 if quick else 128),
+        "roofline": lambda: measure_roofline(prompts, dtype),
+    }
+    if arguments.only:
+        sys.stdout.write(json.dumps({name: parts[name]() for name in arguments.only}) + "\n")
+        return 0
+    overhead = parts["overhead"]()
     engine = measure_engine(prompts, *((4, 32) if quick else (8, 64)))
     gc.collect()
     generate = measure_generate(prompts, dtype, 8 if quick else 24)
@@ -391,6 +450,7 @@ def main() -> int:
         "text_vs_transformers_cb": ratio(engine["text"], batching["text"]),
         "prefix_gain": ratio(engine["enum"], engine["enum_without_cache"]),
         "overhead": {name: round(value, 3) for name, value in overhead.items()},
+        "roofline": parts["roofline"](),
         "equality": largest_difference(prompts),
         "rates_per_second": {
             "engine": engine,

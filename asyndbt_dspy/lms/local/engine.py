@@ -117,7 +117,7 @@ class LocalCore:
             )
         seed = config.seed
         if seed is None:
-            seed = 0 if self._deterministic else secrets.randbits(63)
+            seed = 0 if self._deterministic or not config.temperature else secrets.randbits(63)
         stops = config.stop + (PromptEncoder.PLAIN_STOPS if self._encoder.plain else ())
         decoder = AnswerDecoder(
             answer=answer,

@@ -203,8 +203,10 @@ class _Masks:
         """
         masked = torch.tensor(MASKED, dtype=self.dtype)
         bits = masked.view(_BITS[masked.element_size()]).numpy()
-        filled = np.where(np.repeat(hidden, self.heads_per_key, axis=-2), bits, bits.dtype.type(0))
-        mask = torch.from_numpy(np.expand_dims(filled, -3)).view(self.dtype)
+        filled = hidden.astype(bits.dtype)
+        filled *= bits
+        repeated = np.repeat(filled, self.heads_per_key, axis=-2)
+        mask = torch.from_numpy(np.expand_dims(repeated, -3)).view(self.dtype)
         return mask.to(self.device)
 
 

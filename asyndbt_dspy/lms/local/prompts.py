@@ -16,6 +16,25 @@ from typing import Any
 from dspy.lm15 import DataPart, Request, TextPart, ThinkingPart, UnsupportedFeatureError
 
 REMEMBERED_TEXTS = 1024
+# Stands for a content in a template: comes out as it went in only where the template neither trims nor escapes.
+_MARK = "\n \ue000&'\"{{ }}\ue001 \n"
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What a template puts around the content of the last message.
+
+    A template may look at a content for tags (`<think>`, `<tool_response>`): one that holds a "<" is rendered whole.
+
+    Attributes:
+        before: Text of the messages before the last.
+        opening, closing: What comes before and after the content; ``opening`` is None where the template does not
+            take contents as they are.
+    """
+
+    before: str
+    opening: str | None
+    closing: str
 
 
 @dataclass(frozen=True)
@@ -55,6 +74,7 @@ class PromptEncoder:
             str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
         )
         self._remembered: OrderedDict[str, tuple[int, ...]] = OrderedDict()
+        self._frames: OrderedDict[tuple[str, ...], _Frame] = OrderedDict()
         self._lock = Lock()
 
     def encode(self, request: Request) -> Prompt:
@@ -71,14 +91,22 @@ class PromptEncoder:
             for turn in turns[:-1]:
                 before += self._ids(turn)
             return Prompt(before + self._encode(turns[-1]), len(before), indented)
-        text = self._render(messages, True)
-        before_text = self._render(messages[:-1], False) if len(messages) > 1 else ""
-        last = text[len(before_text) :]
+        frame = self._frame(messages)
+        content = messages[-1]["content"]
+        if frame.opening is not None and "<" not in content:
+            last, closing = frame.opening + content, frame.closing
+        else:
+            text = self._render(messages, True)
+            if not text.startswith(frame.before):
+                return Prompt(self._encode(text), 0, indented)
+            last, closing = text[len(frame.before) :], ""
         # Tokenizing in two parts equals tokenizing the whole only where a special token starts the second.
-        if before_text and text.startswith(before_text) and last.startswith(self._special):
-            ids = list(self._ids(before_text))
-            return Prompt(ids + self._encode(last), len(ids), indented)
-        return Prompt(self._encode(text), 0, indented)
+        if not closing.startswith(self._special):
+            last, closing = last + closing, ""
+        if not last.startswith(self._special):
+            return Prompt(self._encode(frame.before + last + closing), 0, indented)
+        beginning = self._ids(frame.before)
+        return Prompt([*beginning, *self._encode(last), *self._ids(closing)], len(beginning), indented)
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a text without special tokens at its ends."""
@@ -104,6 +132,41 @@ class PromptEncoder:
             while len(self._remembered) > REMEMBERED_TEXTS:
                 self._remembered.popitem(last=False)
         return ids
+
+    def _frame(self, messages: Sequence[dict[str, str]]) -> _Frame:
+        """What the template makes of everything but the last message's content; rendered once per beginning."""
+        key = tuple(message[part] for message in messages[:-1] for part in ("role", "content"))
+        key = (*key, messages[-1]["role"])
+        with self._lock:
+            known = self._frames.get(key)
+            if known is not None:
+                self._frames.move_to_end(key)
+                return known
+        before = self._render_beginning(messages[:-1])
+        marked = self._render([*messages[:-1], {**messages[-1], "content": _MARK}], True)
+        opening, found, closing = marked.partition(_MARK)
+        if found and opening.startswith(before) and _MARK not in closing:
+            frame = _Frame(before, opening[len(before) :], closing)
+        else:
+            frame = _Frame(before, None, "")
+        with self._lock:
+            self._frames[key] = frame
+            while len(self._frames) > REMEMBERED_TEXTS:
+                self._frames.popitem(last=False)
+        return frame
+
+    def _render_beginning(self, messages: Sequence[dict[str, str]]) -> str:
+        if not messages:
+            return ""
+        if len(messages) == 1 and messages[0]["role"] == "system":
+            # Some templates refuse a system message, or one without a turn after it.
+            try:
+                return self._render(messages, False)
+            except Exception as error:
+                if type(error).__name__ != "TemplateError":
+                    raise
+                return ""
+        return self._render(messages, False)
 
     def _render(self, messages: Sequence[dict[str, str]], generation: bool) -> str:
         template: Callable[..., Any] = self._tokenizer.apply_chat_template
