@@ -281,7 +281,7 @@ class Run:
         observers: list[Any] = [self.recorded.append, self.curve, self.meter]
         if self.bar is not None:
             observers.append(self.bar)
-        engine = self.optimizer.make_engine()
+        engine = self.optimizer.make_engine(time.perf_counter() - self.started)
         observers.append(self._open_what_was_kept)
         self.evaluator.on_refused = lambda error: self._end_of_budget(engine, error)
         if self.metering.refused is not None:  # the setup took it all
@@ -326,7 +326,7 @@ class Run:
         await self.stop.drained()
         if self.recorder is not None:
             self.recorder.events.close()
-        engine.stop_search("stopped before its end, with the best so far", race=False)
+        engine.stop_search(self.stop.reason, race=False)
 
     def close(self) -> None:
         if self.bar is not None:

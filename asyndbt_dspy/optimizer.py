@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -260,16 +261,20 @@ class AsynDBT(Teleprompter):
             else f"Go on later with run_dir={os.fspath(self.run_dir)!r}, resume=True."
         )
         self._stops.append(stop)
+        timer = self._end_in(stop, 0.0)
         try:
             run = await stop.unless_asked(prepare(self, student, trainset, teacher, valset, stop))
             if run is None:  # nothing is known yet that could be better
                 return copy_program(student, shared_parts(student))
             self.recorded = run.recorded
+            timer.cancel()  # a resumed run has spent a part of its time already
+            timer = self._end_in(stop, time.perf_counter() - run.started)
             try:
                 await run.search()
             finally:
                 run.close()
         finally:
+            timer.cancel()
             self._stops.remove(stop)
         self.result = run.result()
         program = with_lms_of(student, run.programs.build(run.server.winner, fresh=True))
@@ -281,13 +286,32 @@ class AsynDBT(Teleprompter):
             )
         return program
 
-    def make_engine(self) -> Engine:
-        """The engine of one run."""
+    def _end_in(self, stop: StopRequest, spent_s: float) -> asyncio.TimerHandle:
+        """When the time of the budget is over, the run ends as at one Ctrl-C."""
+        seconds = math.inf if self.budget.seconds is None else self.budget.seconds
+        left_s = min(seconds - spent_s, _LONGEST_TIMER_S)
+        return stop.ask_at(left_s, f"the {seconds:g} s of the budget are over")
+
+    def make_engine(self, spent_s: float = 0.0) -> Engine:
+        """The engine of one run.
+
+        Args:
+            spent_s: Seconds that the setup took; they count against ``Budget.seconds``, and a part of these is kept for
+                the race.
+        """
         if self.engine is not None:
             return self.engine
         if self.deterministic:
             return SimulatedEngine(work_delays(), eager=True)
-        return LocalEngine(deadline_s=self.budget.seconds or math.inf)
+        if self.budget.seconds is None:
+            return LocalEngine()
+        kept_back = self.config.race_fraction if self.config.race else 0.0
+        return LocalEngine(deadline_s=max(_AT_ONCE_S, (1 - kept_back) * self.budget.seconds - spent_s))
+
+
+_LONGEST_TIMER_S = 1e7
+"""About four months: event loops take no infinite delay."""
+_AT_ONCE_S = 1e-6
 
 
 def _check_choice(name: str, value: Any, choices: Any) -> None:

@@ -1,4 +1,4 @@
-"""Ending a compile early: by Ctrl-C, or by ``AsynDBT.stop`` from any thread."""
+"""Ending a compile early: by Ctrl-C, by ``AsynDBT.stop`` from any thread, or because its time is over."""
 
 from __future__ import annotations
 
@@ -29,11 +29,13 @@ class StopRequest:
     Attributes:
         gate: All rollouts of the compile pass it.
         was_asked: Whether anybody asked.
+        reason: Why the run ends.
     """
 
     def __init__(self, remedy: str) -> None:
         self.gate = RolloutGate()
         self.was_asked = False
+        self.reason = "stopped before its end, with the best so far"
         self._remedy = remedy
         self._loop = asyncio.get_running_loop()
         self._task = asyncio.current_task()
@@ -42,6 +44,16 @@ class StopRequest:
     def ask(self) -> None:
         """Safe from any thread and from a signal handler; asking twice changes nothing."""
         self._loop.call_soon_threadsafe(self._ask)
+
+    def ask_at(self, delay_s: float, reason: str) -> asyncio.TimerHandle:
+        """Ask after so many seconds; the handle takes it back."""
+
+        def ask() -> None:
+            if not self.was_asked:
+                self.reason = reason
+            self._ask()
+
+        return self._loop.call_later(max(0.0, delay_s), ask)
 
     def abort(self) -> None:
         """End at once, with whatever is in flight cancelled. Safe from any thread."""

@@ -23,7 +23,7 @@ from asyndbt_dspy.errors import ConfigurationError
 
 LimiterName = Literal["aiolimiter", "asyncio-throttle"]
 
-_HEADROOM = 0.99
+_HEADROOM = 0.98
 """Share of a quota that is used: the rest is for attempts that are admitted evenly and arrive unevenly."""
 _THROTTLE_UNITS = 10
 """asyncio-throttle knows no weights; a second's worth of tokens is asked for in so many parts at most."""

@@ -144,6 +144,48 @@ def test_caps_that_cannot_be_kept_are_refused_before_any_call(
         assert provider.attempts == 0
 
 
+def test_seconds_end_search_race_and_all_with_the_best_so_far() -> None:
+    """Five thousand rollouts of 50 ms in 16 places would take 15 s."""
+    with Provider(answer=kit.stairs(1), latency_s=0.05) as provider:
+        workers = workers_on(provider, max_concurrency=8)
+        optimizer, program = compiled(workers, Budget(metric_calls=5000, seconds=3.0))
+    assert optimizer.result.seconds < 8
+    assert 0 < optimizer.result.metric_calls < 1500
+    assert "time budget" in optimizer.result.stopped or "of the budget are over" in optimizer.result.stopped
+    assert program.signature.instructions == kit.MAGIC
+
+
+def test_when_time_is_over_in_the_setup_the_student_comes_back() -> None:
+    with Provider(answer=kit.stairs(1), latency_s=0.4) as provider:
+        student = dspy.Predict(kit.Sort)
+        optimizer = AsynDBT(
+            kit.metric, workers=workers_on(provider), budget=Budget(seconds=0.2), progress=False
+        )
+        program = optimizer.compile(student)
+        assert provider.attempts <= 2
+    assert program.signature.instructions == student.signature.instructions
+    assert not program.demos
+
+
+def test_a_judge_in_the_metric_is_counted() -> None:
+    def judged(gold: Any, prediction: Any, trace: Any = None) -> bool:
+        verdict = dspy.Predict("message, label -> is_right: bool")(
+            message=gold.message, label=prediction.label
+        )
+        return bool(verdict.is_right)
+
+    def answer(messages: list[dict[str, Any]]) -> str:
+        is_judge = "is_right" in str(messages[0]["content"])
+        return '{"is_right": true}' if is_judge else kit.stairs(1)(messages)
+
+    with Provider(answer=answer) as provider, dspy.context(lm=lm_on(provider)):
+        optimizer = AsynDBT(judged, workers=2, budget=Budget(lm_calls=80), progress=False)
+        optimizer.compile(dspy.Predict(kit.Sort), trainset=kit.examples(60))
+        assert 40 < provider.attempts <= 80
+        assert sum(line["attempts"] for line in optimizer.result.spending.values()) == provider.attempts
+    assert optimizer.result.metric_calls <= provider.attempts / 2 + 1
+
+
 def test_a_predictors_own_lm_is_counted_too_and_comes_back_as_it_was() -> None:
     with Provider(answer=kit.stairs(1)) as provider:
         own = lm_on(provider)
