@@ -4,7 +4,8 @@
 
 The same rollouts (program by program, example by example) are run twice in one process on a scripted LM that answers at
 once: inside a compile, and in a plain asyncio loop. The difference of process CPU time, divided by the number of metric
-calls, is the overhead. Prints one JSON line.
+calls, is the overhead; once as it is by default, and once metered (``prices=``), where each attempt is reserved for, counted
+and settled. The default and the metered compile alternate. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import asyncio
 import json
 import pathlib
 import platform
+import statistics
 import time
 from typing import Any, Literal
 
 import dspy
 
-from asyndbt_dspy import AsynDBT, Budget, scripted_lm
+from asyndbt_dspy import AsynDBT, Budget, Price, scripted_lm
 
 LABELS = ("red", "green", "blue")
 
@@ -82,11 +84,17 @@ def main() -> None:
         for number in range(360)
     ]
     golds = {one.message: one for one in examples}
-    overheads = []
-    for seed in range(arguments.repeats):
+    overheads: dict[bool, list[float]] = {False: [], True: []}
+    for repeat in range(2 * arguments.repeats):
+        seed, is_metered = divmod(repeat, 2)
         RUNS.clear()
         optimizer = AsynDBT(
-            metric, workers=3, budget=Budget(metric_calls=arguments.calls), seed=seed, progress=False
+            metric,
+            workers=3,
+            budget=Budget(metric_calls=arguments.calls),
+            seed=seed,
+            progress=False,
+            prices={"scripted/lm": Price(0.0, 0.0)} if is_metered else {},
         )
         started = time.process_time()
         optimizer.compile(Recorder(), trainset=examples)
@@ -95,12 +103,16 @@ def main() -> None:
         started = time.process_time()
         asyncio.run(plain(runs, golds))
         outside = time.process_time() - started
-        overheads.append((inside - outside) / len(runs) * 1e3)
+        assert optimizer.result is not None and bool(optimizer.result.spending) == bool(is_metered)
+        overheads[bool(is_metered)].append((inside - outside) / len(runs) * 1e3)
+    median, metered = (statistics.median(overheads[one]) for one in (False, True))
     line = {
         "benchmark": "overhead",
         "metric_calls": arguments.calls,
-        "overhead_ms_per_call": round(sorted(overheads)[len(overheads) // 2], 3),
-        "all_ms": [round(one, 3) for one in overheads],
+        "overhead_ms_per_call": round(median, 3),
+        "all_ms": [round(one, 3) for one in overheads[False]],
+        "metered_ms_per_call": round(metered, 3),
+        "all_metered_ms": [round(one, 3) for one in overheads[True]],
         "python": platform.python_version(),
         "machine": platform.machine(),
     }

@@ -80,7 +80,7 @@ class AlgorithmConfig:
     """
 
     active_workers: int = 1
-    max_staleness: int = 15
+    max_staleness: int = 64
     keep_busy: bool = False
     balance: bool = True
     iterations: int = 10_000
@@ -199,6 +199,7 @@ PAPER = AlgorithmConfig(
     policy="score_function",
     geometry="euclidean",
     floor=0.0,
+    max_staleness=15,
     adam=True,
     gradient_clip=3.0,
     normalise=False,

@@ -22,10 +22,10 @@ def lm_on(provider: Provider, engine: str = "auto", **settings: Any) -> dspy.LM:
     return dspy.LM("openai/m", api_base=provider.url, engine=engine, **known)
 
 
-def workers_on(provider: Provider, engine: str = "auto", **options: Any) -> list[Worker]:
-    data = kit.examples(60)
+def workers_on(provider: Provider, engine: str = "auto", size: int = 30, **options: Any) -> list[Worker]:
+    data = kit.examples(2 * size)
     return [
-        Worker(f"w{number}", data[30 * number : 30 * number + 30], lm=lm_on(provider, engine), **options)
+        Worker(f"w{number}", data[size * number : size * (number + 1)], lm=lm_on(provider, engine), **options)
         for number in range(2)
     ]
 
@@ -45,9 +45,9 @@ def compiled(workers: list[Worker], budget: Budget, **options: Any) -> tuple[Asy
 @both_engines
 def test_a_cap_on_lm_calls_holds_whatever_is_in_flight(engine: str) -> None:
     with Provider(answer=kit.stairs(1)) as provider:
-        workers = workers_on(provider, engine, max_concurrency=32)
-        optimizer, program = compiled(workers, Budget(lm_calls=240))
-        assert 200 <= provider.attempts <= 240
+        workers = workers_on(provider, engine, size=120, max_concurrency=32)  # 64 in flight
+        optimizer, program = compiled(workers, Budget(lm_calls=500))
+        assert 400 <= provider.attempts <= 500
         assert sum(line["attempts"] for line in optimizer.result.spending.values()) == provider.attempts
     assert program.signature.instructions == kit.MAGIC  # the best so far, raced with what was kept back
     assert any(one.examples for one in optimizer.result.candidates)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 import threading
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from asyndbt_dspy.core.config import DEFAULT
 from asyndbt_dspy.core.messages import Evaluate, Scored, Send, StepReply
 from asyndbt_dspy.core.server import ServerState
 from asyndbt_dspy.core.worker import WorkerState
@@ -175,6 +177,32 @@ def test_busy_time_and_the_virtual_clock() -> None:
     assert set(engine.busy_s) == {"w0", "w1", "w2"}
     assert engine.now_s <= sum(engine.busy_s.values())
     assert engine.now_s >= max(engine.busy_s.values()) - 1e-9
+
+
+@pytest.mark.parametrize("delays", ["by work", "log-normal"])
+def test_one_more_worker_ten_times_slower_costs_the_others_no_time(delays: str) -> None:
+    """The bound on staleness is wide enough that nobody waits for it; half of the workers make an update."""
+
+    def seconds(count: int, factors: dict[str, float], rollouts: int) -> float:
+        server, workers = small_machines(
+            dataclasses.replace(DEFAULT, active_workers=2), workers=count, calls=4000, examples=24
+        )
+        drawn = work_delays(factors) if delays == "by work" else lognormal_delays(1.0, 0.5, 0, factors)
+        engine = SimulatedEngine(drawn)
+        times: list[tuple[int, float]] = []
+
+        class Counting(TableEvaluator):
+            async def evaluate(self, request: Evaluate) -> Scored:
+                scored = await super().evaluate(request)  # not eager: when the virtual clock reaches it
+                times.append((self.calls, engine.now_s))
+                return scored
+
+        asyncio.run(engine.run(server, workers, Counting(additive_score)))
+        return next(time_s for calls, time_s in times if calls >= rollouts)
+
+    for rollouts in (600, 1500):
+        without = seconds(3, {}, rollouts)
+        assert seconds(4, {"w3": 10.0}, rollouts) <= 1.05 * without
 
 
 def test_delays_are_seeded_log_normal_and_scaled() -> None:
