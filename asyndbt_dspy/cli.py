@@ -52,8 +52,8 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     add("--timeout", type=seconds, default=120.0, help="when a hanging call is given up")
     add("--concurrency", type=int, default=8, help="calls that one worker has in flight")
     add("--held-out", type=int, default=10, help="examples per worker for the final race")
-    add("--active-workers", type=int, help="S, answers per update; default half of the workers")
-    add("--max-staleness", type=int, help="tau, bound on lateness in updates; default 15")
+    add("--active-workers", type=number_or_auto, help="S: a number or auto; default half of the workers")
+    add("--max-staleness", type=number_or_auto, help="tau: a number or auto; default 64")
     add("--keep-busy", action="store_true", help="nobody waits for others: further minibatches instead")
     add("--predictors", type=int, default=1, help="LM calls of one run of the program")
     add("--tokens", type=pair, default=(600.0, 40.0), help="PROMPT,COMPLETION tokens of one call")
@@ -171,6 +171,14 @@ def rate(text: str) -> float:
         return float(count) * _PERIODS[period]
     except (ValueError, KeyError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no rate; write 500/min") from error
+
+
+def number_or_auto(text: str) -> int | str:
+    """A number, or ``auto``."""
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from error
 
 
 def pair(text: str) -> tuple[float, float]:

@@ -51,8 +51,10 @@ class AsynDBT(Teleprompter):
         budget: Hard caps on metric calls, LM calls, tokens, dollars, seconds; see ``Budget``.
         preset: ``default``, ``paper`` (faithful to the paper) or ``cendbt`` (its centralised form, one worker).
         mode: ``both``, or only ``instructions``, or only ``demos`` (ablations).
-        active_workers: S, answers the server waits for; default half of the workers.
-        max_staleness: tau >= 1, bound on lateness in iterations; 1 is synchronous.
+        active_workers: S, answers the server waits for; default half of the workers. ``"auto"``: as few as the workers'
+            observed speeds and the bound on staleness allow, and nobody waits for others.
+        max_staleness: tau >= 1, bound on lateness in iterations; 1 is synchronous. ``"auto"``: follows the slowest worker,
+            up to four times the preset's.
         deterministic: The order of events does not depend on timing: same seed and same LM answers, same program.
         seed: Of every random choice.
         instructions: ``{predictor: [texts]}``: instruction arms of your own.
@@ -93,8 +95,8 @@ class AsynDBT(Teleprompter):
         budget: Budget | None = None,
         preset: Literal["default", "paper", "cendbt"] = "default",
         mode: preparation.Mode = "both",
-        active_workers: int | None = None,
-        max_staleness: int | None = None,
+        active_workers: int | Literal["auto"] | None = None,
+        max_staleness: int | Literal["auto"] | None = None,
         deterministic: bool = False,
         seed: int = 0,
         instructions: Mapping[str, Sequence[str]] | None = None,

@@ -474,9 +474,21 @@ def make_parts(shards: Sequence[Shard], lms: Mapping[str, Any]) -> dict[str, Wor
 
 
 def resolve(
-    config: AlgorithmConfig, workers: int, active_workers: int | None, max_staleness: int | None
+    config: AlgorithmConfig,
+    workers: int,
+    active_workers: int | Literal["auto"] | None,
+    max_staleness: int | Literal["auto"] | None,
 ) -> AlgorithmConfig:
-    """Fill in S and tau: by default half of the workers, and the preset's bound."""
+    """Fill in S and tau: by default half of the workers, and the preset's bound; ``"auto"`` begins there."""
+    if active_workers == "auto":
+        config = dataclasses.replace(config, auto_active=True, keep_busy=True)
+        active_workers = None
+    if max_staleness == "auto":
+        config = dataclasses.replace(config, auto_staleness=True)
+        max_staleness = None
+    for name, value in (("active_workers", active_workers), ("max_staleness", max_staleness)):
+        if isinstance(value, str):
+            raise ConfigurationError(f"{name}={value!r} must be a number, 'auto' or None")
     if active_workers is None:
         active_workers = max(1, (workers + 1) // 2)
     if active_workers > workers or active_workers < 1:

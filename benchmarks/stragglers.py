@@ -30,6 +30,8 @@ CASES = {
     "(18,9,3) waiting": (Case(18, 9, stragglers=3, keep_busy=False), None),
     "(3,2,1) waiting": (Case(3, 2, stragglers=1, keep_busy=False), None),
     "(3,1,1)": (Case(3, 1, stragglers=1), None),
+    "(18,auto,3)": (Case(18, 9, stragglers=3, automatic=True), None),
+    "(3,auto,1)": (Case(3, 2, stragglers=1, automatic=True), None),
     "(18,9,0) equal delays": (Case(18, 9, sigma=0.0), None),
     "(18,9,3) equal delays": (Case(18, 9, stragglers=3, sigma=0.0), None),
     "(3,2,1) equal delays": (Case(3, 2, stragglers=1, sigma=0.0), None),

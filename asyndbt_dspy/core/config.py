@@ -24,6 +24,8 @@ class AlgorithmConfig:
     Attributes:
         active_workers: S >= 1. The server updates once so many workers have answered.
         max_staleness: tau >= 1. A message is at most ``tau - 1`` updates of z late; 1 is synchronous.
+        auto_active: S follows what is observed of the workers' speeds; ``active_workers`` is where it starts [O 6].
+        auto_staleness: tau follows it, between ``max_staleness`` and four times as much [O 6].
         keep_busy: A worker whose answer makes no update yet goes on with its next minibatch from the same z, at most tau
             times, instead of waiting for others [O 7.2].
         balance: Where workers are known to be slow, search and race do not wait for what these have not begun [O 6].
@@ -81,6 +83,8 @@ class AlgorithmConfig:
 
     active_workers: int = 1
     max_staleness: int = 64
+    auto_active: bool = False
+    auto_staleness: bool = False
     keep_busy: bool = False
     balance: bool = True
     iterations: int = 10_000

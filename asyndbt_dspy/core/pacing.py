@@ -20,6 +20,11 @@ _FEWEST = 3
 _SLOW = 0.5
 """Relative speed up to which a worker is slow; delays of one speed that vary much seldom look that unequal."""
 
+_LATE = 2.0
+"""One answer may take so many times its worker's usual time before the staleness bound makes others wait."""
+_GROWTH = 4
+"""Automatic tau: at most so many times the configured one. The theory holds for any fixed bound; a wider one costs speed."""
+
 
 class Paces:
     """Smoothed paces of all workers, from the order of their answers.
@@ -28,10 +33,14 @@ class Paces:
 
     Attributes:
         noted: Whether anything is noted.
+        slowest: Answers of all during one of the slowest worker, its own included; 0 before anything is known.
     """
 
     def __init__(self, count: int, config: AlgorithmConfig) -> None:
-        self.noted = config.balance and config.active_workers < count
+        is_adaptive = config.auto_active or config.auto_staleness
+        self.noted = is_adaptive or (config.balance and config.active_workers < count)
+        self.slowest = 0.0
+        self._is_balanced = config.balance
         self._work = 0
         self._begun: dict[int, int] = {}
         self._log_pace = [0.0] * count
@@ -66,10 +75,46 @@ class Paces:
                 pace for pace, count in zip(self._log_pace, self._answers, strict=True) if count >= _FEWEST
             ]
             self._median = float(np.median(known)) if known else 0.0
+            self.slowest = math.exp(max(known)) if known else 0.0
 
     def speed(self, number: int) -> float:
         """Rollouts per second in units of the median worker's, in (0, 1/2]; 1 for who is not slow or not known."""
-        if self._answers[number] < _FEWEST:
+        if not self._is_balanced or self._answers[number] < _FEWEST:
             return 1.0
         relative = math.exp(self._median - self._log_pace[number])
         return relative if relative <= _SLOW else 1.0
+
+
+class Synchrony:
+    """S and tau in force.
+
+    With ``auto_active`` S is as small as the bound on staleness allows: the fewer answers make an update, the sooner z is
+    fresh, but the more updates pass while a slow worker works. With ``auto_staleness`` tau follows the slowest worker.
+
+    Attributes:
+        active: S, between 1 and the number of live workers.
+        staleness: tau, at least the configured one.
+    """
+
+    def __init__(self, config: AlgorithmConfig) -> None:
+        self.config = config
+        self.active = config.active_workers
+        self.staleness = config.max_staleness
+
+    def adapt(self, slowest: float, living: int, oldest: int) -> None:
+        """Follow what was observed.
+
+        Args:
+            slowest: As of ``Paces``.
+            living: Workers that were not set aside, at least 1.
+            oldest: Updates of z since the oldest step under way was sent; no bound may fall below it.
+        """
+        config, answers = self.config, _LATE * slowest
+        if not slowest:
+            return
+        widest = config.max_staleness * (_GROWTH if config.auto_staleness else 1)
+        if config.auto_active:
+            self.active = min(living, max(1, math.ceil(answers / max(1, widest - 1))))
+        if config.auto_staleness:
+            wanted = 1 + math.ceil(answers / self.active)
+            self.staleness = max(config.max_staleness, min(widest, wanted), min(oldest + 1, self.staleness))

@@ -206,7 +206,7 @@ class RaceState:
     def _paired(self, number: int) -> tuple[float, float]:
         """Mean and standard error of the difference to the student, over examples that both answered."""
         pairs = [
-            self._value(self.results[(number, *place)])
+            self._value(self.results[(number, place[0], place[1])])
             - self._value(self.results.get((0, *place), (None, None)))
             for place in self._of(number)
         ]
@@ -229,7 +229,7 @@ class RaceState:
         """The student first, then the challengers in the order they entered."""
         rows = []
         for number, candidate in enumerate(self.candidates):
-            found = [self.results[(number, *place)][0] for place in self._of(number)]
+            found = [self.results[(number, place[0], place[1])][0] for place in self._of(number)]
             scores = np.array([score for score in found if score is not None])
             mean = float(scores.mean()) if len(scores) else math.nan
             half = _INTERVAL_Z * _standard_error(scores)

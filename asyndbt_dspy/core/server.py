@@ -46,7 +46,7 @@ from asyndbt_dspy.core.messages import (
     Wait,
     WorkerLost,
 )
-from asyndbt_dspy.core.pacing import Paces
+from asyndbt_dspy.core.pacing import Paces, Synchrony
 from asyndbt_dspy.core.policies import Nomination, WorkerSpace
 from asyndbt_dspy.core.racing import RaceState
 from asyndbt_dspy.core.roster import Member as Member
@@ -116,7 +116,7 @@ class ServerState:
         self.winner: Candidate = space.student
         self.staleness = [0] * count
         self.roster = Roster(count)
-        self.paces = Paces(count, config)
+        self.paces, self.synchrony = Paces(count, config), Synchrony(config)
         self.arrived: dict[int, StepReply] = {}
         self.in_race: set[int] = set()
         self.calls_spent = 0
@@ -215,11 +215,11 @@ class ServerState:
         return self.roster.living
 
     def _may_iterate(self) -> bool:
-        needed = min(self.config.active_workers, len(self._alive()))
+        needed = min(self.synchrony.active, len(self._alive()))
         # When nobody is busy any more, those that answered are all there will be.
         if not self.arrived or (len(self.arrived) < needed and not self._is_over_but_for_slow_ones()):
             return False
-        return self.version + 1 - self.roster.oldest(self.version + 1) <= self.config.max_staleness - 1
+        return self.version + 1 - self.roster.oldest(self.version + 1) <= self.synchrony.staleness - 1
 
     def _is_over_but_for_slow_ones(self) -> bool:
         """The budget is handed out, and who still works on it is slow: nobody waits for these."""
@@ -231,12 +231,14 @@ class ServerState:
         if not self._may_iterate():
             if not self.arrived and self._is_over_but_for_slow_ones():
                 return self._end_search("the budget of the search is spent")
-            return [Wait(f"{len(self.arrived)} of {self.config.active_workers} active workers have answered")]
+            return [Wait(f"{len(self.arrived)} of {self.synchrony.active} active workers have answered")]
         active = sorted(self.arrived)
         moved = self._iterate(active)
         self.version += 1
         self.arrived = {}
         self.paces.refresh()
+        oldest = self.version - self.roster.oldest(self.version)
+        self.synchrony.adapt(self.paces.slowest, len(self._alive()), oldest)
         if self._is_stationary(moved):
             return self._end_search(f"stationary: step norm {moved:.3g} <= {self.config.stationarity:g}")
         if self.version >= self.config.iterations:

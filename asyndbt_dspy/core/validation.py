@@ -65,7 +65,7 @@ def check_step_reply(server: ServerState, number: int, reply: StepReply) -> None
         raise ProtocolError(
             f"{sender} was sent step {repeat} of version {sent} and answers step {reply.repeat}"
         )
-    late, limit = server.version - reply.version, server.config.max_staleness - 1
+    late, limit = server.version - reply.version, server.synchrony.staleness - 1
     if late > limit and server.phase != "race":
         raise ProtocolError(f"{sender} is {late} updates late; the bound is {limit}")
     _check_distribution(sender, "p", server.layout, reply.lower)

@@ -8,7 +8,7 @@ import math
 import statistics
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal
 
 from asyndbt_dspy.core.config import DEFAULT, AlgorithmConfig
 from asyndbt_dspy.engines.meter import RunMeter
@@ -34,8 +34,8 @@ class Plan:
         requests_per_minute: Limit of all workers together, ``inf`` for none.
         hanging: Share of calls that never come back, in [0, 1); they end at ``timeout_s``.
         held_out: Examples for the race per worker.
-        active_workers: S; ``None``: half of the workers.
-        max_staleness: tau; ``None``: the default.
+        active_workers: S; ``None``: half of the workers; ``"auto"``: as of ``AsynDBT``.
+        max_staleness: tau; ``None``: the default; ``"auto"``: as of ``AsynDBT``.
         keep_busy: Workers go on with their next minibatch where they would wait for others.
         prompt_tokens, completion_tokens: Of one call, on average.
         price: US dollars per million prompt and completion tokens; ``None``: unknown.
@@ -56,8 +56,8 @@ class Plan:
     hanging: float = 0.0
     timeout_s: float = 120.0
     held_out: int = 10
-    active_workers: int | None = None
-    max_staleness: int | None = None
+    active_workers: int | Literal["auto"] | None = None
+    max_staleness: int | Literal["auto"] | None = None
     keep_busy: bool = False
     prompt_tokens: float = 600.0
     completion_tokens: float = 40.0
@@ -76,12 +76,14 @@ class Plan:
 
     def config(self) -> AlgorithmConfig:
         """Constants of the run."""
-        half = (self.workers + 1) // 2
+        active, staleness = self.active_workers, self.max_staleness
         return dataclasses.replace(
             DEFAULT,
-            active_workers=half if self.active_workers is None else self.active_workers,
-            max_staleness=DEFAULT.max_staleness if self.max_staleness is None else self.max_staleness,
-            keep_busy=self.keep_busy,
+            active_workers=active if isinstance(active, int) else (self.workers + 1) // 2,
+            max_staleness=staleness if isinstance(staleness, int) else DEFAULT.max_staleness,
+            auto_active=active == "auto",
+            auto_staleness=staleness == "auto",
+            keep_busy=self.keep_busy or active == "auto",
         )
 
 

@@ -43,6 +43,7 @@ class Case:
         stragglers: Workers that are ``slowdown`` times slower.
         sigma: Of the delays' logarithm.
         keep_busy: A worker goes on with its next minibatch where it would wait for others.
+        automatic: S and tau adapt; ``active`` and ``max_staleness`` are where they start.
         lost: Workers that stop answering after ten steps.
     """
 
@@ -54,6 +55,7 @@ class Case:
     sigma: float = 1.0
     lost: int = 0
     keep_busy: bool = True
+    automatic: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ def settings(case: Case, synchronous: bool) -> AlgorithmConfig:
         active_workers=case.active,
         max_staleness=case.max_staleness,
         keep_busy=case.keep_busy,
+        auto_active=case.automatic,
+        auto_staleness=case.automatic,
     )
 
 

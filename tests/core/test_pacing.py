@@ -10,7 +10,7 @@ import pytest
 
 from asyndbt_dspy.core.config import DEFAULT, AlgorithmConfig
 from asyndbt_dspy.core.messages import RaceReply, StepRequest
-from asyndbt_dspy.core.pacing import Paces
+from asyndbt_dspy.core.pacing import Paces, Synchrony
 from asyndbt_dspy.core.racing import RaceState
 from asyndbt_dspy.engines.meter import RunMeter
 from asyndbt_dspy.engines.protocols import Recorded, replay
@@ -56,6 +56,42 @@ def test_who_is_gone_or_answers_unasked_counts_for_nothing() -> None:
 @pytest.mark.parametrize("changes", [{"active_workers": 4}, {"balance": False}])
 def test_nothing_is_noted_where_it_would_not_be_used(changes: dict[str, Any]) -> None:
     assert observed([1, 1, 1, 4], config=dataclasses.replace(DEFAULT, **changes)).speed(3) == 1.0
+
+
+# ------------------------------------------------------------------------------------------------------ S and tau
+
+AUTO = dataclasses.replace(DEFAULT, active_workers=9, max_staleness=15, auto_active=True)
+
+
+def test_the_slowest_worker_is_known_in_answers() -> None:
+    assert observed([1, 1, 1, 4], config=AUTO).slowest == pytest.approx(14, abs=2)
+    assert Paces(3, AUTO).slowest == 0.0
+
+
+def test_automatic_s_is_as_small_as_staleness_allows() -> None:
+    synchrony = Synchrony(AUTO)
+    for slowest, active in ((0.0, 9), (3.0, 1), (18.0, 3), (70.0, 10), (900.0, 18)):
+        synchrony.adapt(slowest, 18, 0)
+        assert (synchrony.active, synchrony.staleness) == (active, 15)
+
+
+def test_automatic_tau_follows_a_straggler_and_comes_back() -> None:
+    synchrony = Synchrony(
+        dataclasses.replace(DEFAULT, active_workers=2, max_staleness=15, auto_staleness=True)
+    )
+    taus = []
+    for slowest, oldest in ((5.0, 0), (40.0, 20), (900.0, 40), (5.0, 50), (5.0, 3)):
+        synchrony.adapt(slowest, 4, oldest)
+        taus.append(synchrony.staleness)
+    assert taus == [15, 41, 60, 51, 15]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_adaptive_runs_stay_within_the_bound_in_force(seed: int) -> None:
+    config = dataclasses.replace(AUTO, active_workers=3, max_staleness=3, auto_staleness=True, keep_busy=True)
+    server, meter, _ = simulated(config, lognormal_delays(1.0, 1.0, seed, {"w4": 6.0}))
+    assert server.synchrony.active < 5
+    assert 2 < meter.largest_staleness < 12
 
 
 # --------------------------------------------------------------------------------------------------- the search

@@ -38,6 +38,8 @@ SWITCHES: dict[str, tuple[Any, dict[str, Any]]] = {
     "share_demos": (False, {"iterations": 3}),
     "race": (False, {}),
     "keep_busy": (True, {"active_workers": 2}),
+    "auto_active": (True, {"active_workers": 2}),
+    "auto_staleness": (True, {"max_staleness": 2}),
     "balance": (False, {}),
     "race_soft": (0.0, {}),
     "loss": ("cross_entropy", {}),

@@ -121,6 +121,14 @@ def test_synchronous_runs_have_no_late_answers() -> None:
     assert optimizer.result.settings["algorithm"]["active_workers"] == 3
 
 
+def test_s_and_tau_may_be_automatic() -> None:
+    optimizer, _ = compiled("default", workers=3, active_workers="auto", max_staleness="auto")
+    algorithm = optimizer.result.settings["algorithm"]
+    assert [algorithm[name] for name in ("auto_active", "auto_staleness", "keep_busy")] == [True] * 3
+    with pytest.raises(ConfigurationError, match="must be a number"):
+        compiled("default", workers=3, max_staleness="much")
+
+
 def test_fewer_demos_per_class_and_none() -> None:
     for per_class in (0, 2):
         optimizer, program = compiled("default", demos_per_class=per_class, mode="demos")
