@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import dspy
 
-from asyndbt_dspy import preparation
+from asyndbt_dspy import preparation, sharding
 from asyndbt_dspy.core.config import AlgorithmConfig
 from asyndbt_dspy.core.policies import WorkerSpace
 from asyndbt_dspy.core.server import ServerState
@@ -56,7 +56,7 @@ async def prepare(
     metering = metering or make_metering(optimizer)
     started = time.perf_counter()
     checks.check_student(student)
-    workers = preparation.make_workers(
+    workers = sharding.make_workers(
         optimizer.workers, trainset, student, shard_key=optimizer.shard_key, seed=optimizer.seed
     )
     _check_data(optimizer, student, workers, valset)
@@ -66,8 +66,14 @@ async def prepare(
     if optimizer.deterministic:  # speeds are none of its business
         config = dataclasses.replace(config, balance=False)
     needs_pool = optimizer.options.mode != "instructions"
-    shards = preparation.split_shards(
-        workers, valset, student, config, needs_pool=needs_pool, seed=optimizer.seed
+    shards = sharding.split_shards(
+        workers,
+        valset,
+        student,
+        config,
+        needs_pool=needs_pool,
+        seed=optimizer.seed,
+        one_trainset=isinstance(optimizer.workers, int),
     )
     surrounding = dspy.settings.lm
     lms = {worker.name: metering.worker_lm(worker, surrounding) for worker in workers}
@@ -143,7 +149,7 @@ async def _arrange(
     optimizer: AsynDBT,
     student: dspy.Module,
     teacher: dspy.Module | None,
-    shards: Sequence[preparation.Shard],
+    shards: Sequence[sharding.Shard],
     config: AlgorithmConfig,
     started: float,
     stop: StopRequest,
@@ -202,7 +208,7 @@ async def _arrange(
 
 
 async def _probe(
-    optimizer: AsynDBT, evaluator: ProgramEvaluator, shards: Sequence[preparation.Shard]
+    optimizer: AsynDBT, evaluator: ProgramEvaluator, shards: Sequence[sharding.Shard]
 ) -> dict[str, Rollout]:
     """The student's rollout on the first example of each worker, as far as the budget reaches.
 
@@ -223,7 +229,7 @@ async def _demos(
     optimizer: AsynDBT,
     student: dspy.Module,
     teacher: dspy.Module | None,
-    shards: Sequence[preparation.Shard],
+    shards: Sequence[sharding.Shard],
     evaluator: ProgramEvaluator,
 ) -> tuple[list[DemoItem], list[tuple[str, dspy.Example, Rollout]]]:
     """Demo arms, and the runs (worker, example, rollout) that traces were taken from."""
@@ -251,7 +257,7 @@ class Run:
         self,
         optimizer: AsynDBT,
         programs: ProgramSpace,
-        shards: Sequence[preparation.Shard],
+        shards: Sequence[sharding.Shard],
         evaluator: ProgramEvaluator,
         server: ServerState,
         workers: Sequence[WorkerState],

@@ -18,8 +18,8 @@ from asyndbt_dspy.lms.ledger import Ledger
 from asyndbt_dspy.lms.limits import RateLimits
 from asyndbt_dspy.lms.metered import metered
 from asyndbt_dspy.lms.prices import Price, Tariff
-from asyndbt_dspy.preparation import Shard
 from asyndbt_dspy.programs.copies import copy_program, shared_parts
+from asyndbt_dspy.sharding import Shard
 from asyndbt_dspy.workers import Worker
 
 logger = logging.getLogger(__name__)

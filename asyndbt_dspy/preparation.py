@@ -17,12 +17,11 @@ from asyndbt_dspy.core.config import AlgorithmConfig
 from asyndbt_dspy.core.server import Member
 from asyndbt_dspy.errors import ConfigurationError, WorkerFailedError
 from asyndbt_dspy.lms.failures import FailureKind
-from asyndbt_dspy.programs import checks, demos, proposals, slots
+from asyndbt_dspy.programs import demos, proposals, slots
 from asyndbt_dspy.programs.evaluator import ProgramEvaluator, WorkerPart
-from asyndbt_dspy.programs.labels import example_labels
 from asyndbt_dspy.programs.rollout import Rollout
 from asyndbt_dspy.programs.slots import DemoItem, ProgramSpace
-from asyndbt_dspy.workers import Worker
+from asyndbt_dspy.sharding import Shard, race_examples
 
 logger = logging.getLogger(__name__)
 
@@ -73,23 +72,6 @@ class TextBook(Protocol):
     def keep_texts(self, predictor: str, texts: Sequence[str]) -> None: ...
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One worker's examples, split so that nothing is used twice.
-
-    Attributes:
-        worker: As the user described it.
-        estimate: Examples that candidates are scored on during the search.
-        pool: Examples that may become demos.
-        held_out: Examples of the final race.
-    """
-
-    worker: Worker
-    estimate: tuple[dspy.Example, ...]
-    pool: tuple[dspy.Example, ...]
-    held_out: tuple[dspy.Example, ...]
-
-
 def context_tokens(lm: Any) -> int | None:
     """The context of ``lm`` in tokens: as it or its engine says, else from DSPy's table of models; ``None`` if unknown."""
     for holder in (lm, getattr(lm, "engine", None)):
@@ -113,107 +95,6 @@ def check_names(student: dspy.Module, instructions: Mapping[str, Sequence[str]] 
             raise ConfigurationError(
                 f"instructions for {name!r} are one text; give a list of texts: {{{name!r}: [{texts[:40]!r}]}}"
             )
-
-
-def make_workers(
-    workers: int | Sequence[Worker],
-    trainset: Sequence[dspy.Example] | None,
-    student: dspy.Module,
-    *,
-    shard_key: Any,
-    seed: int,
-) -> list[Worker]:
-    """The user's workers, or ``workers`` shards of ``trainset``.
-
-    Raises:
-        ConfigurationError: no data, data twice, or two workers of one name.
-    """
-    if not isinstance(workers, int):
-        if trainset:
-            raise ConfigurationError(
-                f"trainset with {len(trainset)} examples was given besides {len(workers)} workers that bring their own "
-                "shards; pass workers=<number> to have trainset split, or leave trainset out"
-            )
-        if not workers:
-            raise ConfigurationError("workers is an empty list; give at least one Worker, or a number")
-        return list(workers)
-    if workers < 1:
-        raise ConfigurationError(f"workers={workers} must be at least 1")
-    trainset = list(trainset or ())
-    checks.check_examples(student, trainset)
-    strata = None if shard_key is not None else example_labels(student, trainset)
-    parts = checks.shards(trainset, workers, key=shard_key, strata=strata, seed=seed)
-    return [
-        Worker(f"worker-{number}", [trainset[one] for one in part])
-        for number, part in enumerate(parts, start=1)
-    ]
-
-
-def split_shards(
-    workers: Sequence[Worker],
-    valset: Sequence[dspy.Example] | None,
-    student: dspy.Module,
-    config: AlgorithmConfig,
-    *,
-    needs_pool: bool,
-    seed: int,
-) -> list[Shard]:
-    """Split every shard into estimate, pool and held-out examples; a common ``valset`` is dealt out to the workers."""
-    shares: list[list[dspy.Example]] = [[] for _ in workers]
-    if valset:
-        order = np.random.default_rng([seed, 11]).permutation(len(valset))
-        for place, number in enumerate(order):
-            shares[place % len(workers)].append(valset[int(number)])
-    result = []
-    for index, (worker, share) in enumerate(zip(workers, shares, strict=True)):
-        rest = list(worker.trainset)
-        held_out = list(worker.valset) if worker.valset else share
-        if not held_out and config.race:
-            rest, held_out = _split(rest, 0.25, student, seed + index)
-        estimate, pool = rest, rest
-        if needs_pool and len(rest) >= 2 * config.minibatch:
-            # An example must not be scored by a program that shows it, so demos and estimates part ways.
-            fraction = min(0.6, max(0.4, 2 * config.minibatch / len(rest)))
-            pool, estimate = _split(rest, fraction, student, seed + 1000 + index)
-        if len(estimate) < config.minibatch:
-            raise ConfigurationError(
-                f"worker {worker.name!r} has {len(estimate)} examples left to estimate on (of {len(worker.trainset)} in "
-                f"its shard), fewer than the minibatch of {config.minibatch}; give it more examples, use fewer workers, "
-                "or lower config={'minibatch': …}"
-            )
-        scored_on = _mixed(estimate, student, [seed, 17, index])
-        raced_on = _mixed(held_out, student, [seed, 19, index])
-        result.append(Shard(worker, scored_on, scored_on if pool is estimate else tuple(pool), raced_on))
-    return result
-
-
-def _mixed(
-    examples: Sequence[dspy.Example], student: dspy.Module, key: Sequence[int]
-) -> tuple[dspy.Example, ...]:
-    """The examples in a random order of which every beginning has the classes in proportion.
-
-    Candidates are told apart by the first few examples they meet, and one that favours a class would be judged by which
-    classes those happen to be of.
-    """
-    rng = np.random.default_rng(key)
-    strata: dict[str | None, list[int]] = {}
-    for number, label in enumerate(example_labels(student, examples)):
-        strata.setdefault(label, []).append(number)
-    places: list[tuple[float, int]] = []
-    for members in strata.values():
-        offset = float(rng.random())
-        for rank, place in enumerate(rng.permutation(len(members))):
-            places.append(((rank + offset) / len(members), members[int(place)]))
-    return tuple(examples[number] for _, number in sorted(places))
-
-
-def _split(
-    examples: Sequence[dspy.Example], fraction: float, student: dspy.Module, seed: int
-) -> tuple[list[dspy.Example], list[dspy.Example]]:
-    """Two stratified parts, the second with ``fraction`` of the examples."""
-    strata = example_labels(student, examples)
-    first, second = checks.held_out(range(len(examples)), fraction=fraction, seed=seed, strata=strata)
-    return [examples[one] for one in first], [examples[one] for one in second]
 
 
 def labelled_items(
@@ -449,7 +330,7 @@ def make_members(programs: ProgramSpace, shards: Sequence[Shard], config: Algori
                 _shared_only(programs, block, arms)
                 for block, arms in zip(programs.space.upper, allowed, strict=True)
             )
-        members.append(Member(shard.worker.name, allowed, len(shard.held_out)))
+        members.append(Member(shard.worker.name, allowed, len(shard.held_out), group=shard.group))
     return members
 
 
@@ -459,11 +340,12 @@ def _shared_only(programs: ProgramSpace, block: Any, arms: tuple[int, ...]) -> t
 
 def make_parts(shards: Sequence[Shard], lms: Mapping[str, Any]) -> dict[str, WorkerPart]:
     """What the evaluator holds of each worker; ``lms``: what each worker calls."""
+    held_out = race_examples(shards)
     return {
         shard.worker.name: WorkerPart(
             shard.worker.name,
             shard.estimate,
-            shard.held_out,
+            held_out[shard.worker.name],
             lms[shard.worker.name],
             shard.worker.max_concurrency,
             private=not shard.worker.share_demos,

@@ -28,7 +28,8 @@ class AlgorithmConfig:
         auto_staleness: tau follows it, between ``max_staleness`` and four times as much [O 6].
         keep_busy: A worker whose answer makes no update yet goes on with its next minibatch from the same z, at most tau
             times, instead of waiting for others [O 7.2].
-        balance: Where workers are known to be slow, search and race do not wait for what these have not begun [O 6].
+        balance: Workers that are known to be slow get smaller units, and search and race do not wait for what these have not
+            begun [O 6].
         iterations: T >= 1, the largest number of server iterations.
         loss: What a rollout teaches where the LM reports a distribution over the answers. ``margin``: clipped margin of
             the right answer and the metric [O 7.13]. ``cross_entropy``: of the right answer. Elsewhere ``1 - score``.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from asyndbt_dspy.core.config import AlgorithmConfig
+from asyndbt_dspy.core.handover import Handover
 from asyndbt_dspy.core.racing import RaceState
 from asyndbt_dspy.core.roster import Member
 from asyndbt_dspy.core.space import Candidate
@@ -35,16 +36,19 @@ def learned(server: ServerState) -> tuple[Any, ...]:
 
 
 def open_race(server: ServerState, challengers: Sequence[Candidate]) -> RaceState:
-    """The race of live workers, each with its observed speed."""
+    """The race of live workers, each with its observed speed, over their examples and those of lost ones that they hold."""
     server.paces.refresh()
     living = {server.members[number].name: number for number in server.roster.living}
+    handover = Handover(server.members)
     # What a search that ended early did not spend goes to the race.
     calls = server.race_calls + max(0, server.calls_left or 0)
     return RaceState(
         server.space.student,
         challengers,
-        {name: server.members[number].held_out for name, number in living.items()},
+        {one.name: one.held_out for one in server.members if handover.has_heir(one.name, living)},
         calls,
         server.config,
         speeds={name: server.paces.speed(number) for name, number in living.items()},
+        living=living,
+        handover=handover,
     )

@@ -26,7 +26,7 @@ from asyndbt_dspy.core.simplex import FloatArray
 from asyndbt_dspy.core.space import Candidate
 from asyndbt_dspy.errors import ProtocolError
 
-FORMAT = 2
+FORMAT = 3
 """Version of the codec. A decoder reads its own and older formats; what an older one can say is still said in it."""
 
 
@@ -44,6 +44,7 @@ class StepRequest:
         effects: What the other workers learned, shape ``[2, shared]`` (``[2, 0]`` if nothing is exchanged).
         staleness: Updates of z by which this worker's previous message was late.
         repeat: 0 for the first step from this version's z, then 1, 2, ….
+        minibatch: Examples per draw; 0 for as many as ``AlgorithmConfig`` says.
     """
 
     worker: str
@@ -55,6 +56,7 @@ class StepRequest:
     effects: FloatArray
     staleness: int = 0
     repeat: int = field(default=0, metadata={"since": 2})
+    minibatch: int = field(default=0, metadata={"since": 3})
 
 
 @dataclass(frozen=True)

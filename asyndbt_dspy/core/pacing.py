@@ -41,6 +41,11 @@ class Paces:
         self.noted = is_adaptive or (config.balance and config.active_workers < count)
         self.slowest = 0.0
         self._is_balanced = config.balance
+        # The barrier form counts on every step costing the same, and waits for everybody anyway.
+        self._least = (
+            min(2, config.minibatch) if config.balance and config.buffered_lower else config.minibatch
+        )
+        self._most = config.minibatch
         self._work = 0
         self._begun: dict[int, int] = {}
         self._log_pace = [0.0] * count
@@ -83,6 +88,10 @@ class Paces:
             return 1.0
         relative = math.exp(self._median - self._log_pace[number])
         return relative if relative <= _SLOW else 1.0
+
+    def minibatch(self, number: int) -> int:
+        """Examples per draw of its next step: fewer for a slow worker, so that what it answers is less late."""
+        return max(self._least, math.ceil(self._most * self.speed(number)))
 
 
 class Synchrony:

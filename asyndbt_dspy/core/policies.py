@@ -97,7 +97,9 @@ class Nomination:
 class Policy(Protocol):
     """How a worker's distributions learn: what to draw, what was learned, what is shared, how it merges."""
 
-    def draw(self, p: FloatArray, q: FloatArray, rng: np.random.Generator) -> Batch: ...
+    def draw(self, p: FloatArray, q: FloatArray, rng: np.random.Generator, minibatch: int) -> Batch:
+        """Candidates and for each of them ``minibatch`` examples, fewer where the shard has fewer."""
+        ...
 
     def update(self, p: FloatArray, q: FloatArray, batch: Batch, losses: Sequence[FloatArray]) -> Estimate:
         """Learn from ``losses`` (per draw, shape ``[its examples]``, NaN where missing) and estimate both gradients."""
@@ -129,9 +131,8 @@ class ExampleOrder:
         self._config = config
         self._cursor: dict[Candidate | None, int] = {}
 
-    def next_for(self, key: Candidate | None, rng: np.random.Generator) -> tuple[int, ...]:
-        """The next minibatch of ``key`` (a candidate, or ``None`` for all draws of a step together)."""
-        size = self._config.minibatch
+    def next_for(self, key: Candidate | None, rng: np.random.Generator, size: int) -> tuple[int, ...]:
+        """The next ``size`` examples of ``key`` (a candidate, or ``None`` for all draws of a step together)."""
         if not self._config.split_levels:
             return self._take(self.order, key, size, rng)
         first = self._take(self.lower, key, (size + 1) // 2, rng)
@@ -162,10 +163,10 @@ class GradientPolicy:
         self.seen: dict[Candidate, tuple[float, int]] = {}
         self.buffer: list[tuple[FloatArray, IntArray, FloatArray, float]] = []
 
-    def draw(self, p: FloatArray, q: FloatArray, rng: np.random.Generator) -> Batch:
+    def draw(self, p: FloatArray, q: FloatArray, rng: np.random.Generator, minibatch: int) -> Batch:
         lower = estimators.draw_arms(rng, self.spaces.lower, p, self.config.draws)
         upper = estimators.draw_arms(rng, self.spaces.upper, q, self.config.draws)
-        examples = self.order.next_for(None, rng)
+        examples = self.order.next_for(None, rng, minibatch)
         candidates = tuple(self.spaces.candidate(low, up) for low, up in zip(lower, upper, strict=True))
         sets = frozenset(self.order.lower), frozenset(self.order.upper)
         return Batch(candidates, (examples,) * len(candidates), lower, upper, *sets)

@@ -44,7 +44,7 @@ class PosteriorPolicy:
         self.seen: dict[Candidate, int] = {}
         self.observed: set[tuple[Candidate, int]] = set()
 
-    def draw(self, p: FloatArray, q: FloatArray, rng: np.random.Generator) -> Batch:
+    def draw(self, p: FloatArray, q: FloatArray, rng: np.random.Generator, minibatch: int) -> Batch:
         lower = estimators.draw_arms(rng, self.spaces.lower, p, self.config.draws)
         repeatable = [one for one, count in self.seen.items() if count < len(self.order.order)]
         candidates: list[Candidate] = []
@@ -53,7 +53,7 @@ class PosteriorPolicy:
             candidates.append(
                 self.search.thompson(arms, repeatable, rng, self.config.exploration, candidates)
             )
-        examples = tuple(self.order.next_for(candidate, rng) for candidate in candidates)
+        examples = tuple(self.order.next_for(candidate, rng, minibatch) for candidate in candidates)
         empty = np.zeros((0, 0), dtype=np.int64)
         sets = frozenset(self.order.lower), frozenset(self.order.upper)
         return Batch(tuple(candidates), examples, lower, empty, *sets)

@@ -5,18 +5,20 @@ The student runs in every heat and is returned unless something beats it. Exampl
 a heat closes without its stragglers once three quarters of its examples are in, and late results still count.
 
 Work goes where it is done soonest: a slow worker gets a smaller part of a heat, and the last heat leaves out what only
-slow workers have not begun, a quarter of it at most.
+slow workers have not begun, a quarter of it at most. Work of a worker that is gone goes to those that hold its examples
+too, as far as the budget reaches; where nobody does, it is left out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from asyndbt_dspy.core.config import AlgorithmConfig
+from asyndbt_dspy.core.handover import Handover
 from asyndbt_dspy.core.messages import RaceReply, RaceRequest
 from asyndbt_dspy.core.simplex import FloatArray
 from asyndbt_dspy.core.space import Candidate
@@ -59,10 +61,12 @@ class RaceState:
     Args:
         student: The candidate that changes nothing.
         candidates: Challengers, best first; as many as the budget can tell apart will run.
-        holdings: Held-out examples per worker.
+        holdings: Held-out examples per worker; of those that are gone, where somebody living holds them too.
         calls: Rollouts the race may spend.
-        chunk: Largest number of rollouts per unit of work.
+        chunk: Largest number of rollouts per unit of work; less for a slow worker.
         speeds: Worker -> rollouts per second in units of the usual worker's; default 1. Less than 1: slow.
+        living: Workers that can be asked; ``None``: all of ``holdings``.
+        handover: Who may run whose examples; ``None``: everybody only its own.
     """
 
     def __init__(
@@ -74,9 +78,14 @@ class RaceState:
         config: AlgorithmConfig,
         chunk: int = 48,
         speeds: Mapping[str, float] | None = None,
+        living: Collection[str] | None = None,
+        handover: Handover | None = None,
     ) -> None:
         self.config = config
         self.chunk = chunk
+        self.living = set(holdings if living is None else living)
+        self._gone = [name for name in holdings if name not in self.living]
+        self.handover = handover or Handover()
         self.speeds = dict.fromkeys(holdings, 1.0) | dict(speeds or {})
         # In the order of the numbers: whoever numbers the examples mixes them, and may balance every beginning.
         self.unused = {name: list(range(count)) for name, count in holdings.items()}
@@ -96,6 +105,7 @@ class RaceState:
         self._quota_left = 0  # examples of the heat that nobody has begun
         self._under_way = 0  # examples of the heat that are out
         self._heat_units: dict[int, int] = {}
+        self._held: dict[int, tuple[str, tuple[int, ...]]] = {}  # unit -> holder, its numbers of the examples
         self._heat_size = 0
         self._last_units = False
         self._open_heat()
@@ -118,25 +128,35 @@ class RaceState:
 
     def assign(self, worker: str) -> RaceRequest | None:
         """The next unit for an idle worker, ``None`` if there is nothing for it now."""
-        quota = 0 if self.done else self.quota.get(worker, 0)
-        if not quota:
+        holder = None if self.done else self._next_holder(worker)
+        if holder is None:
             return None
-        count = max(1, min(quota, self.chunk // len(self.running)))
-        examples = tuple(self.unused[worker][:count])
-        self.unused[worker] = self.unused[worker][count:]
-        self.quota[worker] -= count
-        if not self.quota[worker]:
-            del self.quota[worker]
+        chunk = int(self.chunk * self.speeds[worker])
+        count = max(1, min(self.quota[holder], chunk // len(self.running)))
+        held = tuple(self.unused[holder][:count])
+        self.unused[holder] = self.unused[holder][count:]
+        self.quota[holder] -= count
+        if not self.quota[holder]:
+            del self.quota[holder]
         self._quota_left -= count
         self._under_way += count
         self.calls_left -= count * len(self.running)
         self.units += 1
+        examples = tuple(self.handover.number(worker, holder, one) for one in held)
         request = RaceRequest(
             worker, self.units, tuple(self.candidates[one] for one in self.running), examples
         )
         self.outstanding[self.units] = request
         self._heat_units[self.units] = count
+        self._held[self.units] = holder, held
         return request
+
+    def _next_holder(self, worker: str) -> str | None:
+        """Whose examples this worker runs next: its own, else those of one that is gone."""
+        if worker in self.quota:
+            return worker
+        gone = (name for name in self._gone if name in self.quota)
+        return next((name for name in gone if self.handover.may_take(worker, name)), None)
 
     def receive(self, reply: RaceReply) -> None:
         """Take a unit's results.
@@ -150,23 +170,41 @@ class RaceState:
         check_race_reply(request, reply)
         del self.outstanding[reply.unit]
         self._under_way -= self._heat_units.pop(reply.unit, 0)
+        holder, held = self._held.pop(reply.unit)
         self.calls_left += len(request.candidates) * len(request.examples) - reply.calls
         for candidate, scores, soft in zip(request.candidates, reply.scores, reply.soft_scores, strict=True):
             number = self.candidates.index(candidate)
-            for example, score, probability in zip(request.examples, scores, soft, strict=True):
-                self.results[number, reply.worker, example] = (score, probability)
+            for example, score, probability in zip(held, scores, soft, strict=True):
+                self.results[number, holder, example] = (score, probability)
         self._advance()
 
     def lose(self, worker: str) -> int:
-        """A worker is gone: its units and its examples leave the race. Returns the rollouts it had in hand."""
-        held = [one for one in self.outstanding.values() if one.worker == worker]
-        self.outstanding = {unit: one for unit, one in self.outstanding.items() if one.worker != worker}
-        lost = [unit for unit in self._heat_units if unit not in self.outstanding]
-        self._under_way -= sum(self._heat_units.pop(unit) for unit in lost)
-        self._quota_left -= self.quota.pop(worker, 0)
-        self.unused.pop(worker, None)
+        """A worker is gone: others take over what it held, or it leaves the race. Returns the rollouts it had in hand."""
+        self.living.discard(worker)
+        self._gone.append(worker)
+        self.speeds[worker] = 1.0
+        units = {unit: one for unit, one in self.outstanding.items() if one.worker == worker}
+        for unit in units:
+            del self.outstanding[unit]
+            self._take_back(unit)
+        for name in [one for one in self._gone if not self.handover.has_heir(one, self.living)]:
+            self._quota_left -= self.quota.pop(name, 0)
+            self.unused.pop(name, None)
+            self._gone.remove(name)
         self._advance()
-        return sum(len(one.candidates) * len(one.examples) for one in held)
+        return sum(len(one.candidates) * len(one.examples) for one in units.values())
+
+    def _take_back(self, unit: int) -> None:
+        """A unit will not be answered: as much of it as the budget still reaches is to be handed out again."""
+        holder, held = self._held.pop(unit)
+        count = self._heat_units.pop(unit, 0)  # 0: of an earlier heat, which is over
+        self._under_way -= count
+        affordable = self.calls_left // len(self.running) - self._quota_left
+        again = 0 if self._last_units else max(0, min(count, affordable))
+        if again:
+            self.unused[holder] = [*held[:again], *self.unused[holder]]
+            self.quota[holder] = self.quota.get(holder, 0) + again
+            self._quota_left += again
 
     def _advance(self) -> None:
         if self._last_units:

@@ -14,25 +14,29 @@ class Member:
         allowed: Per upper-level block the arms this worker may draw (numbers, no texts).
         held_out: Number of its examples for the final race.
         step_calls: Rollouts of one of its steps; ``None``: draws times minibatch.
+        group: Members of one group hold each other's race examples and take over from who is gone; "": nobody does.
     """
 
     name: str
     allowed: tuple[tuple[int, ...], ...]
     held_out: int = 0
     step_calls: int | None = None
+    group: str = ""
 
 
 class Roster:
     """Workers by their numbers.
 
     Attributes:
+        minibatch: Per worker, examples per draw of the step that it has under way or had last.
         living: Those that were not set aside, ascending.
         outstanding: Worker -> version of the step it has under way.
         repeats: Worker -> how many steps it began from the z of its newest request before that one.
         idle: Those that an empty budget left without a request.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, minibatch: int) -> None:
+        self.minibatch = [minibatch] * count
         self.living = list(range(count))
         self.outstanding: dict[int, int] = {}
         self.repeats: dict[int, int] = {}

@@ -115,7 +115,7 @@ class ServerState:
         self.finish_reason = ""
         self.winner: Candidate = space.student
         self.staleness = [0] * count
-        self.roster = Roster(count)
+        self.roster = Roster(count, config.minibatch)
         self.paces, self.synchrony = Paces(count, config), Synchrony(config)
         self.arrived: dict[int, StepReply] = {}
         self.in_race: set[int] = set()
@@ -176,9 +176,7 @@ class ServerState:
 
     def _step_reply(self, number: int, reply: StepReply) -> list[Instruction]:
         if number not in self.outstanding:
-            raise ProtocolError(
-                f"worker {reply.worker!r} owes no step and sent one (version {reply.version})"
-            )
+            raise ProtocolError(f"worker {reply.worker!r} owes no step and sent one of {reply.version}")
         check_step_reply(self, number, reply)
         late = self.version - reply.version
         self.roster.take_back(number)
@@ -202,7 +200,7 @@ class ServerState:
     def step_calls(self, number: int) -> int:
         """Rollouts that one step of this worker may cost."""
         own = self.members[number].step_calls
-        return self.config.draws * self.config.minibatch if own is None else own
+        return self.config.draws * self.roster.minibatch[number] if own is None else own
 
     # -------------------------------------------------------------- iterations
 
@@ -375,12 +373,13 @@ class ServerState:
 
     def _send_steps(self, numbers: list[int]) -> list[Instruction]:
         """Requests to these workers, as far as the budget of the search reaches."""
-        sent: list[Instruction] = []
         if self.calls_left is not None and self.calls_left < self._least_step:
             self.roster.idle.update(numbers)
-            return sent
+            return []
+        sent: list[Instruction] = []
         merged = merge_factors(self.config, self.factors, self.live, numbers)
         for place, number in enumerate(numbers):
+            self.roster.minibatch[number] = self.paces.minibatch(number)
             if self.calls_left is not None and self.calls_left < self.step_calls(number):
                 self.roster.idle.add(number)
                 continue
@@ -410,6 +409,7 @@ class ServerState:
             effects=effects,
             staleness=self.staleness[number],
             repeat=self.roster.repeats[number],
+            minibatch=self.roster.minibatch[number] % self.config.minibatch,
         )
 
     # ---------------------------------------------------------------- evictions

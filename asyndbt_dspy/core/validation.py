@@ -160,6 +160,7 @@ def _check_variables(worker: WorkerState, sender: str, request: StepRequest | Ro
         return
     _check_count(sender, "staleness", request.staleness)
     _check_count(sender, "repeat", request.repeat)
+    _check_count(sender, "minibatch", request.minibatch, worker.config.minibatch)
     _check_array(sender, "duals", request.duals, (lower.length,))
     _check_array(sender, "plane_push", request.plane_push, (lower.length,))
     _check_array(sender, "plane_push_upper", request.plane_push_upper, (upper.length,))

@@ -159,7 +159,8 @@ class WorkerState:
             p = request.start
         else:
             self.policy.merge(request.effects)
-        self._batch = self.policy.draw(p, self.q, self._rng(self.step))
+        size = getattr(request, "minibatch", 0) or self.config.minibatch
+        self._batch = self.policy.draw(p, self.q, self._rng(self.step), size)
         return [self._evaluate(self._batch.candidates, self._batch.examples, held_out=False)]
 
     def order_of(self, request: StepRequest | RoundRequest | RaceRequest) -> tuple[float, ...]:

@@ -58,9 +58,9 @@ class RunMeter:
                 self._note_lateness(self._version - event.version)
         if recorded.machine == SERVER:
             self._version = self.server.version
-            self._was_search = self.server.race is None
-            if self._was_search:
+            if self._was_search:  # the event that opens the race is the last of the search
                 self.search_end_s = recorded.time_s
+            self._was_search = self.server.race is None
 
     def _end_work(self, worker: str, time_s: float) -> None:
         self.busy_s[worker] += time_s - self._begun_s.pop(worker, time_s)

@@ -36,13 +36,13 @@ class LightPolicy:
         self._known: FloatArray = np.zeros((2, len(keys.shared) if config.share_effects else 0))
         self._last: Candidate = spaces.space.student
 
-    def draw(self, p: FloatArray, q: FloatArray, rng: np.random.Generator) -> Batch:
+    def draw(self, p: FloatArray, q: FloatArray, rng: np.random.Generator, minibatch: int) -> Batch:
         config, space = self.config, self.spaces.space
         sizes = [len(block.arms) for block in space.lower] + [len(arms) for arms in self.spaces.allowed]
         picks = (rng.random((config.draws, len(sizes))) * sizes).astype(np.int64).tolist()
         width = len(space.lower)
         candidates = tuple(self.spaces.candidate(row[:width], row[width:]) for row in picks)
-        size = min(config.minibatch, self.examples)
+        size = min(minibatch, self.examples)
         first = int(rng.integers(self.examples))
         row = tuple((first + step) % self.examples for step in range(size))
         none = np.zeros((0, 0), dtype=np.int64)

@@ -48,7 +48,7 @@ def toy_spaces(space: Space) -> WorkerSpace:
 class ExactPolicy:
     """Base of policies that need no rollouts: exact gradients in place of samples."""
 
-    def draw(self, p: FloatArray, q: FloatArray, rng: np.random.Generator) -> Batch:
+    def draw(self, p: FloatArray, q: FloatArray, rng: np.random.Generator, minibatch: int) -> Batch:
         none = np.zeros((0, 0), dtype=np.int64)
         return Batch((), (), none, none, frozenset(), frozenset())
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from asyndbt_dspy.core.config import DEFAULT, AlgorithmConfig
-from asyndbt_dspy.core.messages import RaceReply, StepRequest
+from asyndbt_dspy.core.messages import RaceReply, RaceRequest, Scored, StepRequest
 from asyndbt_dspy.core.pacing import Paces, Synchrony
 from asyndbt_dspy.core.racing import RaceState
 from asyndbt_dspy.engines.meter import RunMeter
@@ -129,9 +129,41 @@ def test_nobody_waits_where_everybody_is_kept_busy(seed: int) -> None:
 def test_the_search_ends_while_a_slow_worker_still_has_a_step_under_way() -> None:
     config = dataclasses.replace(DEFAULT, active_workers=2, max_staleness=60, policy="score_function")
     delays = work_delays({"w4": 7.0})
-    fast = simulated(config, delays, calls=1600)[1]
-    slow = simulated(dataclasses.replace(config, balance=False), delays, calls=1600)[1]
-    assert fast.search_end_s < slow.search_end_s
+    fast, slow = (
+        simulated(dataclasses.replace(config, balance=balance), delays, calls=1600)
+        for balance in (True, False)
+    )
+    assert fast[1].search_end_s < slow[1].search_end_s - 30
+    opened = next(one.time_s for one in slow[2] if isinstance(one.event, RaceRequest))
+    assert opened == slow[1].search_end_s
+
+
+@pytest.mark.parametrize("balance", [True, False])
+def test_a_slow_worker_gets_smaller_units(balance: bool) -> None:
+    config = dataclasses.replace(DEFAULT, active_workers=2, balance=balance)
+    _, _, events = simulated(config, work_delays({"w4": 7.0}), calls=1600)
+    asked: dict[str, int] = {}
+    sizes: dict[str, list[int]] = {"w0": [], "w4": []}
+    for event in (one.event for one in events):
+        if isinstance(event, StepRequest | RaceRequest):
+            asked[event.worker] = event.minibatch if isinstance(event, StepRequest) else -1
+        elif isinstance(event, Scored) and asked[event.worker] >= 0 and event.worker in sizes:
+            width = {len(row) for row in event.outcomes}
+            assert width == {asked[event.worker] or config.minibatch}
+            sizes[event.worker] += width
+    assert set(sizes["w0"]) == {6}
+    assert sizes["w4"][:3] == [6, 6, 6], "nothing is known of it yet"
+    assert set(sizes["w4"][3:]) == ({2} if balance else {6})
+
+
+@pytest.mark.parametrize(("minibatch", "speed", "size"), [(6, 0.5, 3), (6, 0.1, 2), (6, 1.0, 6), (1, 0.1, 1)])
+def test_units_shrink_to_two_examples_and_no_further(minibatch: int, speed: float, size: int) -> None:
+    paces = observed([1, 1, 1, round(1 / speed)], config=dataclasses.replace(DEFAULT, minibatch=minibatch))
+    assert paces.minibatch(3) == size
+
+
+def test_the_barrier_form_has_units_of_one_size() -> None:
+    assert observed([1, 1, 1, 8], config=dataclasses.replace(DEFAULT, buffered_lower=False)).minibatch(3) == 6
 
 
 # --------------------------------------------------------------------------------------------------- the race

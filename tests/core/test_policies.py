@@ -34,7 +34,7 @@ def learn(policy: Policy, steps: int, missing: bool = False) -> tuple[np.ndarray
     p, q = SPACES.lower.uniform(), SPACES.upper.uniform()
     batches = []
     for step in range(steps):
-        batch = policy.draw(p, q, rng(step))
+        batch = policy.draw(p, q, rng(step), DEFAULT.minibatch)
         batches.append(batch)
         losses = [
             np.array(
@@ -86,35 +86,36 @@ def test_draws_of_a_gradient_step_meet_one_minibatch_and_a_candidate_of_a_poster
     None
 ):
     gradients = GradientPolicy(SPACES, GRADIENTS, 12).draw(
-        SPACES.lower.uniform(), SPACES.upper.uniform(), rng()
+        SPACES.lower.uniform(), SPACES.upper.uniform(), rng(), 6
     )
     assert len(set(gradients.examples)) == 1
-    order = ExampleOrder(7, dataclasses.replace(DEFAULT, minibatch=3))
+    order = ExampleOrder(7, DEFAULT)
     first, second, other = (
-        order.next_for((0,), rng()),
-        order.next_for((0,), rng()),
-        order.next_for((1,), rng()),
+        order.next_for((0,), rng(), 3),
+        order.next_for((0,), rng(), 3),
+        order.next_for((1,), rng(), 3),
     )
     assert first + second == tuple(order.order[:6])
     assert other == first  # paired
-    assert order.next_for((0,), rng())[0] == order.order[6]
+    assert order.next_for((0,), rng(), 3)[0] == order.order[6]
 
 
 def test_random_minibatches_hold_no_example_twice() -> None:
-    order = ExampleOrder(5, dataclasses.replace(DEFAULT, minibatch=9, common_examples=False))
-    drawn = order.next_for(None, rng(4))
+    order = ExampleOrder(5, dataclasses.replace(DEFAULT, common_examples=False))
+    drawn = order.next_for(None, rng(4), 9)
     assert sorted(drawn) == [0, 1, 2, 3, 4]
-    assert drawn != order.next_for(None, rng(5))
+    assert drawn != order.next_for(None, rng(5), 9)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 9])
 @pytest.mark.parametrize("common", [True, False])
-def test_split_levels_never_share_an_example_where_there_are_two(count: int, common: bool) -> None:
-    config = dataclasses.replace(DEFAULT, split_levels=True, common_examples=common, minibatch=4)
+@pytest.mark.parametrize("size", [2, 4])
+def test_split_levels_never_share_an_example_where_there_are_two(count: int, common: bool, size: int) -> None:
+    config = dataclasses.replace(DEFAULT, split_levels=True, common_examples=common)
     order = ExampleOrder(count, config)
     assert count == 1 or not set(order.lower) & set(order.upper)
     for _ in range(3):
-        drawn = set(order.next_for(None, rng()))
+        drawn = set(order.next_for(None, rng(), size))
         assert drawn & set(order.lower)
         assert drawn & set(order.upper)
 
@@ -124,7 +125,7 @@ def test_a_demo_fills_no_two_slots_and_private_arms_of_others_are_never_drawn() 
     spaces = WorkerSpace(space, tuple(usable_arms(block, "w0") for block in space.upper))
     policy = PosteriorPolicy(spaces, DEFAULT, 10)
     for seed in range(40):
-        for candidate in policy.draw(spaces.lower.uniform(), spaces.upper.uniform(), rng(seed)).candidates:
+        for candidate in policy.draw(spaces.lower.uniform(), spaces.upper.uniform(), rng(seed), 6).candidates:
             demos = [arm for arm in candidate[1:] if arm]
             assert len(demos) == len(set(demos))
             assert space.is_shared(candidate)
@@ -132,7 +133,7 @@ def test_a_demo_fills_no_two_slots_and_private_arms_of_others_are_never_drawn() 
 
 def test_a_loss_counts_once_however_often_it_is_seen() -> None:
     policy = PosteriorPolicy(SPACES, DEFAULT, 4)
-    batch = policy.draw(SPACES.lower.uniform(), SPACES.upper.uniform(), rng())
+    batch = policy.draw(SPACES.lower.uniform(), SPACES.upper.uniform(), rng(), 6)
     losses = [np.ones(len(row)) for row in batch.examples]
     policy.update(SPACES.lower.uniform(), SPACES.upper.uniform(), batch, losses)
     count = policy.upper_model.count
@@ -146,7 +147,7 @@ def test_a_space_of_one_candidate_can_still_be_drawn() -> None:
         spaces = WorkerSpace(space, ())
         policy = make_policy(spaces, config, 3)
         for step in range(3):
-            batch = policy.draw(spaces.lower.uniform(), spaces.upper.uniform(), rng(step))
+            batch = policy.draw(spaces.lower.uniform(), spaces.upper.uniform(), rng(step), 6)
             assert set(batch.candidates) == {(0,)}
             losses = [np.full(len(row), 0.5) for row in batch.examples]
             estimate = policy.update(spaces.lower.uniform(), spaces.upper.uniform(), batch, losses)
@@ -176,7 +177,7 @@ def test_estimates_can_be_scaled_to_one_and_clipped() -> None:
     for changes, bound in (({"normalise": True}, 1.0), ({"gradient_clip": 0.3}, 0.3)):
         policy = GradientPolicy(SPACES, dataclasses.replace(GRADIENTS, **changes), 10)  # type: ignore[arg-type]
         p, q = SPACES.lower.uniform(), SPACES.upper.uniform()
-        batch = policy.draw(p, q, rng())
+        batch = policy.draw(p, q, rng(), 6)
         losses = [np.full(len(row), float(number)) for number, row in enumerate(batch.examples)]
         estimate = policy.update(p, q, batch, losses)
         size = np.abs(estimate.lower).max() if "normalise" in changes else np.linalg.norm(estimate.lower)

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyndbt_dspy.core.config import AlgorithmConfig
+from asyndbt_dspy.core.handover import Handover
 from asyndbt_dspy.core.messages import RaceReply, RaceRequest
 from asyndbt_dspy.core.racing import RaceState
+from asyndbt_dspy.core.roster import Member
 from asyndbt_dspy.errors import ProtocolError
 
 CONFIG = AlgorithmConfig(race_candidates=7, accept_z=0.0)
@@ -280,3 +282,95 @@ def test_every_worker_contributes_in_proportion_to_what_it_holds(counts: list[in
     assert size == min(calls // 2, sum(counts))
     for name, share in state.quota.items():
         assert abs(share - size * holdings[name] / sum(counts)) < 1
+
+
+# ------------------------------------------------------------------------------------- work of a worker that is gone
+
+MEMBERS = [Member(name, (), count, group="one") for name, count in HOLDINGS.items()]
+
+
+def handed_on(calls: int = 400, lost: tuple[str, ...] = (), **changes: object) -> RaceState:
+    config = dataclasses.replace(CONFIG, **changes)  # type: ignore[arg-type]
+    living = set(HOLDINGS) - set(lost)
+    return RaceState(STUDENT, CHALLENGERS, HOLDINGS, calls, config, living=living, handover=Handover(MEMBERS))
+
+
+def examples_of(units: list[RaceRequest], handover: Handover) -> list[tuple[str, int]]:
+    """(holder, example) of every unit, from the numbers that its worker was given."""
+    names = {
+        worker: {
+            handover.number(worker, holder, one): (holder, one)
+            for holder in HOLDINGS
+            for one in range(HOLDINGS[holder])
+        }
+        for worker in HOLDINGS
+    }
+    return [names[unit.worker][one] for unit in units for one in unit.examples]
+
+
+def test_examples_of_a_group_have_one_number_each_own_ones_first() -> None:
+    handover = Handover(MEMBERS)
+    for worker, count in HOLDINGS.items():
+        numbers = [handover.number(worker, worker, one) for one in range(count)]
+        others = [
+            handover.number(worker, holder, one)
+            for holder in HOLDINGS
+            if holder != worker
+            for one in range(HOLDINGS[holder])
+        ]
+        assert numbers + others == list(range(sum(HOLDINGS.values())))
+
+
+def test_what_a_lost_worker_had_in_hand_and_not_begun_is_run_by_those_that_hold_it() -> None:
+    state = handed_on(calls=2000)
+    first = state.assign("a")
+    assert first is not None
+    in_hand = len(first.candidates) * len(first.examples)
+    assert state.lose("a") == in_hand
+    units = run(state, difficult, ("b", "c"))
+    found = examples_of(units, state.handover)
+    assert sorted(found) == sorted((name, one) for name, count in HOLDINGS.items() for one in range(count))
+    assert {(worker, one) for number, worker, one in state.results if number == 0} == set(found)
+
+
+def test_examples_of_who_was_lost_before_the_race_are_run_too() -> None:
+    state = handed_on(calls=2000, lost=("b",))
+    found = examples_of(run(state, difficult, ("a", "c")), state.handover)
+    assert ("b", 7) in found and ("b", 0) in found
+
+
+def test_what_nobody_else_holds_is_left_out() -> None:
+    lonely = [dataclasses.replace(one, group="" if one.name == "a" else "one") for one in MEMBERS]
+    state = RaceState(STUDENT, CHALLENGERS, HOLDINGS, 2000, CONFIG, handover=Handover(lonely))
+    state.lose("a")
+    run(state, difficult, ("b", "c"))
+    assert {worker for _, worker, _ in state.results} == {"b", "c"}
+    state = handed_on(calls=2000)
+    state.lose("b")
+    state.lose("c")
+    state.lose("a")  # no heir is left for anything
+    assert state.done and not state.unused
+
+
+def test_no_more_is_handed_on_than_the_budget_reaches() -> None:
+    state = handed_on(calls=5 * 24)  # exactly one heat of everything for all five
+    request = state.assign("a")
+    assert request is not None
+    paid = state.lose("a")
+    units = run(state, difficult, ("b", "c"))
+    assert paid + sum(len(one.candidates) * len(one.examples) for one in units) <= 5 * 24
+    assert state.calls_left >= 0
+
+
+def test_a_unit_of_a_heat_that_is_over_is_not_run_again() -> None:
+    state = handed_on(calls=240)
+    late = state.assign("c")
+    assert late is not None
+    while state.heat == 1:
+        request = state.assign("a") or state.assign("b")
+        assert request is not None
+        state.receive(reply(request, difficult))
+    state.lose("c")
+    units = run(state, difficult, ("a", "b"))
+    lost = {("c", one) for one in late.examples}
+    assert not lost & set(examples_of(units, state.handover))

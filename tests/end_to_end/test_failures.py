@@ -170,6 +170,31 @@ def test_a_worker_that_fails_during_the_race_is_set_aside_and_the_others_decide(
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
+def test_race_examples_of_a_dead_worker_are_run_by_those_that_share_them(deterministic: bool) -> None:
+    raced: list[int] = []
+
+    def answering(messages: list[dict[str, str]]) -> Any:
+        raced.extend(one for one in [kit.number_in(messages)] if one >= 500)
+        return kit.stairs(1)(messages)
+
+    def dead_in_race(messages: list[dict[str, str]]) -> Any:
+        if kit.number_in(messages) >= 500:
+            raise dspy.lm15.ServerError("down")
+        return kit.stairs(1)(messages)
+
+    workers = [
+        Worker("a", kit.examples(36), lm=kit.make_lm(dead_in_race)),
+        Worker("b", kit.examples(36, start=36), lm=kit.make_lm(answering)),
+    ]
+    optimizer, student = magic(workers=workers, deterministic=deterministic)
+    program = optimizer.compile(student, valset=kit.examples(12, start=500))
+    assert optimizer.result.workers[0].set_aside
+    assert set(raced) == set(range(500, 512)), "the common valset belongs to nobody, so none of it is lost"
+    assert optimizer.result.candidates[0].examples == 12
+    assert program.signature.instructions == kit.MAGIC
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
 def test_when_all_workers_fail_the_best_program_so_far_is_handed_over(deterministic: bool) -> None:
     optimizer, student = magic(workers=2, deterministic=deterministic)
     lm = kit.make_lm(failing(dspy.lm15.ServerError, lambda count: True))
