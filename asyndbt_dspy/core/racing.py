@@ -63,7 +63,7 @@ class RaceState:
         candidates: Challengers, best first; as many as the budget can tell apart will run.
         holdings: Held-out examples per worker; of those that are gone, where somebody living holds them too.
         calls: Rollouts the race may spend.
-        chunk: Largest number of rollouts per unit of work; less for a slow worker.
+        chunk: Largest number of rollouts per unit of work.
         speeds: Worker -> rollouts per second in units of the usual worker's; default 1. Less than 1: slow.
         living: Workers that can be asked; ``None``: all of ``holdings``.
         handover: Who may run whose examples; ``None``: everybody only its own.
@@ -131,8 +131,7 @@ class RaceState:
         holder = None if self.done else self._next_holder(worker)
         if holder is None:
             return None
-        chunk = int(self.chunk * self.speeds[worker])
-        count = max(1, min(self.quota[holder], chunk // len(self.running)))
+        count = max(1, min(self.quota[holder], self.chunk // len(self.running)))
         held = tuple(self.unused[holder][:count])
         self.unused[holder] = self.unused[holder][count:]
         self.quota[holder] -= count
