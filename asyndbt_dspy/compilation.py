@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,13 @@ from asyndbt_dspy.workers import Worker
 if TYPE_CHECKING:
     from asyndbt_dspy.optimizer import AsynDBT
 
+logger = logging.getLogger(__name__)
+
 _REPLAY = "replay"
+_CACHED_NOISE = (
+    "scores are said to be noisy, but the LM of worker %r has DSPy's response cache, which answers a repeated request as "
+    "before; only the noise of the metric is averaged out. Build it with cache=False"
+)
 _DEMO_TOKENS = 60
 """Of one demo, where nothing is known of it."""
 _BOOTSTRAP_FRACTION = 0.12
@@ -131,6 +138,8 @@ def _check_data(
     )
     for worker in workers:
         lm = worker.first_lm or dspy.settings.lm
+        if optimizer.config.repeats and getattr(lm, "cache", False):
+            logger.warning(_CACHED_NOISE, worker.name)
         checks.check_inputs(
             student,
             worker.trainset,
@@ -167,6 +176,7 @@ async def _arrange(
         RolloutRunner(optimizer.metric, failure_score=optimizer.failure_score),
         rollout_timeout_s=optimizer.rollout_timeout_s,
         max_failures=optimizer.max_failures,
+        repeats=config.repeats,
         book=book,
         gate=stop.gate,
         on_refused=metering.note_refused,

@@ -67,6 +67,9 @@ class AsynDBT(Teleprompter):
         engine: Replaces the asyncio engine.
         rollout_timeout_s: A rollout that takes longer is missing.
         max_failures: Missing rollouts in a row after which a worker is set aside.
+        noisy: Scores of one candidate on one example differ from time to time (an LM judge in the metric, a sampling LM): asking
+            again is new evidence for the search, and the race asks again while it is undecided. Needs LMs without
+            DSPy's response cache (``cache=False``).
         failure_score: Score of an example on which the program raised, as in ``dspy.Evaluate``.
         loss: ``auto``: cross-entropy of the right label where the LM reports a distribution, else ``1 - score``; or force
             ``metric``.
@@ -114,6 +117,7 @@ class AsynDBT(Teleprompter):
         engine: Engine | None = None,
         rollout_timeout_s: float = 120.0,
         max_failures: int = 8,
+        noisy: bool = False,
         failure_score: float = 0.0,
         loss: Literal["auto", "metric"] = "auto",
         progress: bool = True,
@@ -150,10 +154,13 @@ class AsynDBT(Teleprompter):
         self.engine = engine
         self.rollout_timeout_s = rollout_timeout_s
         self.max_failures = max_failures
+        self.noisy = noisy
         self.failure_score = failure_score
         self.loss = loss
         self.progress = progress
-        self.config = _with_overrides(PRESETS[preset], config or {})
+        self.config = _with_overrides(
+            PRESETS[preset], ({"repeats": True} if noisy else {}) | dict(config or {})
+        )
         paper = preset != "default"
         self.options = preparation.SearchSpaceOptions(
             mode=mode,

@@ -63,6 +63,8 @@ class AlgorithmConfig:
         trim: >= 0. Workers cut from each end by ``trimmed_mean``.
         share_demos: Race programs built from the union of the demos that workers nominate [O 7.8].
         race: Compare final candidates and the student on held-out data [O 7.7]; else return ``argmax z, argmax q``.
+        repeats: Scores are noisy (a sampling LM, a judge): a rollout that is made again is new evidence, and the race makes
+            rollouts again while it is undecided and has calls left [O 7.7]. Off: each is made once.
         missing_is_zero: Score a failed LM call 0, as other optimizers do; the default leaves it out [O 7.12].
         lower_step, upper_step, consensus_step, plane_step, dual_step: eta_p, eta_q, eta_z, eta_lambda, eta_theta >= 0.
         lower_rounds: K >= 1, rounds of the lower-level estimate.
@@ -115,6 +117,7 @@ class AlgorithmConfig:
     trim: int = 0
     share_demos: bool = True
     race: bool = True
+    repeats: bool = False
     missing_is_zero: bool = False
     lower_step: float = 0.7
     upper_step: float = 0.7

@@ -21,6 +21,8 @@ def kept_back(config: AlgorithmConfig, members: Sequence[Member], calls: int | N
     """Rollouts of the budget that belong to the race."""
     if not config.race:
         return 0
+    if config.repeats and calls is not None:
+        return int(calls * config.race_fraction)
     whole = (config.race_candidates + 1) * sum(member.held_out for member in members)
     return whole if calls is None else min(whole, int(calls * config.race_fraction))
 

@@ -46,7 +46,8 @@ class PosteriorPolicy:
 
     def draw(self, p: FloatArray, q: FloatArray, rng: np.random.Generator, minibatch: int) -> Batch:
         lower = estimators.draw_arms(rng, self.spaces.lower, p, self.config.draws)
-        repeatable = [one for one, count in self.seen.items() if count < len(self.order.order)]
+        enough = math.inf if self.config.repeats else len(self.order.order)
+        repeatable = [one for one, count in self.seen.items() if count < enough]
         candidates: list[Candidate] = []
         for row in lower:
             arms = tuple(int(arm) for arm in row)
@@ -72,8 +73,8 @@ class PosteriorPolicy:
         return Estimate(lower, upper, Surrogate(lower, p))
 
     def _observe(self, candidate: Candidate, example: int, loss: float, batch: Batch) -> None:
-        # A candidate that has met the whole shard meets it again: a cached loss is no new evidence.
-        if (candidate, example) in self.observed:
+        # A candidate that has met the whole shard meets it again: a cached loss is no new evidence, another toss is.
+        if (candidate, example) in self.observed and not self.config.repeats:
             return
         self.observed.add((candidate, example))
         self.seen[candidate] += 1

@@ -7,6 +7,9 @@ a heat closes without its stragglers once three quarters of its examples are in,
 Work goes where it is done soonest: a slow worker gets a smaller part of a heat, and the last heat leaves out what only
 slow workers have not begun, a quarter of it at most. Work of a worker that is gone goes to those that hold its examples
 too, as far as the budget reaches; where nobody does, it is left out.
+
+With ``repeats`` finalists that two standard errors do not tell apart meet their examples again while calls are left. An example
+still counts once, with the mean of what it came to, so that intervals do not shrink below what the examples allow.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ _QUORUM = 0.75
 _FIRST_HEAT = 6
 """Examples that the first heat should have; with less budget fewer candidates run."""
 _INTERVAL_Z = 1.96
+_DECIDED = 2.0
+"""Standard errors of a paired difference beyond which noise need not be averaged out any more."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,8 @@ class RaceState:
         self.speeds = dict.fromkeys(holdings, 1.0) | dict(speeds or {})
         # In the order of the numbers: whoever numbers the examples mixes them, and may balance every beginning.
         self.unused = {name: list(range(count)) for name, count in holdings.items()}
+        self._holdings = dict(holdings)
+        self._times: dict[tuple[int, str, int], int] = {}
         examples = sum(holdings.values())
         challengers = [one for one in dict.fromkeys(candidates) if one != student]
         affordable = calls // max(1, 2 * min(_FIRST_HEAT, examples)) - 1
@@ -111,6 +118,8 @@ class RaceState:
         self._open_heat()
 
     def _open_heat(self) -> None:
+        if not any(self.unused.values()) and self._may_repeat():
+            self.unused = {name: list(range(self._holdings[name])) for name in self.unused}
         left = {name: len(numbers) for name, numbers in self.unused.items() if numbers}
         heats_left = max(1, math.ceil(math.log2(max(2, len(self.running)))) if len(self.running) > 2 else 1)
         affordable = self.calls_left // heats_left // max(1, len(self.running))
@@ -174,8 +183,28 @@ class RaceState:
         for candidate, scores, soft in zip(request.candidates, reply.scores, reply.soft_scores, strict=True):
             number = self.candidates.index(candidate)
             for example, score, probability in zip(held, scores, soft, strict=True):
-                self.results[number, holder, example] = (score, probability)
+                self._note((number, holder, example), score, probability)
         self._advance()
+
+    def _note(self, key: tuple[int, str, int], score: float | None, soft: float | None) -> None:
+        """The mean over repetitions; one that is missing changes nothing."""
+        known = self.results.get(key)
+        if known is None or known[0] is None:
+            self.results[key] = (score, soft)
+            self._times[key] = 1
+        elif score is not None:
+            self._times[key] += 1
+            weight = 1.0 / self._times[key]
+            mean = known[0] + weight * (score - known[0])
+            both = None if soft is None or known[1] is None else known[1] + weight * (soft - known[1])
+            self.results[key] = (mean, both)
+
+    def _may_repeat(self) -> bool:
+        """Whether asking again can change the outcome: scores are noisy, and the finalists are not told apart."""
+        if not (self.config.repeats and self.results) or len(self.running) < 2:
+            return False
+        mean, error = max(self._paired(number) for number in self.running[1:])
+        return abs(mean) < _DECIDED * error
 
     def lose(self, worker: str) -> int:
         """A worker is gone: others take over what it held, or it leaves the race. Returns the rollouts it had in hand."""

@@ -163,9 +163,7 @@ class ServerState:
         if number is None:
             raise ProtocolError(f"unknown worker {event.worker!r}; known: {sorted(self.numbers)}")
         if not self.live[number]:
-            raise ProtocolError(
-                f"worker {event.worker!r} was set aside; its {type(event).__name__} is refused"
-            )
+            raise ProtocolError(f"worker {event.worker!r} was set aside and sent a {type(event).__name__}")
         if isinstance(event, WorkerLost):
             return self._lose(number)
         if isinstance(event, StepReply):
@@ -180,8 +178,9 @@ class ServerState:
         check_step_reply(self, number, reply)
         late = self.version - reply.version
         self.roster.take_back(number)
-        self.paces.take_back(number, self.step_calls(number))
-        self._settle(number, reply.calls)
+        reserved = self.step_calls(number)
+        self.paces.take_back(number, reserved)
+        self._settle(reserved, reply.calls)
         self._free_steps[number] = 0 if reply.calls else self._free_steps[number] + 1
         self.nominations[number] = reply.nominations
         if self.phase == "race":
@@ -192,10 +191,10 @@ class ServerState:
             return self._send_round([number])
         return self._send_further(number, reply) or self._advance()
 
-    def _settle(self, number: int, calls: int) -> None:
+    def _settle(self, reserved: int, calls: int) -> None:
         self.calls_spent += calls
         if self.calls_left is not None:
-            self.calls_left += self.step_calls(number) - calls
+            self.calls_left += reserved - calls
 
     def step_calls(self, number: int) -> int:
         """Rollouts that one step of this worker may cost."""
@@ -349,7 +348,7 @@ class ServerState:
         if rounds is None or number not in rounds.asked:
             raise ProtocolError(f"worker {reply.worker!r} owes no round and sent one (number {reply.number})")
         check_round_reply(self, number, rounds.number, reply)
-        self._settle(number, reply.calls)
+        self._settle(self.step_calls(number), reply.calls)
         rounds.take(number, reply.lower)
         return self._close_round(rounds)
 
@@ -378,7 +377,7 @@ class ServerState:
             return []
         sent: list[Instruction] = []
         merged = merge_factors(self.config, self.factors, self.live, numbers)
-        for place, number in enumerate(numbers):
+        for number, effects in zip(numbers, merged, strict=True):
             self.roster.minibatch[number] = self.paces.minibatch(number)
             if self.calls_left is not None and self.calls_left < self.step_calls(number):
                 self.roster.idle.add(number)
@@ -386,7 +385,7 @@ class ServerState:
             self._reserve(number)
             self.roster.hand_out(number, self.version)
             self.paces.hand_out(number)
-            sent.append(Send(self._step_request(number, merged[place])))
+            sent.append(Send(self._step_request(number, effects)))
         return sent
 
     def _send_further(self, number: int, reply: StepReply) -> list[Instruction]:

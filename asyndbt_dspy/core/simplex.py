@@ -81,10 +81,11 @@ class Layout:
             return False
         if not self.length:
             return True
-        # NaN passes no comparison.
-        if not (vector.min() >= -tolerance and vector.max() <= 2.0):
+        # NaN passes no comparison, and what is infinite has no sum of 1.
+        if not vector.min() >= -tolerance:
             return False
-        return bool(np.abs(np.add.reduceat(vector, self.starts) - 1.0).max() <= tolerance)
+        excess = np.add.reduceat(vector, self.starts) - 1.0
+        return bool(excess.dot(excess) <= tolerance**2 or np.abs(excess).max() <= tolerance)
 
 
 def project(points: FloatArray) -> FloatArray:

@@ -104,6 +104,7 @@ class ProgramEvaluator:
         rollout_timeout_s: A rollout that takes longer is missing.
         max_failures: Missing rollouts in a row after which a worker is set aside.
         adapter: DSPy's prompt format; ``None``: the surrounding one.
+        repeats: A rollout that is asked for again is made again: scores are noisy.
         book: Remembers rollouts; ``None``: a rollout is known by its candidate alone.
     """
 
@@ -113,6 +114,7 @@ class ProgramEvaluator:
     rollout_timeout_s: float = 120.0
     max_failures: int = 8
     adapter: Any = None
+    repeats: bool = False
     uses: dict[str, WorkerUse] = field(default_factory=dict)
     cache: dict[CacheKey, Outcome] = field(default_factory=dict)
     on_rollout: Callable[[str, Rollout], None] | None = None
@@ -167,6 +169,8 @@ class ProgramEvaluator:
         key = (candidate, worker, held_out, number)
         known = self.cache.get(key)
         if known is not None:
+            if self.repeats and known.score is not None:
+                del self.cache[key]  # paid for in the setup; the next time it is another toss
             self.use(worker).reused += 1
             return known
         part = self.parts[worker]
@@ -180,7 +184,10 @@ class ProgramEvaluator:
         program = self.programs.build(candidate)
         name = self._name(worker, program, example)
         if name is None or not name.is_repeatable:
-            return self.remember(key, await self.rollout(worker, program, example, earlier=earlier))
+            found = await self.rollout(worker, program, example, earlier=earlier)
+            return (
+                _as_outcome(found) if self.repeats and found.score is not None else self.remember(key, found)
+            )
         # Two candidates may be one program: the same demos from other slots, say.
         twin = self._twins.get((worker, name.digest))
         if twin is not None:

@@ -68,7 +68,7 @@ def open_book(
         "package": __version__,
     }
     if optimizer.run_dir is None:
-        return KeysOnly(scope)
+        return KeysOnly(scope, config.repeats)
     manifest = {
         "package": __version__,
         "budget": dataclasses.asdict(optimizer.budget),
@@ -78,7 +78,7 @@ def open_book(
     try:
         private = frozenset(worker.name for worker in workers if not worker.share_demos)
         names = [worker.name for worker in workers]
-        return RunRecorder(directory, names, private, scope, fsync=optimizer.fsync)
+        return RunRecorder(directory, names, private, scope, fsync=optimizer.fsync, noisy=config.repeats)
     except BaseException:
         directory.close()
         raise

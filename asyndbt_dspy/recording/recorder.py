@@ -40,8 +40,8 @@ _Paid = dict[bytes, list[RecordedRollout]]
 class KeysOnly:
     """The ``RolloutBook`` of a run that is not recorded."""
 
-    def __init__(self, scope: Any) -> None:
-        self._keys = RolloutKeys(scope)
+    def __init__(self, scope: Any, noisy: bool = False) -> None:
+        self._keys = RolloutKeys(scope, noisy)
 
     def key(self, lm: Any, program: dspy.Module, example: dspy.Example) -> RolloutKey:
         return self._keys.key(lm, program, example)
@@ -102,7 +102,7 @@ class RunRecorder(KeysOnly):
         directory: Locked; closed by ``close``.
         workers: Names, in order.
         private: Those whose rollouts no other worker may use.
-        scope: See ``RolloutKeys``.
+        scope, noisy: See ``RolloutKeys``.
         fsync: See ``JournalWriter``.
 
     Attributes:
@@ -120,8 +120,9 @@ class RunRecorder(KeysOnly):
         scope: Any,
         *,
         fsync: bool = False,
+        noisy: bool = False,
     ) -> None:
-        super().__init__(scope)
+        super().__init__(scope, noisy)
         self.directory = directory
         self.events = EventLog(self._write_server, may_diverge=bool(directory.raised))
         self._workers = tuple(workers)

@@ -19,9 +19,11 @@ class RolloutKeys:
 
     Args:
         scope: What all rollouts of the run share (metric, failure score, prompt format, versions); strict JSON.
+        noisy: Whether scores differ from time to time, whatever the LM.
     """
 
-    def __init__(self, scope: Any) -> None:
+    def __init__(self, scope: Any, noisy: bool = False) -> None:
+        self._noisy = noisy
         self._scope = digest(scope)
         self._programs: weakref.WeakKeyDictionary[dspy.Module, dict[int, tuple[Any, bytes, bool]]]
         self._programs = weakref.WeakKeyDictionary()
@@ -48,6 +50,8 @@ class RolloutKeys:
                 [lm_identity(one) for one in lms],
             ]
             settings = [getattr(predictor, "config", None) for _, predictor in program.named_predictors()]
-            same = all(is_deterministic(one, config) for one, config in zip(lms, settings, strict=True))
+            same = not self._noisy and all(
+                is_deterministic(one, config) for one, config in zip(lms, settings, strict=True)
+            )
             entry = known[id(lm)] = lm, hashlib.sha256(canonical_json(content)).digest(), same
         return entry[1], entry[2]

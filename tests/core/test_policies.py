@@ -184,3 +184,17 @@ def test_estimates_can_be_scaled_to_one_and_clipped() -> None:
         assert size == pytest.approx(bound)
         flat = policy.update(p, q, batch, [np.zeros(len(row)) for row in batch.examples])
         assert np.all(np.isfinite(flat.lower))
+
+
+def test_a_repeated_rollout_is_evidence_only_where_scores_are_noisy() -> None:
+    counts = {}
+    for repeats in (False, True):
+        policy = make_policy(SPACES, dataclasses.replace(DEFAULT, repeats=repeats), 2)
+        assert isinstance(policy, PosteriorPolicy)
+        p, q = SPACES.lower.uniform(), SPACES.upper.uniform()
+        batch = policy.draw(p, q, rng(), 6)
+        losses = [np.full(len(row), 0.5) for row in batch.examples]
+        for _ in range(3):
+            policy.update(p, q, batch, losses)
+        counts[repeats] = policy.upper_model.count
+    assert counts[True] == 3 * counts[False] > 0

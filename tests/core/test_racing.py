@@ -374,3 +374,66 @@ def test_a_unit_of_a_heat_that_is_over_is_not_run_again() -> None:
     units = run(state, difficult, ("a", "b"))
     lost = {("c", one) for one in late.examples}
     assert not lost & set(examples_of(units, state.handover))
+
+
+# -------------------------------------------------------------------------------------------------- noisy scores
+
+
+def tossing(worth: dict[tuple[int, ...], float], seed: int) -> Score:
+    """A judge: right or wrong by an example's difficulty, and then wrong at every third toss."""
+    rng = np.random.default_rng(seed)
+
+    def score(candidate: tuple[int, ...], worker: str, example: int) -> float:
+        is_right = (example * 0.37 + len(worker)) % 1 < worth.get(candidate, 0.5)
+        return float(is_right != (rng.random() < 1 / 3))
+
+    return score
+
+
+def asked(units: list[RaceRequest]) -> int:
+    return max(sum(example in unit.examples for unit in units if unit.worker == "a") for example in range(12))
+
+
+def test_a_noisy_race_asks_again_while_it_is_undecided() -> None:
+    def play(repeats: bool, seed: int) -> tuple[RaceState, int]:
+        state = race(calls=2000, repeats=repeats, challengers=[(1, 0)])
+        return state, asked(run(state, tossing({(1, 0): 0.8}, seed)))
+
+    for seed in range(5):
+        once, times = play(False, seed)
+        assert times == 1
+        again, many = play(True, seed)
+        assert many > 1 or abs(once.standings()[1].advantage) >= 2 * once.standings()[1].error
+        assert all(one.count == 24 for one in again.standings()), "an example counts once"
+    wins = {
+        repeats: sum(play(repeats, seed)[0].winner() == (1, 0) for seed in range(40))
+        for repeats in (False, True)
+    }
+    assert wins[True] >= wins[False] + 3
+    assert wins[True] >= 36
+
+
+def test_a_race_that_is_decided_does_not_ask_again() -> None:
+    state = race(calls=2000, repeats=True, challengers=[(1, 0)])
+    assert asked(run(state, lambda candidate, *_: float(candidate == (1, 0)))) == 1
+
+
+def test_repetitions_keep_to_the_budget_and_to_what_is_held() -> None:
+    state = race(calls=300, repeats=True)
+    units = run(state, lambda candidate, worker, example: None if example == 3 else 0.5)
+    paid = sum(len(one.candidates) * (len(one.examples) - one.examples.count(3)) for one in units)
+    assert 250 < paid <= 300
+    state = race(calls=2000, repeats=True, challengers=[(1, 0)])
+    state.lose("a")
+    assert {one.worker for one in run(state, tossing({}, 0), ("b", "c"))} == {"b", "c"}
+
+
+def test_the_mean_over_repetitions_leaves_out_what_is_missing() -> None:
+    state = race(repeats=True)
+    key = (0, "a", 0)
+    for score, soft in ((None, None), (1.0, 0.5), (None, None), (0.0, 0.7), (0.5, None)):
+        state._note(key, score, soft)
+    assert state.results[key] == (0.5, None)
+    state._note((0, "a", 1), 1.0, 0.5)
+    state._note((0, "a", 1), 0.0, 0.7)
+    assert state.results[0, "a", 1] == pytest.approx((0.5, 0.6))

@@ -45,6 +45,7 @@ SWITCHES: dict[str, tuple[Any, dict[str, Any]]] = {
     "loss": ("cross_entropy", {}),
     "exploration": (1.0, {}),
     "missing_is_zero": (True, {}),
+    "repeats": (True, {}),
 }
 """Field -> (its other value, what else the base needs for the switch to have a say)."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +13,7 @@ import dspy
 import kit
 import pytest
 
-from asyndbt_dspy import MetricError, Worker
+from asyndbt_dspy import Budget, MetricError, Worker
 
 
 def right(gold: Any, prediction: Any) -> bool:
@@ -126,3 +128,47 @@ def test_a_judge_uses_the_callers_lm_and_not_the_workers() -> None:
     with dspy.context(lm=judge_lm):
         optimizer.compile(student)
     assert kit.calls_of(judge_lm) == optimizer.result.metric_calls == kit.calls_of(worker_lm)
+
+
+def test_a_noisy_judge_is_asked_again_and_the_better_program_found_more_often() -> None:
+    """A judge that is wrong at every fourth toss; few examples, many calls."""
+
+    def wins(noisy: bool) -> tuple[int, int]:
+        won = most = 0
+        for seed in range(6):
+            rng = random.Random(seed)
+            judged: Counter[tuple[str, str]] = Counter()
+
+            def judge(gold: Any, prediction: Any, rng: random.Random = rng, judged: Any = judged) -> bool:
+                judged[prediction.label, gold.message] += 1
+                return right(gold, prediction) != (rng.random() < 0.25)
+
+            student = dspy.Predict(kit.Sort)
+            optimizer = kit.optimizer(
+                metric=judge,
+                workers=2,
+                noisy=noisy,
+                deterministic=True,
+                seed=seed,
+                budget=Budget(metric_calls=900),
+                mode="instructions",
+                instructions=kit.texts_for(student, kit.MAGIC),
+            )
+            with dspy.context(lm=kit.color_lm()):
+                program = optimizer.compile(student, trainset=kit.examples(28))
+            won += program.signature.instructions == kit.MAGIC
+            most = max([most, *judged.values()])
+        return won, most
+
+    (once, few), (again, many) = wins(False), wins(True)
+    assert again >= once
+    assert again == 6
+    assert many > few
+
+
+def test_a_cache_that_hides_the_noise_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    lm = kit.color_lm(cache=True)
+    optimizer = kit.optimizer(workers=2, noisy=True)
+    with dspy.context(lm=lm):
+        optimizer.compile(dspy.Predict(kit.Sort), trainset=kit.examples(40))
+    assert sum("cache=False" in one.getMessage() for one in caplog.records) == 2
