@@ -20,6 +20,7 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 if TYPE_CHECKING:
     from asyndbt_dspy.core.budget import Budget
     from asyndbt_dspy.engines.local import LocalEngine
+    from asyndbt_dspy.engines.ray import RayEngine
     from asyndbt_dspy.engines.simulated import SimulatedEngine
     from asyndbt_dspy.errors import (
         ArtifactError,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from asyndbt_dspy.lms.prices import Price
     from asyndbt_dspy.lms.scripted import scripted_lm
     from asyndbt_dspy.optimizer import AsynDBT
+    from asyndbt_dspy.remote import RolloutHost
     from asyndbt_dspy.runs.result import Result
     from asyndbt_dspy.workers import Worker
 
@@ -59,8 +61,10 @@ __all__ = [
     "NoLiveWorkersError",
     "Price",
     "ProtocolError",
+    "RayEngine",
     "Result",
     "ResumeError",
+    "RolloutHost",
     "SimulatedEngine",
     "Worker",
     "WorkerFailedError",
@@ -75,7 +79,9 @@ _HOMES = {
     "Estimate": "asyndbt_dspy.lms.estimates",
     "LocalEngine": "asyndbt_dspy.engines.local",
     "Price": "asyndbt_dspy.lms.prices",
+    "RayEngine": "asyndbt_dspy.engines.ray",
     "Result": "asyndbt_dspy.runs.result",
+    "RolloutHost": "asyndbt_dspy.remote",
     "SimulatedEngine": "asyndbt_dspy.engines.simulated",
     "Worker": "asyndbt_dspy.workers",
     "local_lm": "asyndbt_dspy.lms.local",
@@ -84,7 +90,7 @@ _HOMES = {
 }
 
 # What a name needs beside the package's own dependencies.
-_EXTRAS = {"local_lm": "local"}
+_EXTRAS = {"RayEngine": "ray", "local_lm": "local"}
 
 
 def __getattr__(name: str) -> Any:

@@ -18,15 +18,17 @@ from asyndbt_dspy.core.server import ServerState
 from asyndbt_dspy.core.validation import check_config
 from asyndbt_dspy.core.worker import WorkerState
 from asyndbt_dspy.engines.meter import RunMeter
-from asyndbt_dspy.engines.protocols import Engine, Recorded, ResumableEngine
+from asyndbt_dspy.engines.protocols import Engine, Recorded, RemoteRollouts, ResumableEngine
 from asyndbt_dspy.errors import BudgetExceededError
+from asyndbt_dspy.lms.identity import is_deterministic
 from asyndbt_dspy.metering import PROPOSER, Metering, confirm, estimate
 from asyndbt_dspy.programs import checks
 from asyndbt_dspy.programs.evaluator import ProgramEvaluator
-from asyndbt_dspy.programs.rollout import Rollout, RolloutRunner
+from asyndbt_dspy.programs.rollout import Rollout, RolloutRunner, Runner
 from asyndbt_dspy.programs.slots import DemoItem, ProgramSpace, demo_slots
 from asyndbt_dspy.recording.opening import open_book, space_digest
 from asyndbt_dspy.recording.recorder import KeysOnly, RunRecorder
+from asyndbt_dspy.remote import RemoteRunner, elsewhere
 from asyndbt_dspy.reporting import make_result
 from asyndbt_dspy.runs.observers import CurveRecorder, ProgressBar
 from asyndbt_dspy.runs.result import Result
@@ -66,6 +68,8 @@ async def prepare(
     workers = sharding.make_workers(
         optimizer.workers, trainset, student, shard_key=optimizer.shard_key, seed=optimizer.seed
     )
+    if isinstance(optimizer.engine, RemoteRollouts):
+        workers = await elsewhere(optimizer.engine, optimizer.budget, student, teacher, workers)
     _check_data(optimizer, student, workers, valset)
     config = preparation.resolve(
         optimizer.config, len(workers), optimizer.active_workers, optimizer.max_staleness
@@ -173,7 +177,7 @@ async def _arrange(
     evaluator = ProgramEvaluator(
         plain,
         preparation.make_parts(shards, lms),
-        RolloutRunner(optimizer.metric, failure_score=optimizer.failure_score),
+        _make_runner(optimizer, config, lms),
         rollout_timeout_s=optimizer.rollout_timeout_s,
         max_failures=optimizer.max_failures,
         repeats=config.repeats,
@@ -215,6 +219,16 @@ async def _arrange(
         for index, shard in enumerate(shards)
     ]
     return Run(optimizer, programs, shards, evaluator, server, states, spent, started, stop, book, metering)
+
+
+def _make_runner(optimizer: AsynDBT, config: AlgorithmConfig, lms: Mapping[str, Any]) -> Runner:
+    """Here, or where the workers are."""
+    if not isinstance(optimizer.engine, RemoteRollouts):
+        return RolloutRunner(optimizer.metric, failure_score=optimizer.failure_score)
+    repeatable = {name for name, lm in lms.items() if is_deterministic(lm) and not config.repeats}
+    return RemoteRunner(
+        optimizer.engine, failure_score=optimizer.failure_score, repeatable=frozenset(repeatable)
+    )
 
 
 async def _probe(

@@ -21,7 +21,7 @@ from asyndbt_dspy.compilation import prepare
 from asyndbt_dspy.core.budget import Budget
 from asyndbt_dspy.core.config import PRESETS, AlgorithmConfig
 from asyndbt_dspy.engines.local import LocalEngine
-from asyndbt_dspy.engines.protocols import Engine, Recorded
+from asyndbt_dspy.engines.protocols import Engine, Recorded, RemoteRollouts
 from asyndbt_dspy.engines.simulated import SimulatedEngine, work_delays
 from asyndbt_dspy.errors import ConfigurationError, NoLiveWorkersError
 from asyndbt_dspy.lms.estimates import Estimate
@@ -64,7 +64,7 @@ class AsynDBT(Teleprompter):
         instruction_candidates, demos_per_class, demo_slots, demo_candidates, demo_order, max_demo_tokens, bootstrap, fragments: See
             ``preparation.SearchSpaceOptions``.
         shard_key: ``example -> key``: examples of one key stay on one worker (``workers`` a number).
-        engine: Replaces the asyncio engine.
+        engine: Replaces the asyncio engine; ``RayEngine``: workers are actors of a Ray cluster.
         rollout_timeout_s: A rollout that takes longer is missing.
         max_failures: Missing rollouts in a row after which a worker is set aside.
         noisy: Scores of one candidate on one example differ from time to time (an LM judge in the metric, a sampling LM): asking
@@ -285,6 +285,8 @@ class AsynDBT(Teleprompter):
         finally:
             timer.cancel()
             self._stops.remove(stop)
+            if isinstance(self.engine, RemoteRollouts):
+                self.engine.stop()
         self.result = run.result()
         program = with_lms_of(student, run.programs.build(run.server.winner, fresh=True))
         if not run.server.live.any():
@@ -308,7 +310,7 @@ class AsynDBT(Teleprompter):
             spent_s: Seconds that the setup took; they count against ``Budget.seconds``, and a part of these is kept for
                 the race.
         """
-        if self.engine is not None:
+        if self.engine is not None and not isinstance(self.engine, RemoteRollouts):
             return self.engine
         if self.deterministic:
             return SimulatedEngine(work_delays(), eager=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,6 +18,7 @@ __all__ = [
     "Evaluator",
     "Observer",
     "Recorded",
+    "RemoteRollouts",
     "ResumableEngine",
     "WorkerFailedError",
     "replay",
@@ -85,6 +86,25 @@ class ResumableEngine(Protocol):
         Each is asked for after everything that followed from the one before has happened again.
         """
         ...
+
+
+@runtime_checkable
+class RemoteRollouts(Protocol):
+    """An engine whose workers are elsewhere; the order of events is decided here, by the engine that would do without it."""
+
+    async def start(self, workers: Mapping[str, int]) -> None:
+        """Build the workers (name -> calls in flight), or find them again."""
+        ...
+
+    async def call(self, worker: str, method: str, payload: str) -> str:
+        """Ask a worker; idempotent methods only, as a call may be made twice.
+
+        Raises:
+            WorkerFailedError: the worker is gone for good.
+        """
+        ...
+
+    def stop(self) -> None: ...
 
 
 class Clock(Protocol):

@@ -37,6 +37,9 @@ def lm_identity(lm: Any) -> Any:
         return [lm_identity(one) for one in members] if len(members) > 1 else lm_identity(members[0])
     if lm is None:
         return None
+    elsewhere = getattr(lm, "remote_identity", None)
+    if elsewhere is not None:
+        return elsewhere
     settings = getattr(lm, "kwargs", None) or {}
     sampling = {name: _plain(value) for name, value in sorted(settings.items()) if _is_identity(name, value)}
     return {
@@ -61,6 +64,8 @@ def is_deterministic(lm: Any, overrides: Mapping[str, Any] | None = None) -> boo
     members = wrapped_lms(lm)
     if members:
         return all(is_deterministic(one, overrides) for one in members)
+    if getattr(lm, "remote_identity", None) is not None:
+        return bool(lm.is_deterministic)
     settings = {**(getattr(lm, "kwargs", None) or {}), **(overrides or {})}
     if (settings.get("n") or 1) != 1 and settings.get("temperature"):
         return False

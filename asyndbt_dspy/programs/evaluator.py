@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import dspy
-from dspy.utils.usage_tracker import UsageTracker, track_usage
+from dspy.utils.usage_tracker import track_usage
 
 from asyndbt_dspy.core.messages import Evaluate, Outcome, Scored
 from asyndbt_dspy.core.space import Candidate
@@ -17,8 +17,9 @@ from asyndbt_dspy.errors import BudgetExceededError, MetricError, WorkerFailedEr
 from asyndbt_dspy.lms.callers import calling_as
 from asyndbt_dspy.lms.failures import FailureKind
 from asyndbt_dspy.programs.paid_rollouts import PaidRollout, RolloutBook, RolloutGate, RolloutKey
-from asyndbt_dspy.programs.rollout import Rollout, RolloutRunner
+from asyndbt_dspy.programs.rollout import Rollout, Runner
 from asyndbt_dspy.programs.slots import ProgramSpace
+from asyndbt_dspy.programs.usage import usage_of
 
 
 @dataclass
@@ -110,7 +111,7 @@ class ProgramEvaluator:
 
     programs: ProgramSpace
     parts: Mapping[str, WorkerPart]
-    runner: RolloutRunner
+    runner: Runner
     rollout_timeout_s: float = 120.0
     max_failures: int = 8
     adapter: Any = None
@@ -272,7 +273,7 @@ class ProgramEvaluator:
                     raise
                 self.on_refused(error)
                 return Rollout(None)  # no call was made: neither a score nor a failure of the worker
-            usage = _usage(tracker)
+            usage = usage_of(tracker)
             if self.book is not None and name is not None:
                 self.book.keep(worker, name, program, PaidRollout(rollout, usage))
             self._count_usage(worker, usage)
@@ -349,14 +350,6 @@ class ProgramEvaluator:
             raise WorkerFailedError(f"its LM failed {health.in_row} times in a row; {last}")
         if health.refused_in_row >= _REFUSALS * self.max_failures:
             raise WorkerFailedError(f"its LM refused {health.refused_in_row} examples in a row; {last}")
-
-
-def _usage(tracker: UsageTracker) -> tuple[int, int, int]:
-    """LM calls, prompt tokens, completion tokens."""
-    entries = [entry for found in tracker.usage_data.values() for entry in found]
-    prompt = sum(int(entry.get("prompt_tokens") or 0) for entry in entries)
-    completion = sum(int(entry.get("completion_tokens") or 0) for entry in entries)
-    return len(entries), prompt, completion
 
 
 async def _cancelled(tasks: Sequence[asyncio.Task[Any]]) -> None:

@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import dspy
 
@@ -67,6 +67,22 @@ class Rollout:
     seconds: float = 0.0
     trace: list[Any] | None = None
     prediction: Any = None
+
+
+class Runner(Protocol):
+    """Runs and scores one program on one example (``RolloutRunner``, here or elsewhere)."""
+
+    async def run(
+        self,
+        program: dspy.Module,
+        example: dspy.Example,
+        *,
+        lm: Any = None,
+        adapter: Any = None,
+        trace: bool = False,
+    ) -> Rollout: ...
+
+    def close(self) -> None: ...
 
 
 class RolloutRunner:

@@ -1,0 +1,275 @@
+"""Workers as actors of a Ray cluster (extra ``ray``).
+
+Server and workers of the algorithm stay in the process that compiles, with journal, rollout cache and budget; what goes
+to the cluster is the work: rollouts, as JSON strings, each idempotent by its key. An actor builds its worker's program, LM
+and shard by calling ``setup``, a function named ``"package.module:function"``. Nothing is pickled but strings.
+
+Actors are named and detached: they outlive a process that is killed, and the process that goes on finds them again with their
+LMs loaded. A lost node costs the calls that it had in hand; they are made again where Ray restarts the actor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+
+from asyndbt_dspy.core.server import ServerState
+from asyndbt_dspy.core.worker import WorkerState
+from asyndbt_dspy.engines.local import LocalEngine
+from asyndbt_dspy.engines.protocols import Engine, Evaluator, Observer, WorkerFailedError
+from asyndbt_dspy.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
+
+_NAMESPACE = "asyndbt"
+_LONGEST_PAUSE_S = 2.0
+
+
+class RayEngine:
+    """Runs the rollouts of a compile on actors, one per worker.
+
+    Args:
+        setup: ``"package.module:function"``, importable on every node; ``function(worker, **arguments)`` returns the worker's
+            ``RolloutHost``: program, metric, LM, examples.
+        arguments: Of ``setup`` beside the worker's name: for all workers, or per worker (``{"w0": {…}}``). JSON data, such as
+            a path: the shard is read where it is used.
+        address: Of the cluster, as ``ray.init`` takes it; ``None`` starts one on this machine. Unused where Ray runs already.
+        resources: Custom resources of an actor, for all (``{"gpu_a100": 1}``) or per worker (``{"w0": {"gpu_a100": 1}}``).
+        num_cpus, num_gpus: Of each actor; fractions share.
+        runtime_env: Of the actors, as Ray takes it: environment variables, packages, a working directory.
+        name: Of the actors. Compiles that run at the same time need different ones.
+        start_timeout_s: How long building the workers may take: finding nodes and loading models.
+        recover_s: How long an actor that was lost may take to come back; then its worker is set aside.
+        keep_actors: Leave the actors, with what they have loaded, for the next compile with this ``name``.
+        engine: Decides the order of events where ``run`` is called directly; ``None``: ``LocalEngine``.
+
+    Raises:
+        ConfigurationError: a setting that cannot work.
+    """
+
+    def __init__(
+        self,
+        setup: str,
+        *,
+        arguments: Mapping[str, Any] | None = None,
+        address: str | None = "auto",
+        resources: Mapping[str, Any] | None = None,
+        num_cpus: float = 1,
+        num_gpus: float = 0,
+        runtime_env: Mapping[str, Any] | None = None,
+        name: str = "asyndbt",
+        start_timeout_s: float = 600.0,
+        recover_s: float = 300.0,
+        keep_actors: bool = False,
+        engine: Engine | None = None,
+    ) -> None:
+        module, separator, function = setup.partition(":")
+        if not (module and separator and function):
+            raise ConfigurationError(f"setup={setup!r} must be 'package.module:function'")
+        try:
+            json.dumps(dict(arguments or {}), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"arguments must be JSON data, such as paths: {error}") from error
+        for label, seconds in (("start_timeout_s", start_timeout_s), ("recover_s", recover_s)):
+            if not seconds > 0:
+                raise ConfigurationError(f"{label}={seconds!r} must be > 0 seconds")
+        self.setup = setup
+        self.arguments = dict(arguments or {})
+        self.address = address
+        self.resources = dict(resources or {})
+        self.num_cpus = num_cpus
+        self.num_gpus = num_gpus
+        self.runtime_env = dict(runtime_env or {})
+        self.name = name
+        self.start_timeout_s = start_timeout_s
+        self.recover_s = recover_s
+        self.keep_actors = keep_actors
+        self.engine = engine
+        self._actors: dict[str, Any] = {}
+        self._concurrency: dict[str, int] = {}
+
+    # ------------------------------------------------------------------ the engine
+
+    async def run(
+        self,
+        server: ServerState,
+        workers: Sequence[WorkerState],
+        evaluator: Evaluator,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        """See ``Engine.run``; ``evaluator`` reaches the actors through ``call``."""
+        self._inner = self.engine or LocalEngine()
+        await self._inner.run(server, workers, evaluator, observers)
+
+    def stop_search(self, reason: str, race: bool = True) -> None:
+        self._inner.stop_search(reason, race)
+
+    # ------------------------------------------------------------------ the cluster
+
+    async def start(self, workers: Mapping[str, int]) -> None:
+        """Build an actor per worker, or find those of a process that was killed.
+
+        Args:
+            workers: Name -> calls that it may have in flight.
+
+        Raises:
+            ConfigurationError: no cluster, a setup that fails, or resources that no node has.
+        """
+        if not ray.is_initialized():
+            try:
+                ray.init(
+                    address=self.address, namespace=_NAMESPACE, log_to_driver=False, include_dashboard=False
+                ) if self.address is None else ray.init(
+                    address=self.address, namespace=_NAMESPACE, log_to_driver=False
+                )
+            except ConnectionError as error:
+                raise ConfigurationError(
+                    f"no Ray cluster at address={self.address!r}: {error}. Start one with `ray start --head`, or pass "
+                    "address=None for one on this machine"
+                ) from error
+        self._concurrency = dict(workers)
+        await asyncio.gather(*(self._find(worker) for worker in workers))
+
+    def stop(self) -> None:
+        """End the actors, unless they are to be kept."""
+        actors, self._actors = self._actors, {}
+        if not self.keep_actors and ray.is_initialized():
+            for actor in actors.values():
+                ray.kill(actor)
+
+    async def call(self, worker: str, method: str, payload: str) -> str:
+        """``method`` of this worker's host. It may be made twice, so it must be idempotent.
+
+        Raises:
+            WorkerFailedError: the actor was lost and did not come back within ``recover_s``.
+        """
+        lost_at, pause = None, 0.05
+        while True:
+            try:
+                return str(await self._ask(worker, method, payload))
+            except (ActorDiedError, ActorUnavailableError, RayActorError) as error:
+                now = time.monotonic()
+                lost_at = lost_at or now
+                if now - lost_at > self.recover_s:
+                    raise WorkerFailedError(
+                        f"its actor was lost and did not come back within {self.recover_s:g} s ({_short(error)}); a node "
+                        f"with {self._needs(worker)} is needed"
+                    ) from error
+            await asyncio.sleep(pause)
+            pause = min(_LONGEST_PAUSE_S, 2 * pause)
+
+    async def _ask(self, worker: str, method: str, payload: str) -> Any:
+        reference = self._actors[worker].call.remote(method, payload)
+        try:
+            return await reference
+        except asyncio.CancelledError:
+            ray.cancel(reference)
+            raise
+        except RayTaskError as error:
+            raise WorkerFailedError(f"{self.setup} raised: {_short(error)}") from error
+
+    async def _find(self, worker: str) -> None:
+        """This worker's actor: the one that is there if it was built alike, else a new one."""
+        print_ = self._fingerprint(worker)
+        for _ in range(2):
+            actor = self._get(worker)
+            self._actors[worker] = actor
+            try:
+                found = await asyncio.wait_for(actor.fingerprint.remote(), self.start_timeout_s)
+            except (asyncio.TimeoutError, GetTimeoutError) as error:
+                ray.kill(actor)
+                raise ConfigurationError(
+                    f"worker {worker!r} found no place on the cluster within {self.start_timeout_s:g} s; a node with "
+                    f"{self._needs(worker)} is needed. The cluster has {ray.cluster_resources()}"
+                ) from error
+            except RayActorError as error:
+                raise ConfigurationError(
+                    f"worker {worker!r} could not be built by {self.setup!r}: {_short(error)}"
+                ) from error
+            if found == print_:
+                return
+            ray.kill(actor)  # left by a compile with another setup
+            await asyncio.sleep(0.2)
+        raise ConfigurationError(
+            f"an actor named {self._label(worker)!r} is in use by another compile; give each its own RayEngine(name=…)"
+        )
+
+    def _get(self, worker: str) -> Any:
+        return (
+            ray.remote(HostActor)
+            .options(
+                name=self._label(worker),
+                namespace=_NAMESPACE,
+                lifetime="detached",
+                get_if_exists=True,
+                num_cpus=self.num_cpus,
+                num_gpus=self.num_gpus,
+                resources=self._resources(worker),
+                runtime_env=self.runtime_env or None,
+                max_restarts=-1,
+                max_task_retries=0,
+                max_concurrency=max(2, self._concurrency[worker]),
+            )
+            .remote(self.setup, worker, json.dumps(self._arguments(worker)), self._fingerprint(worker))
+        )
+
+    def _label(self, worker: str) -> str:
+        return f"{self.name}/{worker}"
+
+    def _resources(self, worker: str) -> dict[str, float]:
+        return dict(_of_worker(self.resources, worker))
+
+    def _arguments(self, worker: str) -> dict[str, Any]:
+        return dict(_of_worker(self.arguments, worker))
+
+    def _needs(self, worker: str) -> str:
+        return str({"CPU": self.num_cpus, "GPU": self.num_gpus, **self._resources(worker)})
+
+    def _fingerprint(self, worker: str) -> str:
+        """What an actor was built from; another one is not taken over."""
+        content = [
+            self.setup,
+            worker,
+            self._arguments(worker),
+            self._concurrency[worker],
+            self._needs(worker),
+        ]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class HostActor:
+    """A worker on its node. Ray makes it; ``setup`` fills it."""
+
+    def __init__(self, setup: str, worker: str, arguments: str, fingerprint: str) -> None:
+        module, _, function = setup.partition(":")
+        self._host = getattr(importlib.import_module(module), function)(worker, **json.loads(arguments))
+        self._fingerprint = fingerprint
+
+    async def fingerprint(self) -> str:
+        return self._fingerprint
+
+    async def call(self, method: str, payload: str) -> str:
+        return str(await getattr(self._host, method)(payload))
+
+
+def _of_worker(given: Mapping[str, Any], worker: str) -> Mapping[str, Any]:
+    """The worker's part of what is given per worker, or all of what is given for all."""
+    if given and all(isinstance(value, Mapping) for value in given.values()):
+        found = given.get(worker, {})
+        assert isinstance(found, Mapping)
+        return found
+    return given
+
+
+def _short(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__

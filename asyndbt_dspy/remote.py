@@ -1,0 +1,301 @@
+"""Rollouts elsewhere: what travels is JSON, and each side builds what it needs.
+
+``RolloutHost`` is a worker's side: program, metric, LM and shard. ``RemoteRunner`` stands in for ``RolloutRunner`` on the
+compiling side, and ``RemoteLM`` for an LM that is only loaded there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import uuid
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import dspy
+from dspy.utils.usage_tracker import track_usage
+from pydantic_core import PydanticSerializationError, to_jsonable_python
+
+from asyndbt_dspy.core.budget import Budget
+from asyndbt_dspy.engines.protocols import RemoteRollouts
+from asyndbt_dspy.errors import ConfigurationError, MetricError, WorkerFailedError
+from asyndbt_dspy.lms.callers import calling_as, current_caller
+from asyndbt_dspy.lms.identity import is_deterministic, lm_identity
+from asyndbt_dspy.programs.metrics import Metric
+from asyndbt_dspy.programs.rollout import Rollout, RolloutRunner
+from asyndbt_dspy.programs.usage import usage_of
+from asyndbt_dspy.recording.identities import example_digest, structure_identity
+from asyndbt_dspy.recording.rollout_codec import decode_rollout, decode_trace, encode_rollout
+from asyndbt_dspy.workers import Worker
+
+_REMEMBERED = 10_000
+"""Answers that a host keeps, for a server that was killed before it heard of them."""
+_PROGRAMS = 64
+
+
+class RolloutHost:
+    """A worker's program, metric, LM and shard, where its rollouts are made.
+
+    Args:
+        program: Like the one that is compiled: the same predictors, with the same signatures.
+        metric: Like that of the compile.
+        lm: For predictors without an LM of their own.
+        examples: The shard, held-out examples included. An example that is not among them travels with the request.
+        adapter: DSPy's prompt format.
+    """
+
+    def __init__(
+        self,
+        program: dspy.Module,
+        metric: Metric,
+        *,
+        lm: Any,
+        examples: Sequence[dspy.Example] = (),
+        adapter: Any = None,
+    ) -> None:
+        self.program = program
+        self.metric = metric
+        self.lm = lm
+        self.adapter = adapter
+        self._examples = {example_digest(one): one for one in examples}
+        self._runners: dict[float, RolloutRunner] = {}
+        self._programs: OrderedDict[str, dspy.Module] = OrderedDict()
+        self._answers: OrderedDict[str, asyncio.Future[str]] = OrderedDict()
+
+    async def describe(self, payload: str) -> str:
+        """What the compiling side must know before the first rollout."""
+        holders = (self.lm, getattr(self.lm, "engine", None))
+        lengths = [getattr(one, "context_tokens", None) for one in holders]
+        return json.dumps(
+            {
+                "lm": lm_identity(self.lm),
+                "deterministic": is_deterministic(self.lm),
+                "context_tokens": next((one for one in lengths if isinstance(one, int)), None),
+                "examples": len(self._examples),
+                "structure": _jsonable(structure_identity(self.program)),
+            }
+        )
+
+    async def rollout(self, payload: str) -> str:
+        """One rollout. A key that was answered before is answered alike; one under way is waited for."""
+        request = json.loads(payload)
+        key = request["key"]
+        answer = self._answers.get(key)
+        if answer is None:
+            if request["example"] not in self._examples and "content" not in request:
+                return json.dumps({"unknown_example": True})
+            answer = self._answers[key] = asyncio.ensure_future(self._made(request))
+            if len(self._answers) > _REMEMBERED:
+                self._answers.popitem(last=False)
+        try:
+            found = await asyncio.shield(answer)
+        except Exception:
+            self._answers.pop(key, None)
+            raise
+        if json.loads(found).get("score") is None:  # a failure is no answer: the next time it is tried again
+            self._answers.pop(key, None)
+        return found
+
+    async def _made(self, request: Mapping[str, Any]) -> str:
+        program = self._build(request["program"])
+        example = self._examples.get(request["example"]) or _example_of(request["content"])
+        failure_score = request["failure_score"]
+        runner = self._runners.setdefault(
+            failure_score, RolloutRunner(self.metric, failure_score=failure_score)
+        )
+        with calling_as(request["worker"]), track_usage() as tracker:
+            try:
+                found = await runner.run(
+                    program, example, lm=self.lm, adapter=self.adapter, trace=request["trace"]
+                )
+            except MetricError as error:
+                return json.dumps({"metric_error": str(error)})
+        return json.dumps({**encode_rollout(found, program), "usage": list(usage_of(tracker))})
+
+    def _build(self, state: str) -> dspy.Module:
+        """The program with the instructions and demos of a candidate."""
+        name = hashlib.sha256(state.encode()).hexdigest()
+        program = self._programs.get(name)
+        if program is None:
+            program = self._programs[name] = self.program.deepcopy()
+            _load(program, json.loads(state))
+            if len(self._programs) > _PROGRAMS:
+                self._programs.popitem(last=False)
+        return program
+
+
+class RemoteLM(dspy.BaseLM):  # type: ignore[misc]
+    """Stands for an LM that is loaded elsewhere: its identity without its weights."""
+
+    def __init__(self, worker: str, described: Mapping[str, Any]) -> None:
+        identity = described["lm"]
+        model = identity.get("model", "") if isinstance(identity, Mapping) else ""
+        super().__init__(model=model or "remote", cache=False)
+        self.worker = worker
+        self.remote_identity = identity
+        self.is_deterministic = bool(described["deterministic"])
+        self.context_tokens = described["context_tokens"]
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        raise ConfigurationError(
+            f"the LM of worker {self.worker!r} is on its node and only answers rollouts; give a proposer an LM of its own"
+        )
+
+    async def aforward(self, *_: Any, **__: Any) -> Any:
+        return self.forward()
+
+
+class RemoteRunner:
+    """Takes the place of ``RolloutRunner``: makes rollouts where their worker is.
+
+    Args:
+        channel: The started engine.
+        repeatable: Workers of which one answer may stand for another, also after a restart.
+    """
+
+    def __init__(self, channel: RemoteRollouts, *, failure_score: float, repeatable: frozenset[str]) -> None:
+        self.failure_score = failure_score
+        self._channel = channel
+        self._repeatable = repeatable
+        self._process = uuid.uuid4().hex
+        self._times: Counter[str] = Counter()
+        self._states: weakref.WeakKeyDictionary[dspy.Module, str] = weakref.WeakKeyDictionary()
+
+    async def run(
+        self,
+        program: dspy.Module,
+        example: dspy.Example,
+        *,
+        lm: Any = None,
+        adapter: Any = None,
+        trace: bool = False,
+    ) -> Rollout:
+        """See ``RolloutRunner.run``; LM and adapter are the worker's own."""
+        worker = current_caller()
+        state = self._states.get(program)
+        if state is None:
+            state = self._states[program] = json.dumps(_dump(program), sort_keys=True)
+        request = {
+            "worker": worker,
+            "program": state,
+            "example": example_digest(example),
+            "trace": trace,
+            "failure_score": self.failure_score,
+        }
+        content = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+        own = "" if worker in self._repeatable else f"{self._process}/"
+        request["key"] = f"{own}{content}/{self._times[content]}"
+        answer = json.loads(await self._channel.call(worker, "rollout", json.dumps(request)))
+        if answer.get("unknown_example"):
+            request["content"] = _content_of(example)
+            answer = json.loads(await self._channel.call(worker, "rollout", json.dumps(request)))
+        if "metric_error" in answer:
+            raise MetricError(answer["metric_error"])
+        recorded = decode_rollout({**answer, "key": ""})
+        if recorded.rollout.score is not None and worker not in self._repeatable:
+            self._times[content] += 1
+        _add_usage(recorded.usage)
+        if recorded.trace is None:
+            return recorded.rollout
+        return replace(recorded.rollout, trace=decode_trace(recorded.trace, program))
+
+    def close(self) -> None:
+        """Nothing is held here."""
+
+
+async def elsewhere(
+    engine: RemoteRollouts,
+    budget: Budget,
+    student: dspy.Module,
+    teacher: dspy.Module | None,
+    workers: Sequence[Worker],
+) -> list[Worker]:
+    """Build the workers where they are to run; here stand-ins take the places of their LMs.
+
+    Raises:
+        ConfigurationError: what cannot be kept over processes, or a worker with another program.
+    """
+    caps = [name for name in ("lm_calls", "tokens", "dollars") if getattr(budget, name) is not None]
+    if caps:
+        raise ConfigurationError(
+            f"a cap on {', '.join(caps)} cannot be kept over the nodes of a cluster; cap metric_calls or seconds"
+        )
+    if teacher is not None:
+        raise ConfigurationError(
+            "a teacher runs on no node of the cluster; bootstrap with it first, and pass its demos in the program"
+        )
+    for worker in workers:
+        here = ("lm", "requests_per_minute", "tokens_per_minute", "hedge_after_s")
+        given = [name for name in here if getattr(worker, name) is not None]
+        if given:
+            raise ConfigurationError(
+                f"worker {worker.name!r}: {', '.join(given)} belong to the LM, which the setup builds on its node; give them there"
+            )
+    await engine.start({worker.name: worker.max_concurrency for worker in workers})
+    try:
+        expected = _jsonable(structure_identity(student))
+        texts = await asyncio.gather(*(engine.call(one.name, "describe", "") for one in workers))
+        found = []
+        for worker, text in zip(workers, texts, strict=True):
+            described = json.loads(text)
+            if described["structure"] != expected:
+                raise ConfigurationError(
+                    f"worker {worker.name!r} has a program with other predictors or signatures than the one that is compiled; "
+                    "its setup must build the same program"
+                )
+            found.append(replace(worker, lm=RemoteLM(worker.name, described)))
+    except WorkerFailedError as error:
+        engine.stop()
+        raise ConfigurationError(f"a worker could not be asked for its LM: {error}") from error
+    except BaseException:
+        engine.stop()
+        raise
+    return found
+
+
+def _dump(program: dspy.Module) -> dict[str, Any]:
+    """Instructions and demos per predictor."""
+    return {
+        name: {key: value for key, value in predictor.dump_state().items() if key != "lm"}
+        for name, predictor in program.named_predictors()
+    }
+
+
+def _load(program: dspy.Module, state: Mapping[str, Any]) -> None:
+    for name, predictor in program.named_predictors():
+        lm = predictor.lm
+        predictor.load_state({**state[name], "lm": None})
+        predictor.lm = lm
+
+
+def _jsonable(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def _content_of(example: dspy.Example) -> dict[str, Any]:
+    try:
+        fields = to_jsonable_python(dict(example.items()))
+    except PydanticSerializationError as error:
+        raise ConfigurationError(
+            f"an example that its worker does not hold cannot travel as JSON ({error}); let the setup load it"
+        ) from error
+    return {"fields": fields, "inputs": sorted(example.inputs().keys())}
+
+
+def _example_of(content: Mapping[str, Any]) -> dspy.Example:
+    return dspy.Example(**content["fields"]).with_inputs(*content["inputs"])
+
+
+def _add_usage(usage: tuple[int, int, int]) -> None:
+    """As if the calls had been made here: the evaluator counts what its tracker sees."""
+    tracker = dspy.settings.usage_tracker
+    if tracker is not None:
+        for number in range(usage[0]):
+            first = {"prompt_tokens": usage[1], "completion_tokens": usage[2]}
+            tracker.add_usage(
+                "remote", first if number == 0 else {"prompt_tokens": 0, "completion_tokens": 0}
+            )
