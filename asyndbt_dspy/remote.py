@@ -76,7 +76,7 @@ class RolloutHost:
                 "deterministic": is_deterministic(self.lm),
                 "context_tokens": next((one for one in lengths if isinstance(one, int)), None),
                 "examples": len(self._examples),
-                "structure": _jsonable(structure_identity(self.program)),
+                "structure": _structure(self.program),
             }
         )
 
@@ -237,7 +237,7 @@ async def elsewhere(
             )
     await engine.start({worker.name: worker.max_concurrency for worker in workers})
     try:
-        expected = _jsonable(structure_identity(student))
+        expected = _structure(student)
         texts = await asyncio.gather(*(engine.call(one.name, "describe", "") for one in workers))
         found = []
         for worker, text in zip(workers, texts, strict=True):
@@ -272,8 +272,13 @@ def _load(program: dspy.Module, state: Mapping[str, Any]) -> None:
         predictor.lm = lm
 
 
-def _jsonable(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
+def _structure(program: dspy.Module) -> Any:
+    """Strict JSON data that differs where a candidate of one program is none of the other."""
+    fields = {
+        name: {field: str(info.annotation) for field, info in predictor.signature.fields.items()}
+        for name, predictor in program.named_predictors()
+    }
+    return json.loads(json.dumps([structure_identity(program), fields], default=str))
 
 
 def _content_of(example: dspy.Example) -> dict[str, Any]:
