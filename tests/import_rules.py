@@ -98,6 +98,7 @@ AGREED = (
     ("benchmarks", "asyndbt_dspy.lms.local", "they measure inside the engine"),
     ("benchmarks.journal", "asyndbt_dspy.recording.recorder", "it measures the recorder itself"),
     ("benchmarks.journal", "asyndbt_dspy.programs", "it records rollouts"),
+    ("benchmarks.ray_cluster", "asyndbt_dspy.runs.journal", "it counts what was recorded"),
     ("benchmarks.journal", "asyndbt_dspy.runs.run_directory", "it opens the run_dir"),
     ("benchmarks", "asyndbt_dspy.testing.provider", "they run against it over a real socket"),
     ("benchmarks", "asyndbt_dspy.lms.distributions", "they compare label probabilities"),
