@@ -180,6 +180,7 @@ async def _arrange(
         _make_runner(optimizer, config, lms),
         rollout_timeout_s=optimizer.rollout_timeout_s,
         max_failures=optimizer.max_failures,
+        straggler_factor=None if optimizer.deterministic else optimizer.straggler_factor,
         repeats=config.repeats,
         book=book,
         gate=stop.gate,
@@ -194,7 +195,7 @@ async def _arrange(
         )
         texts = await preparation.instruction_arms(student, shards, options, rollouts, optimizer.seed, book)
     except BaseException:
-        evaluator.runner.close()
+        evaluator.close()
         raise
     programs = preparation.make_space(metered_student, shards, optimizer.options, texts, items)
     evaluator.programs = programs
@@ -202,7 +203,9 @@ async def _arrange(
         evaluator.remember((programs.space.student, worker, False, 0), rollout)  # paid for already
     cross_entropies = [one.cross_entropy is not None for one in probes.values() if one.score is not None]
     use_distributions = optimizer.loss == "auto" and bool(cross_entropies) and all(cross_entropies)
-    calls, spent = optimizer.budget.metric_calls, sum(use.calls for use in evaluator.uses.values())
+    # What was left behind in the setup may still complete.
+    spent = sum(use.calls for use in evaluator.uses.values()) + evaluator.left_behind
+    calls = optimizer.budget.metric_calls
     left = None if calls is None else max(0, calls - spent)
     members = preparation.make_members(programs, shards, config)
     server = ServerState(programs.space, members, config, left)
@@ -244,7 +247,7 @@ async def _probe(
         evaluator.rollout(name, student, shard.estimate[0])
         for name, shard in zip(names, shards, strict=False)
     ]
-    rollouts = await preparation.gather_rollouts(runs)
+    rollouts = await preparation.gather_rollouts(evaluator, runs)
     preparation.check_lm(student, shards, rollouts)
     return {name: one for name, one in zip(names, rollouts, strict=True) if one is not None}
 
@@ -262,7 +265,7 @@ async def _demos(
     rollouts: list[tuple[str, dspy.Example, Rollout]] = []
     if preparation.wants_bootstrap(student, teacher, options, found) or options.proposer is not None:
         calls = optimizer.budget.metric_calls or _BOOTSTRAP_CALLS
-        spent = sum(use.calls for use in evaluator.uses.values())
+        spent = sum(use.calls for use in evaluator.uses.values()) + evaluator.left_behind
         spend = max(0, min(int(calls * _BOOTSTRAP_FRACTION), calls - spent))
         program = teacher or plain.build(plain.space.student)
         threshold = max(0.5, optimizer.failure_score)
@@ -361,7 +364,7 @@ class Run:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-        self.evaluator.runner.close()
+        self.evaluator.close()
         self.metering.ledger.close()
         if self.recorder is not None:
             self.recorder.close()

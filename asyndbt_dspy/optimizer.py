@@ -66,6 +66,9 @@ class AsynDBT(Teleprompter):
         shard_key: ``example -> key``: examples of one key stay on one worker (``workers`` a number).
         engine: Replaces the asyncio engine; ``RayEngine``: workers are actors of a Ray cluster.
         rollout_timeout_s: A rollout that takes longer is missing.
+        straggler_factor: A rollout that takes so many times its worker's usual time (and a second at least) is left behind once
+            three quarters of its unit are in: it counts as missing and as paid for, and its answer is there the next
+            time. > 1; ``None``, and under ``deterministic``: every rollout is waited for.
         max_failures: Missing rollouts in a row after which a worker is set aside.
         noisy: Scores of one candidate on one example differ from time to time (an LM judge in the metric, a sampling LM): asking
             again is new evidence for the search, and the race asks again while it is undecided. Needs LMs without
@@ -116,6 +119,7 @@ class AsynDBT(Teleprompter):
         shard_key: Callable[[dspy.Example], Any] | None = None,
         engine: Engine | None = None,
         rollout_timeout_s: float = 120.0,
+        straggler_factor: float | None = 8.0,
         max_failures: int = 8,
         noisy: bool = False,
         failure_score: float = 0.0,
@@ -154,6 +158,9 @@ class AsynDBT(Teleprompter):
         self.engine = engine
         self.rollout_timeout_s = rollout_timeout_s
         self.max_failures = max_failures
+        if straggler_factor is not None and not straggler_factor > 1:
+            raise ConfigurationError(f"straggler_factor={straggler_factor!r} must be > 1, or None")
+        self.straggler_factor = straggler_factor
         self.noisy = noisy
         self.failure_score = failure_score
         self.loss = loss

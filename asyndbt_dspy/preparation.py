@@ -159,7 +159,7 @@ async def bootstrap_items(
     items: list[DemoItem] = []
     too_long: list[int] = []
     rollouts: list[tuple[str, dspy.Example, Rollout]] = []
-    for (shard, number), rollout in zip(asked, await gather_rollouts(runs), strict=True):
+    for (shard, number), rollout in zip(asked, await gather_rollouts(evaluator, runs), strict=True):
         if rollout is None:
             continue
         rollouts.append((shard.worker.name, shard.pool[number], rollout))
@@ -185,8 +185,10 @@ async def bootstrap_items(
     return items, rollouts
 
 
-async def gather_rollouts(runs: Sequence[Coroutine[Any, Any, Rollout]]) -> list[Rollout | None]:
-    """All rollouts, ``None`` where the worker failed: the search sets such workers aside itself.
+async def gather_rollouts(
+    evaluator: ProgramEvaluator, runs: Sequence[Coroutine[Any, Any, Rollout]]
+) -> list[Rollout | None]:
+    """All rollouts; ``None`` where the worker failed, as the search sets such workers aside itself, and of stragglers.
 
     Any other error (of the metric, say) ends the rest at once, before more is paid for.
     """
@@ -199,7 +201,10 @@ async def gather_rollouts(runs: Sequence[Coroutine[Any, Any, Rollout]]) -> list[
 
     tasks = [asyncio.ensure_future(tolerant(run)) for run in runs]
     try:
-        return await asyncio.gather(*tasks)
+        left = await evaluator.stragglers.settle("", tasks)
+        for task in left:
+            evaluator.leave_behind(task)
+        return [None if task in left else task.result() for task in tasks]
     except BaseException:
         for task in tasks:
             task.cancel()
@@ -318,6 +323,11 @@ def _output_field(student: dspy.Module) -> str:
     return found[0] if found is not None else list(signature.output_fields)[-1]
 
 
+def model_of(lm: Any) -> str:
+    """The model that an LM calls, on whatever endpoint; an LM without one is like no other."""
+    return str(getattr(lm, "model", "") or id(lm))
+
+
 def make_members(programs: ProgramSpace, shards: Sequence[Shard], config: AlgorithmConfig) -> list[Member]:
     """What the server may know of each worker."""
     pool: Literal["own", "all"] = "all" if config.share_demos else "own"
@@ -330,7 +340,15 @@ def make_members(programs: ProgramSpace, shards: Sequence[Shard], config: Algori
                 _shared_only(programs, block, arms)
                 for block, arms in zip(programs.space.upper, allowed, strict=True)
             )
-        members.append(Member(shard.worker.name, allowed, len(shard.held_out), group=shard.group))
+        members.append(
+            Member(
+                shard.worker.name,
+                allowed,
+                len(shard.held_out),
+                group=shard.group,
+                lm=model_of(shard.worker.first_lm or dspy.settings.lm),
+            )
+        )
     return members
 
 

@@ -121,7 +121,6 @@ def real(cluster: Any, data: str, calls: int) -> dict[str, Any]:
             "same_program": program.dump_state() == here.dump_state(),
             "metric_calls": result.metric_calls,
             "paid_twice": len(keys) - len(set(keys)),
-            "asked_again": engine.calls - len(keys),
             "set_aside": [worker.name for worker in result.workers if worker.set_aside],
             "node_killed": bool(engine.killed),
             "start_s": round(engine.start_s, 1),

@@ -21,6 +21,7 @@ class Handover:
     def __init__(self, members: Sequence[Member] = ()) -> None:
         self._group = {member.name: member.group for member in members if member.group}
         self._count = {member.name: member.held_out for member in members if member.group}
+        self._lm = {member.name: member.lm for member in members if member.group}
         self._first: dict[str, int] = {}
         ends: dict[str, int] = {}
         for name, group in self._group.items():
@@ -30,6 +31,14 @@ class Handover:
     def may_take(self, worker: str, holder: str) -> bool:
         """Whether ``worker`` may run examples of ``holder``, another worker."""
         return worker in self._group and self._group[worker] == self._group.get(holder)
+
+    def is_shared(self, worker: str) -> bool:
+        """Whether others hold the examples of ``worker``."""
+        return worker in self._group
+
+    def may_help(self, worker: str, holder: str) -> bool:
+        """Whether ``worker`` may run examples of ``holder`` though that one lives: with another LM scores would mean another."""
+        return self.may_take(worker, holder) and self._lm[worker] == self._lm[holder]
 
     def has_heir(self, holder: str, living: Collection[str]) -> bool:
         """Whether one of ``living``, ``holder`` itself included, may run examples of ``holder``."""

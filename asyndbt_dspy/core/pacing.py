@@ -17,8 +17,9 @@ _MEMORY = 0.9
 """Weight of the past in a smoothed pace, once there is as much of it."""
 _FEWEST = 3
 """Answers that a worker must have given before it can count as slow."""
-_SLOW = 0.5
-"""Relative speed up to which a worker is slow; delays of one speed that vary much seldom look that unequal."""
+_SLOW = (0.25, 0.25, 0.35, 0.5)
+"""Relative speed up to which a worker is slow, by its answers: 0, 1, 2, more. Delays of one speed that vary much seldom look
+that unequal. Without an answer it is the request that it has in hand that takes so long."""
 
 _LATE = 2.0
 """One answer may take so many times its worker's usual time before the staleness bound makes others wait."""
@@ -48,6 +49,7 @@ class Paces:
         self._most = config.minibatch
         self._work = 0
         self._begun: dict[int, int] = {}
+        self._unit = config.draws * config.minibatch
         self._log_pace = [0.0] * count
         self._answers = [0] * count
         self._median = 0.0
@@ -84,10 +86,15 @@ class Paces:
 
     def speed(self, number: int) -> float:
         """Rollouts per second in units of the median worker's, in (0, 1/2]; 1 for who is not slow or not known."""
-        if not self._is_balanced or self._answers[number] < _FEWEST:
+        answers = self._answers[number]
+        if not self._is_balanced or not self._median:
             return 1.0
-        relative = math.exp(self._median - self._log_pace[number])
-        return relative if relative <= _SLOW else 1.0
+        pace = self._log_pace[number]
+        if not answers:
+            waited = self._work - self._begun.get(number, self._work)
+            pace = math.log(max(1, waited) / self._unit) if waited > self._unit else self._median
+        relative = math.exp(self._median - pace)
+        return relative if relative <= _SLOW[min(answers, _FEWEST)] else 1.0
 
     def minibatch(self, number: int) -> int:
         """Examples per draw of its next step: fewer for a slow worker, so that what it answers is less late."""

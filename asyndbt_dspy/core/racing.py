@@ -6,7 +6,8 @@ a heat closes without its stragglers once three quarters of its examples are in,
 
 Work goes where it is done soonest: a slow worker gets a smaller part of a heat, and the last heat leaves out what only
 slow workers have not begun, a quarter of it at most. Work of a worker that is gone goes to those that hold its examples
-too, as far as the budget reaches; where nobody does, it is left out.
+too, as far as the budget reaches; where nobody does, it is left out. Workers with the same examples and the same LM help each
+other out.
 
 With ``repeats`` finalists that two standard errors do not tell apart meet their examples again while calls are left. An example
 still counts once, with the mean of what it came to, so that intervals do not shrink below what the examples allow.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -32,6 +34,8 @@ _QUORUM = 0.75
 _FIRST_HEAT = 6
 """Examples that the first heat should have; with less budget fewer candidates run."""
 _INTERVAL_Z = 1.96
+_LOOKED_AT = 256
+"""Workers among whom the one that is furthest behind is looked for."""
 _DECIDED = 2.0
 """Standard errors of a paired difference beyond which noise need not be averaged out any more."""
 
@@ -92,6 +96,7 @@ class RaceState:
         self._gone = [name for name in holdings if name not in self.living]
         self.handover = handover or Handover()
         self.speeds = dict.fromkeys(holdings, 1.0) | dict(speeds or {})
+        self._slow = [name for name, speed in self.speeds.items() if speed < 1.0]
         # In the order of the numbers: whoever numbers the examples mixes them, and may balance every beginning.
         self.unused = {name: list(range(count)) for name, count in holdings.items()}
         self._holdings = dict(holdings)
@@ -112,6 +117,7 @@ class RaceState:
         self._quota_left = 0  # examples of the heat that nobody has begun
         self._under_way = 0  # examples of the heat that are out
         self._heat_units: dict[int, int] = {}
+        self._most_begun: dict[str, int] = {}
         self._held: dict[int, tuple[str, tuple[int, ...]]] = {}  # unit -> holder, its numbers of the examples
         self._heat_size = 0
         self._last_units = False
@@ -133,6 +139,13 @@ class RaceState:
         self.quota = {name: share for name, share in shares.items() if share}
         self._quota_left, self._under_way = size, 0
         self._heat_size = size
+        # A slow worker begins no more at a time than the others can do meanwhile.
+        each = size / sum(left.values())
+        self._most_begun = {
+            name: max(1, math.ceil(each * left[name] * self.speeds[name]))
+            for name in self._slow
+            if name in left
+        }
         self._heat_units = {}
 
     def assign(self, worker: str) -> RaceRequest | None:
@@ -141,6 +154,9 @@ class RaceState:
         if holder is None:
             return None
         count = max(1, min(self.quota[holder], self.chunk // len(self.running)))
+        if self._helps(worker):  # what it has not begun, others may take
+            count = min(count, math.ceil(self.quota[holder] / 2))
+        count = min(count, self._most_begun.get(worker, count))
         held = tuple(self.unused[holder][:count])
         self.unused[holder] = self.unused[holder][count:]
         self.quota[holder] -= count
@@ -160,11 +176,21 @@ class RaceState:
         return request
 
     def _next_holder(self, worker: str) -> str | None:
-        """Whose examples this worker runs next: its own, else those of one that is gone."""
+        """Whose examples this worker runs next: its own, else of one that is gone, else of the one that is furthest behind."""
         if worker in self.quota:
             return worker
-        gone = (name for name in self._gone if name in self.quota)
-        return next((name for name in gone if self.handover.may_take(worker, name)), None)
+        for name in self._gone:
+            if name in self.quota and self.handover.may_take(worker, name):
+                return name
+        if worker in self._slow or not self._helps(worker):
+            return None
+        found = (name for name in self.quota if self.handover.may_help(worker, name))
+        return max(
+            islice(found, _LOOKED_AT), key=lambda name: self.quota[name] / self.speeds[name], default=None
+        )
+
+    def _helps(self, worker: str) -> bool:
+        return self.config.balance and self.handover.is_shared(worker)
 
     def receive(self, reply: RaceReply) -> None:
         """Take a unit's results.
@@ -211,6 +237,7 @@ class RaceState:
         self.living.discard(worker)
         self._gone.append(worker)
         self.speeds[worker] = 1.0
+        self._slow = [name for name in self._slow if name != worker]
         units = {unit: one for unit, one in self.outstanding.items() if one.worker == worker}
         for unit in units:
             del self.outstanding[unit]

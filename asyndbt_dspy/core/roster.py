@@ -15,6 +15,7 @@ class Member:
         held_out: Number of its examples for the final race.
         step_calls: Rollouts of one of its steps; ``None``: draws times minibatch.
         group: Members of one group hold each other's race examples and take over from who is gone; "": nobody does.
+        lm: Members of one group and one LM take each other's race examples whenever they have none of their own left.
     """
 
     name: str
@@ -22,6 +23,7 @@ class Member:
     held_out: int = 0
     step_calls: int | None = None
     group: str = ""
+    lm: str = ""
 
 
 class Roster:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -19,6 +21,7 @@ from asyndbt_dspy.lms.failures import FailureKind
 from asyndbt_dspy.programs.paid_rollouts import PaidRollout, RolloutBook, RolloutGate, RolloutKey
 from asyndbt_dspy.programs.rollout import Rollout, Runner
 from asyndbt_dspy.programs.slots import ProgramSpace
+from asyndbt_dspy.programs.stragglers import Stragglers
 from asyndbt_dspy.programs.usage import usage_of
 
 
@@ -105,6 +108,7 @@ class ProgramEvaluator:
         rollout_timeout_s: A rollout that takes longer is missing.
         max_failures: Missing rollouts in a row after which a worker is set aside.
         adapter: DSPy's prompt format; ``None``: the surrounding one.
+        straggler_factor: See ``Stragglers``.
         repeats: A rollout that is asked for again is made again: scores are noisy.
         book: Remembers rollouts; ``None``: a rollout is known by its candidate alone.
     """
@@ -115,6 +119,7 @@ class ProgramEvaluator:
     rollout_timeout_s: float = 120.0
     max_failures: int = 8
     adapter: Any = None
+    straggler_factor: float | None = None
     repeats: bool = False
     uses: dict[str, WorkerUse] = field(default_factory=dict)
     cache: dict[CacheKey, Outcome] = field(default_factory=dict)
@@ -125,6 +130,12 @@ class ProgramEvaluator:
     _twins: dict[tuple[str, bytes], Outcome | asyncio.Future[Outcome]] = field(default_factory=dict)
     _gates: dict[str, asyncio.Semaphore] = field(default_factory=dict)
     _health: dict[str, _Health] = field(default_factory=dict)
+    _left: dict[CacheKey, asyncio.Task[Outcome]] = field(default_factory=dict)
+    _left_tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+    _late: Counter[str] = field(default_factory=Counter)  # completed after they were left behind
+
+    def __post_init__(self) -> None:
+        self.stragglers = Stragglers(self.straggler_factor, time.monotonic)
 
     async def evaluate(self, request: Evaluate) -> Scored:
         """See ``engines.protocols.Evaluator.evaluate``."""
@@ -139,13 +150,13 @@ class ProgramEvaluator:
             )
             for column, example in enumerate(examples)
         ]
-        before = self.use(worker).calls
+        before = self._counted(worker)
         tasks = [
             asyncio.ensure_future(self._outcome(worker, candidate, request.held_out, example, outcome))
             for candidate, example, outcome in pairs
         ]
         try:
-            found = await asyncio.gather(*tasks)
+            left = await self.stragglers.settle(worker, tasks)
             if failure is not None:
                 raise WorkerFailedError(failure)
         except WorkerFailedError as error:
@@ -156,9 +167,47 @@ class ProgramEvaluator:
         except BaseException:
             await _cancelled(tasks)
             raise
-        outcomes = iter(found)
+        calls = self._counted(worker) - before
+        for one, (candidate, example, _) in zip(tasks, pairs, strict=True):
+            if one in left:
+                calls += self._leave(one, (candidate, worker, request.held_out, example))
+        outcomes = (Outcome(None) if one in left else one.result() for one in tasks)
         rows = tuple(tuple(next(outcomes) for _ in examples) for examples in request.examples)
-        return Scored(worker, task, rows, self.use(worker).calls - before)
+        return Scored(worker, task, rows, calls)
+
+    def _counted(self, worker: str) -> int:
+        """Completed rollouts but for those that were counted when they were left behind."""
+        return self.use(worker).calls - self._late[worker]
+
+    def _leave(self, task: asyncio.Task[Outcome], key: CacheKey) -> int:
+        """Let a straggler go on by itself. Returns the calls to count: one that only waited for another is none."""
+        if key in self._left:
+            task.cancel()
+            return 0
+        self._left[key] = task
+        self.leave_behind(task, worker=key[1])
+        task.add_done_callback(lambda _: self._left.pop(key, None))
+        return 1
+
+    def leave_behind(self, task: asyncio.Task[Any], worker: str = "") -> None:
+        """What ``task`` pays for from here on is counted already."""
+        self._left_tasks.add(task)
+        self.stragglers.give_up_later(worker, task)
+        task.add_done_callback(self._left_tasks.discard)
+        task.add_done_callback(
+            lambda done: done.cancelled() or done.exception()
+        )  # its worker's next call says so
+
+    @property
+    def left_behind(self) -> int:
+        """Rollouts under way that no unit waits for."""
+        return len(self._left_tasks)
+
+    def close(self) -> None:
+        """End what was left behind, and the runner's threads."""
+        for task in self._left_tasks:
+            task.cancel()
+        self.runner.close()
 
     def use(self, worker: str) -> WorkerUse:
         return self.uses.setdefault(worker, WorkerUse())
@@ -174,6 +223,10 @@ class ProgramEvaluator:
                 del self.cache[key]  # paid for in the setup; the next time it is another toss
             self.use(worker).reused += 1
             return known
+        under_way = self._left.get(key)
+        if under_way is not None:
+            self.stragglers.begin(like=under_way)
+            return await asyncio.shield(under_way)
         part = self.parts[worker]
         if (
             part.shows_estimates
@@ -193,6 +246,7 @@ class ProgramEvaluator:
         twin = self._twins.get((worker, name.digest))
         if twin is not None:
             self.use(worker).reused += 1
+            self.stragglers.begin()
             outcome = twin if isinstance(twin, Outcome) else await asyncio.shield(twin)
             return self._keep_outcome(key, outcome, is_answer=outcome.score is not None)
         with self._as_twin(worker, name) as waiting:
@@ -265,6 +319,7 @@ class ProgramEvaluator:
         gate = self._gates.setdefault(worker, asyncio.Semaphore(part.max_concurrency))
         async with gate, self.gate:
             self._check_health(worker)
+            self.stragglers.begin()
             try:
                 with calling_as(worker), track_usage() as tracker:
                     rollout = await self._timed(part, program, example, trace)
@@ -278,6 +333,9 @@ class ProgramEvaluator:
                 self.book.keep(worker, name, program, PaidRollout(rollout, usage))
             self._count_usage(worker, usage)
             self._count(worker, rollout)
+            self.stragglers.note(worker, rollout.seconds)
+            if rollout.score is not None and asyncio.current_task() in self._left_tasks:
+                self._late[worker] += 1
             self._check_health(worker)
         self._note_twin(worker, name, rollout)
         if self.on_rollout is not None:

@@ -437,3 +437,56 @@ def test_the_mean_over_repetitions_leaves_out_what_is_missing() -> None:
     state._note((0, "a", 1), 1.0, 0.5)
     state._note((0, "a", 1), 0.0, 0.7)
     assert state.results[0, "a", 1] == pytest.approx((0.5, 0.6))
+
+
+# --------------------------------------------------------------------------------------------- helping each other out
+
+
+def helping(lms: dict[str, str], speeds: dict[str, float] | None = None, **changes: object) -> RaceState:
+    config = dataclasses.replace(CONFIG, **changes)  # type: ignore[arg-type]
+    members = [dataclasses.replace(one, lm=lms[one.name]) for one in MEMBERS]
+    return RaceState(STUDENT, [(1, 0)], HOLDINGS, 48, config, handover=Handover(members), speeds=speeds)
+
+
+def takers(state: RaceState, workers: tuple[str, ...]) -> dict[str, set[str]]:
+    """Holder -> who ran its examples, where only ``workers`` ever ask."""
+    found: dict[str, set[str]] = {}
+    while True:
+        units = [unit for unit in map(state.assign, workers) if unit is not None]
+        if not units:
+            return found
+        for unit in units:
+            for holder, _ in examples_of([unit], state.handover):
+                found.setdefault(holder, set()).add(unit.worker)
+            state.receive(reply(unit, difficult))
+
+
+def test_who_has_nothing_left_helps_those_with_the_same_examples_and_lm() -> None:
+    same = dict.fromkeys(HOLDINGS, "m")
+    assert takers(helping(same), ("c",)) == {"a": {"c"}, "b": {"c"}, "c": {"c"}}
+    assert takers(helping(same | {"a": "other"}), ("c",)) == {"b": {"c"}, "c": {"c"}}
+    assert takers(helping(same, balance=False), ("c",)) == {"c": {"c"}}
+    alone = RaceState(STUDENT, [(1, 0)], HOLDINGS, 48, CONFIG)
+    unit = alone.assign("c")
+    assert unit is not None
+    assert (unit.examples, alone.assign("c")) == ((0, 1, 2, 3), None)
+
+
+def test_the_one_that_is_furthest_behind_is_helped_and_slow_ones_help_nobody() -> None:
+    same = dict.fromkeys(HOLDINGS, "m")
+    state = helping(same, speeds={"b": 0.1})
+    while state.quota.get("c"):
+        assert state.assign("c") is not None
+    unit = state.assign("c")
+    assert unit is not None
+    assert {holder for holder, _ in examples_of([unit], state.handover)} == {"b"}
+    assert set(takers(helping(same, speeds={"b": 0.1}), ("b",))) == {"b"}
+
+
+def test_a_slow_worker_begins_little_at_a_time() -> None:
+    state = RaceState(STUDENT, [(1, 0)], HOLDINGS, 48, CONFIG, speeds={"a": 0.2})
+    slow, fast = state.assign("a"), state.assign("b")
+    assert slow is not None
+    assert fast is not None
+    assert len(slow.examples) == 3  # a fifth of its twelve
+    assert len(fast.examples) == 8

@@ -1,0 +1,94 @@
+"""Calls that take far longer than their like: a unit of work goes on without them.
+
+One call in fifty that hangs until its time limit would otherwise hold up every other unit, as a unit waits for its slowest
+call. Such a call is left behind: its unit counts it as missing and as paid for, it goes on, and its answer is there the next
+time it is asked for. If it takes a few times longer still, it is given up, as it holds a place among the calls in flight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Collection
+
+_FEWEST = 5
+"""Durations that must be known before one can be called long."""
+_MEMORY = 64
+_LEAST_S = 1.0
+"""Nothing that takes less is worth leaving behind."""
+_SHARE = 4
+"""At most one call in so many of a unit is left behind: where more are slow, the endpoint is slow."""
+
+_GIVEN_UP = 3.0
+"""Times its limit that a call may go on after it was left behind."""
+
+Task = asyncio.Task
+
+
+class Stragglers:
+    """How long calls take, and which of those under way take too long.
+
+    Args:
+        factor: > 1. How many times the median of its worker's newest calls one may take; ``None``: all are waited for.
+        clock: Seconds that only go forward.
+    """
+
+    def __init__(self, factor: float | None, clock: Callable[[], float]) -> None:
+        self.factor = factor
+        self._clock = clock
+        self._durations: dict[str, deque[float]] = {}
+        self._begun: dict[Task[object], float] = {}
+
+    def begin(self, like: Task[object] | None = None) -> None:
+        """The current task makes its call now, or waits for that of another task (``like``)."""
+        task = asyncio.current_task()
+        if self.factor is not None and task is not None:
+            self._begun[task] = self._begun.get(like, self._clock()) if like is not None else self._clock()
+            task.add_done_callback(self._forget)
+
+    def _forget(self, task: Task[object]) -> None:
+        self._begun.pop(task, None)
+
+    def note(self, worker: str, seconds: float) -> None:
+        """A call of this worker took so long."""
+        if self.factor is not None:
+            for name in (worker, ""):
+                self._durations.setdefault(name, deque(maxlen=_MEMORY)).append(seconds)
+
+    async def settle(self, worker: str, tasks: Collection[Task[object]]) -> set[Task[object]]:
+        """Wait for ``tasks``, and return those that are left behind. The first error is raised at once.
+
+        Args:
+            worker: Whose calls these are; "" for several workers'.
+        """
+        pending, may_leave = set(tasks), max(1, len(tasks) // _SHARE)
+        while pending:
+            timeout = self._patience(worker, pending) if len(pending) <= may_leave else math.inf
+            if timeout <= 0:
+                return pending
+            done, pending = await asyncio.wait(
+                pending,
+                timeout=None if math.isinf(timeout) else timeout,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            for task in done:
+                task.result()
+        return pending
+
+    def _patience(self, worker: str, pending: Collection[Task[object]]) -> float:
+        """Seconds until all of these have taken too long; infinite while one has not begun."""
+        known = self._durations.get(worker, ())
+        if self.factor is None or len(known) < _FEWEST or not all(task in self._begun for task in pending):
+            return math.inf
+        return max(self._begun[task] for task in pending) + self._limit(worker) - self._clock()
+
+    def _limit(self, worker: str) -> float:
+        assert self.factor is not None  # else nothing is ever left behind
+        return max(_LEAST_S, self.factor * statistics.median(self._durations[worker]))
+
+    def give_up_later(self, worker: str, task: Task[object]) -> None:
+        """End a call that was left behind, once it has gone on for too long."""
+        later = asyncio.get_running_loop().call_later(_GIVEN_UP * self._limit(worker), task.cancel)
+        task.add_done_callback(lambda _: later.cancel())

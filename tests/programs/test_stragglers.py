@@ -1,0 +1,202 @@
+"""Calls that take far longer than their like hold nobody up, and are paid for once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from typing import Any
+
+import dspy
+import kit
+import pytest
+
+from asyndbt_dspy import AsynDBT, Budget, ConfigurationError, Worker
+from asyndbt_dspy.core.messages import Evaluate, Outcome
+from asyndbt_dspy.programs.evaluator import ProgramEvaluator, WorkerPart
+from asyndbt_dspy.programs.rollout import Rollout
+from asyndbt_dspy.programs.slots import build_space
+from asyndbt_dspy.programs.stragglers import Stragglers
+from asyndbt_dspy.testing.provider import Call, Fault, Provider
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """A loop whose clock jumps to the next timer whenever nothing else is to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+
+    def time(self) -> float:
+        return self.now
+
+    def _run_once(self) -> None:
+        if not self._ready and self._scheduled:  # type: ignore[attr-defined]
+            self.now = max(self.now, self._scheduled[0]._when)  # type: ignore[attr-defined]
+        super()._run_once()  # type: ignore[misc]
+
+
+def virtually(coroutine: Any) -> tuple[Any, float]:
+    """Result and virtual seconds."""
+    loop = Loop()
+    try:
+        found = loop.run_until_complete(coroutine)
+        return found, loop.now
+    finally:
+        loop.run_until_complete(cancelled(asyncio.all_tasks(loop)))
+        loop.close()
+
+
+async def cancelled(tasks: Collection[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Slow:
+    """A runner whose rollouts take as long as their example says."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+        self.ended: list[str] = []
+
+    async def run(self, program: Any, example: dspy.Example, **_: Any) -> Rollout:
+        self.made.append(example.name)
+        await asyncio.sleep(example.seconds)
+        self.ended.append(example.name)
+        return Rollout(1.0, seconds=example.seconds)
+
+    def close(self) -> None: ...
+
+
+def evaluator(seconds: list[float], factor: float | None = 8.0) -> tuple[ProgramEvaluator, Slow]:
+    examples = [dspy.Example(name=str(place), seconds=one) for place, one in enumerate(seconds)]
+    runner = Slow()
+    found = ProgramEvaluator(
+        build_space(dspy.Predict("question -> answer")),
+        {"w": WorkerPart("w", examples, (), max_concurrency=4)},
+        runner,
+        rollout_timeout_s=1e6,
+        straggler_factor=factor,
+    )
+    found.stragglers = Stragglers(factor, lambda: asyncio.get_running_loop().time())
+    return found, runner
+
+
+def asked(task: int, *examples: int) -> Evaluate:
+    return Evaluate("w", task, ((0,),), (examples,), held_out=False)
+
+
+USUAL = [0.5] * 8
+
+
+def test_a_unit_goes_on_without_a_call_that_hangs_and_its_answer_is_there_the_next_time() -> None:
+    async def go() -> Any:
+        one, runner = evaluator([*USUAL, 6.0])
+        loop = asyncio.get_running_loop()
+        first = await one.evaluate(asked(1, *range(9)))
+        at_s, left = loop.time(), one.left_behind
+        await asyncio.sleep(10)
+        second = await one.evaluate(asked(2, 8))
+        return first, at_s, left, second, runner, one
+
+    (first, at_s, left, second, runner, one), _ = virtually(go())
+    assert at_s == pytest.approx(5.0)  # it began at 1.0; eight times the usual half second
+    assert first.outcomes[0][8] == Outcome(None)
+    assert [outcome.score for outcome in first.outcomes[0][:8]] == [1.0] * 8
+    assert (first.calls, left) == (9, 1), "what is left behind is paid for"
+    assert second.outcomes[0][0].score == 1.0
+    assert (second.calls, one.use("w").calls) == (0, 9)
+    assert runner.made.count("8") == 1
+
+
+def test_what_is_asked_again_while_it_is_under_way_is_not_made_twice() -> None:
+    async def go() -> Any:
+        one, runner = evaluator([*USUAL, 9.0])
+        await one.evaluate(asked(1, *range(9)))
+        second = await one.evaluate(asked(2, 0, 1, 2, 3, 8))
+        return second, runner
+
+    (second, runner), seconds = virtually(go())
+    assert second.calls == 0
+    assert second.outcomes[0][4] == Outcome(None)
+    assert runner.made.count("8") == 1
+    assert seconds == pytest.approx(5.0)
+
+
+def test_a_call_that_goes_on_for_too_long_is_given_up_and_frees_its_place() -> None:
+    async def go() -> Any:
+        one, runner = evaluator([*USUAL, 1e5])
+        await one.evaluate(asked(1, *range(9)))
+        await asyncio.sleep(11.9)
+        before = one.left_behind
+        await asyncio.sleep(0.2)
+        return before, one.left_behind, runner
+
+    (before, after, runner), _ = virtually(go())
+    assert (before, after) == (1, 0)
+    assert "8" not in runner.ended
+
+
+def test_where_a_quarter_is_slow_the_endpoint_is_slow() -> None:
+    async def go() -> Any:
+        one, _ = evaluator([*USUAL, *[30.0] * 3])
+        return await one.evaluate(asked(1, *range(11)))
+
+    found, seconds = virtually(go())
+    assert found.outcomes[0][8].score == 1.0 or found.outcomes[0][9].score == 1.0
+    assert seconds >= 30.0
+
+
+@pytest.mark.parametrize(("factor", "usual"), [(None, USUAL), (8.0, [0.5] * 3)])
+def test_all_are_waited_for_where_nothing_is_known_or_it_is_turned_off(
+    factor: float | None, usual: list[float]
+) -> None:
+    async def go() -> Any:
+        one, _ = evaluator([*usual, 60.0], factor)
+        return await one.evaluate(asked(1, *range(len(usual) + 1)))
+
+    found, seconds = virtually(go())
+    assert found.outcomes[0][-1].score == 1.0
+    assert seconds >= 60.0
+
+
+def test_short_calls_are_worth_a_second() -> None:
+    async def go() -> Any:
+        one, _ = evaluator([0.001] * 8 + [0.9])
+        return await one.evaluate(asked(1, *range(9)))
+
+    assert virtually(go())[0].outcomes[0][8].score == 1.0
+
+
+def test_a_compile_with_calls_that_never_return_ends_and_keeps_to_its_budget() -> None:
+    """Real time, over a socket: one call in twenty hangs, in setup, search and race; each would cost its 20 s."""
+
+    def hangs(call: Call) -> Fault:
+        return Fault("never") if call.number % 20 == 19 else Fault()
+
+    with Provider(kit.stairs(1), fault=hangs) as provider:
+        lm = dspy.LM(
+            "openai/m", api_base=provider.url, api_key="k", cache=False, temperature=0.0, max_tokens=50
+        )
+        workers = [
+            Worker(name, kit.examples(40, 100 * place), lm=lm) for place, name in enumerate(("a", "b"))
+        ]
+        student = dspy.Predict(kit.Sort)
+        optimizer = kit.optimizer(
+            workers=workers,
+            deterministic=False,
+            budget=Budget(metric_calls=200),
+            rollout_timeout_s=20.0,
+            mode="instructions",
+            instructions=kit.texts_for(student, kit.MAGIC),
+        )
+        with dspy.context(adapter=dspy.JSONAdapter()):
+            program = optimizer.compile(student)
+    assert optimizer.result.seconds < 20.0
+    assert program.signature.instructions == kit.MAGIC
+    assert 120 < optimizer.result.metric_calls <= 200
+
+
+def test_a_factor_that_leaves_everything_behind_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"straggler_factor=1.0 must be > 1, or None"):
+        AsynDBT(kit.metric, straggler_factor=1.0)
