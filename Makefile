@@ -41,7 +41,7 @@ types: $(INSTALLED)
 	$(BIN)/mypy --python-version 3.10 --no-warn-return-any
 
 coverage: $(INSTALLED)
-	$(BIN)/coverage run -m pytest -q -m "not slow" tests/core tests/engines tests/lms/test_budget.py
+	$(BIN)/coverage run -m pytest -q -m "not slow" --ignore tests/engines/test_ray.py tests/core tests/engines tests/lms/test_budget.py
 	$(BIN)/coverage report
 
 bench: $(BENCH_INSTALLED)

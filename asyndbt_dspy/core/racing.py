@@ -179,9 +179,10 @@ class RaceState:
         """Whose examples this worker runs next: its own, else of one that is gone, else of the one that is furthest behind."""
         if worker in self.quota:
             return worker
-        for name in self._gone:
-            if name in self.quota and self.handover.may_take(worker, name):
-                return name
+        gone = (name for name in self._gone if name in self.quota and self.handover.may_take(worker, name))
+        orphaned = next(gone, None)
+        if orphaned is not None:
+            return orphaned
         if worker in self._slow or not self._helps(worker):
             return None
         found = (name for name in self.quota if self.handover.may_help(worker, name))
