@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import dspy
 
@@ -72,7 +72,7 @@ async def prepare(
         workers = await elsewhere(optimizer.engine, optimizer.budget, student, teacher, workers)
     _check_data(optimizer, student, workers, valset)
     config = preparation.resolve(
-        optimizer.config, len(workers), optimizer.active_workers, optimizer.max_staleness
+        optimizer.config, len(workers), _active_workers(optimizer), optimizer.max_staleness
     )
     if optimizer.deterministic:  # speeds are none of its business
         config = dataclasses.replace(config, balance=False)
@@ -110,6 +110,14 @@ async def prepare(
         book.close()
         metering.ledger.close()
         raise
+
+
+def _active_workers(optimizer: AsynDBT) -> int | Literal["auto"] | None:
+    """Where nothing was said of waiting, nobody waits; a run that is to be repeatable has an order of its own."""
+    is_free = (
+        optimizer.preset == "default" and not optimizer.deterministic and optimizer.max_staleness is None
+    )
+    return "auto" if optimizer.active_workers is None and is_free else optimizer.active_workers
 
 
 def make_metering(optimizer: AsynDBT) -> Metering:

@@ -51,8 +51,9 @@ class AsynDBT(Teleprompter):
         budget: Hard caps on metric calls, LM calls, tokens, dollars, seconds; see ``Budget``.
         preset: ``default``, ``paper`` (faithful to the paper) or ``cendbt`` (its centralised form, one worker).
         mode: ``both``, or only ``instructions``, or only ``demos`` (ablations).
-        active_workers: S, answers the server waits for; default half of the workers. ``"auto"``: as few as the workers'
-            observed speeds and the bound on staleness allow, and nobody waits for others.
+        active_workers: S, answers the server waits for. ``"auto"``: as few as the workers' observed speeds and the bound on
+            staleness allow, and nobody waits for others; so by default. With another preset, a bound on staleness or
+            ``deterministic`` half of the workers.
         max_staleness: tau >= 1, bound on lateness in iterations; 1 is synchronous. ``"auto"``: follows the slowest worker,
             up to four times the preset's.
         deterministic: The order of events does not depend on timing: same seed and same LM answers, same program.
