@@ -69,7 +69,9 @@ async def prepare(
         optimizer.workers, trainset, student, shard_key=optimizer.shard_key, seed=optimizer.seed
     )
     if isinstance(optimizer.engine, RemoteRollouts):
-        workers = await elsewhere(optimizer.engine, optimizer.budget, student, teacher, workers)
+        workers = await elsewhere(
+            optimizer.engine, optimizer.budget, student, teacher, workers, optimizer.metric
+        )
     _check_data(optimizer, student, workers, valset)
     config = preparation.resolve(
         optimizer.config, len(workers), _active_workers(optimizer), optimizer.max_staleness
@@ -186,7 +188,7 @@ async def _arrange(
         plain,
         preparation.make_parts(shards, lms),
         _make_runner(optimizer, config, lms),
-        rollout_timeout_s=optimizer.rollout_timeout_s,
+        rollout_timeout_s=optimizer.rollout_timeout_s + _recover_s(optimizer),
         max_failures=optimizer.max_failures,
         straggler_factor=None if optimizer.deterministic else optimizer.straggler_factor,
         repeats=config.repeats,
@@ -232,13 +234,21 @@ async def _arrange(
     return Run(optimizer, programs, shards, evaluator, server, states, spent, started, stop, book, metering)
 
 
+def _recover_s(optimizer: AsynDBT) -> float:
+    """Seconds for a lost worker to come back in the middle of a rollout; its time limit is kept where it is made."""
+    return optimizer.engine.recover_s if isinstance(optimizer.engine, RemoteRollouts) else 0.0
+
+
 def _make_runner(optimizer: AsynDBT, config: AlgorithmConfig, lms: Mapping[str, Any]) -> Runner:
     """Here, or where the workers are."""
     if not isinstance(optimizer.engine, RemoteRollouts):
         return RolloutRunner(optimizer.metric, failure_score=optimizer.failure_score)
     repeatable = {name for name, lm in lms.items() if is_deterministic(lm) and not config.repeats}
     return RemoteRunner(
-        optimizer.engine, failure_score=optimizer.failure_score, repeatable=frozenset(repeatable)
+        optimizer.engine,
+        failure_score=optimizer.failure_score,
+        repeatable=frozenset(repeatable),
+        timeout_s=optimizer.rollout_timeout_s,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import uuid
 import weakref
 from collections import Counter, OrderedDict
@@ -18,19 +19,29 @@ from typing import Any
 
 import dspy
 from dspy.utils.usage_tracker import track_usage
-from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from asyndbt_dspy.core.budget import Budget
+from asyndbt_dspy.deploy.fingerprints import signature_record
 from asyndbt_dspy.engines.protocols import RemoteRollouts
 from asyndbt_dspy.errors import ConfigurationError, MetricError, WorkerFailedError
 from asyndbt_dspy.lms.callers import calling_as, current_caller
+from asyndbt_dspy.lms.failures import FailureKind
 from asyndbt_dspy.lms.identity import is_deterministic, lm_identity
+from asyndbt_dspy.programs.copies import copy_program
 from asyndbt_dspy.programs.metrics import Metric
 from asyndbt_dspy.programs.rollout import Rollout, RolloutRunner
 from asyndbt_dspy.programs.usage import usage_of
-from asyndbt_dspy.recording.identities import example_digest, structure_identity
-from asyndbt_dspy.recording.rollout_codec import decode_rollout, decode_trace, encode_rollout
+from asyndbt_dspy.recording.identities import code_identity, example_digest, structure_identity, versions
+from asyndbt_dspy.recording.rollout_codec import (
+    UnrecordableError,
+    decode_rollout,
+    decode_trace,
+    encode_rollout,
+    is_json,
+)
 from asyndbt_dspy.workers import Worker
+
+logger = logging.getLogger(__name__)
 
 _REMEMBERED = 10_000
 """Answers that a host keeps, for a server that was killed before it heard of them."""
@@ -65,6 +76,7 @@ class RolloutHost:
         self._runners: dict[float, RolloutRunner] = {}
         self._programs: OrderedDict[str, dspy.Module] = OrderedDict()
         self._answers: OrderedDict[str, asyncio.Future[str]] = OrderedDict()
+        self._waiting: Counter[str] = Counter()
 
     async def describe(self, payload: str) -> str:
         """What the compiling side must know before the first rollout."""
@@ -77,6 +89,9 @@ class RolloutHost:
                 "context_tokens": next((one for one in lengths if isinstance(one, int)), None),
                 "examples": len(self._examples),
                 "structure": _structure(self.program),
+                "metric": code_identity(self.metric)[1:],
+                "adapter": _adapter_name(self.adapter),
+                "versions": versions(),
             }
         )
 
@@ -88,17 +103,34 @@ class RolloutHost:
         if answer is None:
             if request["example"] not in self._examples and "content" not in request:
                 return json.dumps({"unknown_example": True})
-            answer = self._answers[key] = asyncio.ensure_future(self._made(request))
+            limited = asyncio.wait_for(self._made(request), request["timeout_s"])
+            answer = self._answers[key] = asyncio.ensure_future(limited)
             if len(self._answers) > _REMEMBERED:
                 self._answers.popitem(last=False)
+        self._waiting[key] += 1
         try:
             found = await asyncio.shield(answer)
-        except Exception:
-            self._answers.pop(key, None)
+        except asyncio.TimeoutError:
+            found = json.dumps({"late": True})
+        except asyncio.CancelledError:
+            if self._waiting[key] == 1:  # nobody wants it any more; what hangs must not answer the next one
+                answer.cancel()
+                self._forget(key, answer)
             raise
+        except Exception:
+            self._forget(key, answer)
+            raise
+        finally:
+            self._waiting[key] -= 1
+            if not self._waiting[key]:
+                del self._waiting[key]
         if json.loads(found).get("score") is None:  # a failure is no answer: the next time it is tried again
-            self._answers.pop(key, None)
+            self._forget(key, answer)
         return found
+
+    def _forget(self, key: str, answer: asyncio.Future[str]) -> None:
+        if self._answers.get(key) is answer:
+            del self._answers[key]
 
     async def _made(self, request: Mapping[str, Any]) -> str:
         program = self._build(request["program"])
@@ -114,17 +146,18 @@ class RolloutHost:
                 )
             except MetricError as error:
                 return json.dumps({"metric_error": str(error)})
-        return json.dumps({**encode_rollout(found, program), "usage": list(usage_of(tracker))})
+        return json.dumps({**_encoded(found, program), "usage": list(usage_of(tracker))})
 
     def _build(self, state: str) -> dspy.Module:
         """The program with the instructions and demos of a candidate."""
         name = hashlib.sha256(state.encode()).hexdigest()
         program = self._programs.get(name)
         if program is None:
-            program = self._programs[name] = self.program.deepcopy()
+            program = self._programs[name] = copy_program(self.program)
             _load(program, json.loads(state))
             if len(self._programs) > _PROGRAMS:
                 self._programs.popitem(last=False)
+        self._programs.move_to_end(name)
         return program
 
 
@@ -155,10 +188,19 @@ class RemoteRunner:
     Args:
         channel: The started engine.
         repeatable: Workers of which one answer may stand for another, also after a restart.
+        timeout_s: Of one rollout, counted where it is made: the time in which a lost worker comes back is not in it.
     """
 
-    def __init__(self, channel: RemoteRollouts, *, failure_score: float, repeatable: frozenset[str]) -> None:
+    def __init__(
+        self,
+        channel: RemoteRollouts,
+        *,
+        failure_score: float,
+        repeatable: frozenset[str],
+        timeout_s: float = 120.0,
+    ) -> None:
         self.failure_score = failure_score
+        self.timeout_s = timeout_s
         self._channel = channel
         self._repeatable = repeatable
         self._process = uuid.uuid4().hex
@@ -189,10 +231,14 @@ class RemoteRunner:
         content = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
         own = "" if worker in self._repeatable else f"{self._process}/"
         request["key"] = f"{own}{content}/{self._times[content]}"
+        request["timeout_s"] = self.timeout_s
         answer = json.loads(await self._channel.call(worker, "rollout", json.dumps(request)))
         if answer.get("unknown_example"):
             request["content"] = _content_of(example)
             answer = json.loads(await self._channel.call(worker, "rollout", json.dumps(request)))
+        if "late" in answer:
+            said = f"no answer within {self.timeout_s:g} s"
+            return Rollout(None, failure=FailureKind.TRANSIENT, error=said, seconds=self.timeout_s)
         if "metric_error" in answer:
             raise MetricError(answer["metric_error"])
         recorded = decode_rollout({**answer, "key": ""})
@@ -213,6 +259,7 @@ async def elsewhere(
     student: dspy.Module,
     teacher: dspy.Module | None,
     workers: Sequence[Worker],
+    metric: Metric,
 ) -> list[Worker]:
     """Build the workers where they are to run; here stand-ins take the places of their LMs.
 
@@ -242,11 +289,7 @@ async def elsewhere(
         found = []
         for worker, text in zip(workers, texts, strict=True):
             described = json.loads(text)
-            if described["structure"] != expected:
-                raise ConfigurationError(
-                    f"worker {worker.name!r} has a program with other predictors or signatures than the one that is compiled; "
-                    "its setup must build the same program"
-                )
+            _check_alike(worker.name, described, expected, metric)
             found.append(replace(worker, lm=RemoteLM(worker.name, described)))
     except WorkerFailedError as error:
         engine.stop()
@@ -272,22 +315,69 @@ def _load(program: dspy.Module, state: Mapping[str, Any]) -> None:
         predictor.lm = lm
 
 
+def _check_alike(worker: str, described: Mapping[str, Any], structure: Any, metric: Metric) -> None:
+    if described["structure"] != structure:
+        raise ConfigurationError(
+            f"worker {worker!r} has a program with other predictors or signatures than the one that is compiled; "
+            "its setup must build the same program"
+        )
+    for what, here in (("adapter", _adapter_name(dspy.settings.adapter)), ("versions", versions())):
+        if described[what] != here:
+            raise ConfigurationError(
+                f"worker {worker!r} runs with {what} {described[what]}, and the compile with {here}: prompts would differ; "
+                "use the same on every node"
+            )
+    if described["metric"] != json.loads(json.dumps(code_identity(metric)[1:])):
+        logger.warning(
+            "The metric of worker %r is another one than that of the compile; its own is what counts.", worker
+        )
+
+
+def _adapter_name(adapter: Any) -> str:
+    """The prompt format in words; the default where none is set."""
+    return type(adapter or dspy.settings.adapter or dspy.ChatAdapter()).__qualname__
+
+
 def _structure(program: dspy.Module) -> Any:
-    """Strict JSON data that differs where a candidate of one program is none of the other."""
+    """Strict JSON data that differs where a candidate of one program is none of the other.
+
+    A class counts by its source, not by its module: what is a script here is a module there.
+    """
     fields = {
-        name: {field: str(info.annotation) for field, info in predictor.signature.fields.items()}
+        name: signature_record(predictor.signature)["sha256"]
         for name, predictor in program.named_predictors()
     }
-    return json.loads(json.dumps([structure_identity(program), fields], default=str))
+    modules = {type(module).__module__ for _, module in program.named_sub_modules()}
+    return _without(modules, json.loads(json.dumps([structure_identity(program), fields], default=str)))
+
+
+def _without(modules: set[str], value: Any) -> Any:
+    """``value`` without the names of ``modules`` before the names in them."""
+    if isinstance(value, list):
+        return [_without(modules, one) for one in value]
+    if isinstance(value, dict):
+        return {key: _without(modules, one) for key, one in value.items()}
+    if isinstance(value, str):
+        return next((value[len(one) + 1 :] for one in modules if value.startswith(f"{one}.")), value)
+    return value
+
+
+def _encoded(rollout: Rollout, program: dspy.Module) -> dict[str, Any]:
+    """As JSON; a trace that JSON cannot carry makes no demo, and its score counts all the same."""
+    try:
+        return encode_rollout(rollout, program)
+    except UnrecordableError as error:
+        logger.warning("A trace cannot travel (%s); no demo is made of it.", str(error).split(":", 1)[0])
+        return encode_rollout(replace(rollout, trace=[], prediction=None), program)
 
 
 def _content_of(example: dspy.Example) -> dict[str, Any]:
-    try:
-        fields = to_jsonable_python(dict(example.items()))
-    except PydanticSerializationError as error:
+    fields = dict(example.items())
+    odd = {name: type(value).__qualname__ for name, value in fields.items() if not is_json(value)}
+    if odd:
         raise ConfigurationError(
-            f"an example that its worker does not hold cannot travel as JSON ({error}); let the setup load it"
-        ) from error
+            f"an example that its worker does not hold cannot travel as JSON ({odd}); let the setup load it"
+        )
     return {"fields": fields, "inputs": sorted(example.inputs().keys())}
 
 

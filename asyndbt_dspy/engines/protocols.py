@@ -90,7 +90,13 @@ class ResumableEngine(Protocol):
 
 @runtime_checkable
 class RemoteRollouts(Protocol):
-    """An engine whose workers are elsewhere; the order of events is decided here, by the engine that would do without it."""
+    """An engine whose workers are elsewhere; the order of events is decided here, by the engine that would do without it.
+
+    Attributes:
+        recover_s: How long a lost worker may take to come back within one call.
+    """
+
+    recover_s: float
 
     async def start(self, workers: Mapping[str, int]) -> None:
         """Build the workers (name -> calls in flight), or find them again."""

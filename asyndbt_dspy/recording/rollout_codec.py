@@ -129,7 +129,7 @@ def _held(fields: Mapping[str, Any], values: Any) -> list[tuple[str, Any]]:
 
 def _encode_value(annotation: Any, value: Any) -> Any:
     """``[value]`` of plain JSON data, ``{"typed": …}`` of what the field's type can read again."""
-    if _is_json(value):
+    if is_json(value):
         return [value]
     try:
         plain = TypeAdapter(annotation).dump_python(value, mode="json", warnings="error")
@@ -151,10 +151,10 @@ def _decode_value(annotation: Any, encoded: Any) -> Any:
         raise UnrecordableError(f"a recorded value does not fit its field: {error}") from error
 
 
-def _is_json(value: Any) -> bool:
+def is_json(value: Any) -> bool:
     """Whether JSON gives ``value`` back exactly, types included."""
     if type(value) is dict:
-        return all(type(key) is str and _is_json(one) for key, one in value.items())
+        return all(type(key) is str and is_json(one) for key, one in value.items())
     if type(value) is list:
-        return all(map(_is_json, value))
+        return all(map(is_json, value))
     return type(value) in _PLAIN or (type(value) is float and math.isfinite(value))

@@ -10,14 +10,16 @@ import dspy
 import pytest
 import ray_hosts as hosts
 
-from asyndbt_dspy import ConfigurationError, MetricError, RolloutHost, scripted_lm
+from asyndbt_dspy import Budget, ConfigurationError, MetricError, RolloutHost, Worker, scripted_lm
 from asyndbt_dspy.lms.callers import calling_as
 from asyndbt_dspy.lms.identity import is_deterministic, lm_identity
-from asyndbt_dspy.remote import RemoteLM, RemoteRunner
+from asyndbt_dspy.remote import RemoteLM, RemoteRunner, elsewhere
 
 
 class Channel:
     """Calls hosts of this process; the first answers of a call can be lost on the way back."""
+
+    recover_s = 1.0
 
     def __init__(self, host: RolloutHost, lost: int = 0) -> None:
         self.host = host
@@ -57,8 +59,9 @@ def host_with(script: Any, metric: Any = hosts.metric, count: int = 0) -> Rollou
     )
 
 
-def runner(channel: Channel, repeatable: bool = True) -> RemoteRunner:
-    return RemoteRunner(channel, failure_score=0.0, repeatable=frozenset({"w"} if repeatable else ()))
+def runner(channel: Channel, repeatable: bool = True, timeout_s: float = 10.0) -> RemoteRunner:
+    names = frozenset({"w"} if repeatable else ())
+    return RemoteRunner(channel, failure_score=0.0, repeatable=names, timeout_s=timeout_s)
 
 
 def run(one: RemoteRunner, number: int = 0, trace: bool = False, program: Any = None) -> Any:
@@ -153,3 +156,140 @@ def test_an_example_that_json_cannot_carry_is_to_be_loaded_there() -> None:
     example = dspy.Example(message=object(), label="red").with_inputs("message")
     with calling_as("w"), pytest.raises(ConfigurationError, match="let the setup load it"):
         asyncio.run(runner(Channel(host_with(hosts.answer))).run(dspy.Predict(hosts.Sort), example))
+
+
+@pytest.mark.parametrize("value", [(1, 2), hosts.examples(1)[0], float("nan")])
+def test_a_value_that_would_arrive_as_something_else_is_to_be_loaded_there(value: Any) -> None:
+    example = dspy.Example(message=value, label="red").with_inputs("message")
+    with calling_as("w"), pytest.raises(ConfigurationError, match=r"'message': .* let the setup load it"):
+        asyncio.run(runner(Channel(host_with(hosts.answer))).run(dspy.Predict(hosts.Sort), example))
+
+
+class Hanging(dspy.Module):
+    """Its first call never ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sort = dspy.Predict(hosts.Sort)
+        self.seen = Seen()
+
+    async def aforward(self, message: str) -> dspy.Prediction:
+        self.seen.calls += 1
+        if self.seen.calls == 1:
+            try:
+                await asyncio.get_running_loop().create_future()
+            finally:
+                self.seen.ended += 1
+        return await self.sort.acall(message=message)
+
+
+class Seen:
+    """Shared by all copies of a program."""
+
+    def __init__(self) -> None:
+        self.calls = self.ended = 0
+
+    def __deepcopy__(self, memo: Any) -> Seen:
+        return self
+
+
+def test_a_rollout_that_hangs_is_ended_where_it_is_made_and_asked_again() -> None:
+    program = Hanging()
+    host = RolloutHost(program, hosts.metric, lm=scripted_lm(hosts.answer), adapter=dspy.JSONAdapter())
+
+    async def go() -> list[Any]:
+        one = runner(Channel(host), timeout_s=0.05)
+        with calling_as("w"):
+            return [await one.run(program, hosts.examples(1)[0]) for _ in range(2)]
+
+    first, second = asyncio.run(go())
+    assert (first.score, first.failure.value, first.error) == (None, "transient", "no answer within 0.05 s")
+    assert second.score == 1.0
+    assert (program.seen.calls, program.seen.ended) == (2, 1)
+
+
+def test_a_call_that_nobody_waits_for_any_more_ends_and_one_that_is_awaited_goes_on() -> None:
+    program = Hanging()
+    host = RolloutHost(program, hosts.metric, lm=scripted_lm(hosts.answer), adapter=dspy.JSONAdapter())
+
+    async def go() -> None:
+        one = runner(Channel(host))
+        with calling_as("w"):
+            asked = [asyncio.ensure_future(one.run(program, hosts.examples(1)[0])) for _ in range(2)]
+            while not program.seen.calls:
+                await asyncio.sleep(0)
+            asked[0].cancel()
+            await asyncio.wait([asked[0]])
+            assert (program.seen.calls, program.seen.ended) == (1, 0)
+            asked[1].cancel()
+            await asyncio.wait([asked[1]])
+            while not program.seen.ended:
+                await asyncio.sleep(0)
+            assert (await one.run(program, hosts.examples(1)[0])).score == 1.0
+        assert program.seen.calls == 2
+
+    asyncio.run(go())
+
+
+class Odd(dspy.Module):
+    """Its trace holds something that JSON cannot carry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sort = dspy.Predict("message -> label")
+
+    async def aforward(self, message: str) -> dspy.Prediction:
+        found = await self.sort.acall(message=message)
+        dspy.settings.trace[-1] = (self.sort, {"message": object()}, found)
+        return found
+
+
+def test_a_trace_that_cannot_travel_costs_its_demo_and_not_its_worker() -> None:
+    host = RolloutHost(Odd(), hosts.metric, lm=scripted_lm(hosts.answer), adapter=dspy.JSONAdapter())
+    found = run(runner(Channel(host)), 0, trace=True, program=Odd())
+    assert (found.score, found.trace) == (1.0, [])
+
+
+def compared(setup: RolloutHost, metric: Any = hosts.metric, program: Any = None) -> None:
+    worker = Worker("w", hosts.examples(4))
+    asyncio.run(
+        elsewhere(
+            Channel(setup),
+            Budget(metric_calls=9),
+            program or dspy.Predict(hosts.Sort),
+            None,
+            [worker],
+            metric,
+        )
+    )
+
+
+def test_both_sides_must_have_one_program_and_one_prompt_format(caplog: pytest.LogCaptureFixture) -> None:
+    with dspy.context(adapter=dspy.JSONAdapter()):
+        compared(host_with(hosts.answer))
+        assert not caplog.records
+        other = type("Sort", (dspy.Signature,), {"__annotations__": {}, "__doc__": "Sort."})
+        with pytest.raises(ConfigurationError, match="other predictors or signatures"):
+            compared(host_with(hosts.answer), program=dspy.Predict(other))
+        compared(host_with(hosts.answer, metric=lambda gold, prediction: 1.0))
+        assert "metric of worker 'w' is another one" in caplog.text
+    with pytest.raises(ConfigurationError, match="adapter JSONAdapter, and the compile with ChatAdapter"):
+        compared(host_with(hosts.answer))
+
+
+def test_a_program_class_of_a_script_is_that_of_the_module_on_the_node() -> None:
+    here = Hanging()
+    there = RolloutHost(Hanging(), hosts.metric, lm=scripted_lm(hosts.answer), adapter=dspy.JSONAdapter())
+    home = Hanging.__module__
+    described = asyncio.run(there.describe(""))
+    try:
+        Hanging.__module__ = "__main__"
+        there.describe = lambda payload: _ready(described)  # type: ignore[method-assign, assignment]
+        with dspy.context(adapter=dspy.JSONAdapter()):
+            compared(there, program=here)
+    finally:
+        Hanging.__module__ = home
+
+
+async def _ready(text: str) -> str:
+    return text
