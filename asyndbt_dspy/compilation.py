@@ -187,7 +187,7 @@ async def _arrange(
     evaluator = ProgramEvaluator(
         plain,
         preparation.make_parts(shards, lms),
-        _make_runner(optimizer, config, lms),
+        _make_runner(optimizer, config, lms, book.run_id),
         rollout_timeout_s=optimizer.rollout_timeout_s + _recover_s(optimizer),
         max_failures=optimizer.max_failures,
         straggler_factor=None if optimizer.deterministic else optimizer.straggler_factor,
@@ -239,7 +239,7 @@ def _recover_s(optimizer: AsynDBT) -> float:
     return optimizer.engine.recover_s if isinstance(optimizer.engine, RemoteRollouts) else 0.0
 
 
-def _make_runner(optimizer: AsynDBT, config: AlgorithmConfig, lms: Mapping[str, Any]) -> Runner:
+def _make_runner(optimizer: AsynDBT, config: AlgorithmConfig, lms: Mapping[str, Any], run_id: str) -> Runner:
     """Here, or where the workers are."""
     if not isinstance(optimizer.engine, RemoteRollouts):
         return RolloutRunner(optimizer.metric, failure_score=optimizer.failure_score)
@@ -248,6 +248,7 @@ def _make_runner(optimizer: AsynDBT, config: AlgorithmConfig, lms: Mapping[str, 
         optimizer.engine,
         failure_score=optimizer.failure_score,
         repeatable=frozenset(repeatable),
+        run_id=run_id,
         timeout_s=optimizer.rollout_timeout_s,
     )
 

@@ -188,6 +188,7 @@ class RemoteRunner:
     Args:
         channel: The started engine.
         repeatable: Workers of which one answer may stand for another, also after a restart.
+        run_id: Of the run in all its processes: what a process never heard of, the next one is told.
         timeout_s: Of one rollout, counted where it is made: the time in which a lost worker comes back is not in it.
     """
 
@@ -197,13 +198,14 @@ class RemoteRunner:
         *,
         failure_score: float,
         repeatable: frozenset[str],
+        run_id: str = "",
         timeout_s: float = 120.0,
     ) -> None:
         self.failure_score = failure_score
         self.timeout_s = timeout_s
         self._channel = channel
         self._repeatable = repeatable
-        self._process = uuid.uuid4().hex
+        self._run_id = run_id or uuid.uuid4().hex
         self._times: Counter[str] = Counter()
         self._states: weakref.WeakKeyDictionary[dspy.Module, str] = weakref.WeakKeyDictionary()
 
@@ -218,19 +220,8 @@ class RemoteRunner:
     ) -> Rollout:
         """See ``RolloutRunner.run``; LM and adapter are the worker's own."""
         worker = current_caller()
-        state = self._states.get(program)
-        if state is None:
-            state = self._states[program] = json.dumps(_dump(program), sort_keys=True)
-        request = {
-            "worker": worker,
-            "program": state,
-            "example": example_digest(example),
-            "trace": trace,
-            "failure_score": self.failure_score,
-        }
-        content = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
-        own = "" if worker in self._repeatable else f"{self._process}/"
-        request["key"] = f"{own}{content}/{self._times[content]}"
+        request = self._request(worker, program, example, trace)
+        request["key"] = self._next_key(worker, request)
         request["timeout_s"] = self.timeout_s
         answer = json.loads(await self._channel.call(worker, "rollout", json.dumps(request)))
         if answer.get("unknown_example"):
@@ -242,12 +233,39 @@ class RemoteRunner:
         if "metric_error" in answer:
             raise MetricError(answer["metric_error"])
         recorded = decode_rollout({**answer, "key": ""})
-        if recorded.rollout.score is not None and worker not in self._repeatable:
-            self._times[content] += 1
         _add_usage(recorded.usage)
         if recorded.trace is None:
             return recorded.rollout
         return replace(recorded.rollout, trace=decode_trace(recorded.trace, program))
+
+    def note_paid(self, program: dspy.Module, example: dspy.Example, *, trace: bool = False) -> None:
+        """See ``Runner.note_paid``."""
+        worker = current_caller()
+        if worker not in self._repeatable:
+            self._next_key(worker, self._request(worker, program, example, trace))
+
+    def _request(
+        self, worker: str, program: dspy.Module, example: dspy.Example, trace: bool
+    ) -> dict[str, Any]:
+        state = self._states.get(program)
+        if state is None:
+            state = self._states[program] = json.dumps(_dump(program), sort_keys=True)
+        return {
+            "worker": worker,
+            "program": state,
+            "example": example_digest(example),
+            "trace": trace,
+            "failure_score": self.failure_score,
+        }
+
+    def _next_key(self, worker: str, request: Mapping[str, Any]) -> str:
+        """Equal keys mean one answer. Where answers differ from time to time, each time has its own."""
+        content = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+        if worker in self._repeatable:
+            return content
+        number = self._times[content]
+        self._times[content] += 1
+        return f"{self._run_id}/{content}/{number}"
 
     def close(self) -> None:
         """Nothing is held here."""

@@ -12,15 +12,25 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import importlib
+import importlib.util
 import json
-import logging
+import pathlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    GetTimeoutError,
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from asyndbt_dspy.core.server import ServerState
 from asyndbt_dspy.core.worker import WorkerState
@@ -28,10 +38,19 @@ from asyndbt_dspy.engines.local import LocalEngine
 from asyndbt_dspy.engines.protocols import Engine, Evaluator, Observer, WorkerFailedError
 from asyndbt_dspy.errors import ConfigurationError
 
-logger = logging.getLogger(__name__)
-
 _NAMESPACE = "asyndbt"
 _LONGEST_PAUSE_S = 2.0
+_SPARE_CALLS = 2
+"""Of an actor, beside its rollouts: who asks what it is need not wait for them."""
+_LOST = (
+    RayActorError,
+    ObjectLostError,
+    NodeDiedError,
+    LocalRayletDiedError,
+    WorkerCrashedError,
+    OutOfMemoryError,
+)
+"""A call may or may not have been made. ``ActorDiedError`` and ``ActorUnavailableError`` are among them."""
 
 
 class RayEngine:
@@ -75,6 +94,8 @@ class RayEngine:
         module, separator, function = setup.partition(":")
         if not (module and separator and function):
             raise ConfigurationError(f"setup={setup!r} must be 'package.module:function'")
+        if not name:
+            raise ConfigurationError(f"name={name!r} must not be empty: the actors are found by it")
         try:
             json.dumps(dict(arguments or {}), allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -94,6 +115,7 @@ class RayEngine:
         self.recover_s = recover_s
         self.keep_actors = keep_actors
         self.engine = engine
+        self._inner: Engine = engine or LocalEngine()
         self._actors: dict[str, Any] = {}
         self._concurrency: dict[str, int] = {}
 
@@ -107,7 +129,8 @@ class RayEngine:
         observers: Sequence[Observer] = (),
     ) -> None:
         """See ``Engine.run``; ``evaluator`` reaches the actors through ``call``."""
-        self._inner = self.engine or LocalEngine()
+        if self.engine is not None:
+            self._inner = self.engine
         await self._inner.run(server, workers, evaluator, observers)
 
     def stop_search(self, reason: str, race: bool = True) -> None:
@@ -124,20 +147,24 @@ class RayEngine:
         Raises:
             ConfigurationError: no cluster, a setup that fails, or resources that no node has.
         """
+        self._check_names(workers)
         if not ray.is_initialized():
+            options = {"include_dashboard": False} if self.address is None else {}
             try:
-                ray.init(
-                    address=self.address, namespace=_NAMESPACE, log_to_driver=False, include_dashboard=False
-                ) if self.address is None else ray.init(
-                    address=self.address, namespace=_NAMESPACE, log_to_driver=False
-                )
+                ray.init(address=self.address, namespace=_NAMESPACE, log_to_driver=False, **options)
             except ConnectionError as error:
                 raise ConfigurationError(
                     f"no Ray cluster at address={self.address!r}: {error}. Start one with `ray start --head`, or pass "
                     "address=None for one on this machine"
                 ) from error
         self._concurrency = dict(workers)
-        await asyncio.gather(*(self._find(worker) for worker in workers))
+        searches = [asyncio.ensure_future(self._find(worker)) for worker in workers]
+        try:
+            await asyncio.gather(*searches)
+        finally:
+            for one in searches:
+                one.cancel()
+            await asyncio.gather(*searches, return_exceptions=True)
 
     def stop(self) -> None:
         """End the actors, unless they are to be kept."""
@@ -154,9 +181,10 @@ class RayEngine:
         """
         lost_at, pause = None, 0.05
         while True:
+            actor = self._actors[worker]
             try:
-                return str(await self._ask(worker, method, payload))
-            except (ActorDiedError, ActorUnavailableError, RayActorError) as error:
+                return str(await self._ask(actor, method, payload))
+            except _LOST as error:
                 now = time.monotonic()
                 lost_at = lost_at or now
                 if now - lost_at > self.recover_s:
@@ -164,11 +192,14 @@ class RayEngine:
                         f"its actor was lost and did not come back within {self.recover_s:g} s ({_short(error)}); a node "
                         f"with {self._needs(worker)} is needed"
                     ) from error
+                is_dead = isinstance(error, ActorDiedError)
             await asyncio.sleep(pause)
             pause = min(_LONGEST_PAUSE_S, 2 * pause)
+            if is_dead and self._actors.get(worker) is actor:  # killed, so that Ray itself restarts nothing
+                self._actors[worker] = self._get(worker)
 
-    async def _ask(self, worker: str, method: str, payload: str) -> Any:
-        reference = self._actors[worker].call.remote(method, payload)
+    async def _ask(self, actor: Any, method: str, payload: str) -> Any:
+        reference = actor.call.remote(method, payload)
         try:
             return await reference
         except asyncio.CancelledError:
@@ -217,19 +248,43 @@ class RayEngine:
                 runtime_env=self.runtime_env or None,
                 max_restarts=-1,
                 max_task_retries=0,
-                max_concurrency=max(2, self._concurrency[worker]),
+                max_concurrency=_SPARE_CALLS + self._concurrency[worker],
             )
             .remote(self.setup, worker, json.dumps(self._arguments(worker)), self._fingerprint(worker))
         )
+
+    def _check_names(self, workers: Mapping[str, int]) -> None:
+        """Resources given per worker must name workers: Ray would wait for a node with ``w9`` of something."""
+        unknown = sorted(
+            name
+            for name, value in self.resources.items()
+            if isinstance(value, Mapping) and name not in workers
+        )
+        if unknown:
+            raise ConfigurationError(
+                f"resources name {unknown}, and the workers are {sorted(workers)}; name a worker, or give "
+                '{"resource": amount} for all'
+            )
+
+    def _of_worker(self, given: Mapping[str, Any], worker: str) -> Mapping[str, Any]:
+        """The worker's part of what is given per worker, or all of what is given for all."""
+        is_per_worker = all(
+            name in self._concurrency and isinstance(value, Mapping) for name, value in given.items()
+        )
+        if not is_per_worker:
+            return given
+        found = given.get(worker, {})
+        assert isinstance(found, Mapping)
+        return found
 
     def _label(self, worker: str) -> str:
         return f"{self.name}/{worker}"
 
     def _resources(self, worker: str) -> dict[str, float]:
-        return dict(_of_worker(self.resources, worker))
+        return dict(self._of_worker(self.resources, worker))
 
     def _arguments(self, worker: str) -> dict[str, Any]:
-        return dict(_of_worker(self.arguments, worker))
+        return dict(self._of_worker(self.arguments, worker))
 
     def _needs(self, worker: str) -> str:
         return str({"CPU": self.num_cpus, "GPU": self.num_gpus, **self._resources(worker)})
@@ -238,12 +293,14 @@ class RayEngine:
         """What an actor was built from; another one is not taken over."""
         content = [
             self.setup,
+            _source_of(self.setup.partition(":")[0]),  # kept actors must not outlive their code
             worker,
             self._arguments(worker),
             self._concurrency[worker],
             self._needs(worker),
+            self.runtime_env,
         ]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class HostActor:
@@ -261,13 +318,15 @@ class HostActor:
         return str(await getattr(self._host, method)(payload))
 
 
-def _of_worker(given: Mapping[str, Any], worker: str) -> Mapping[str, Any]:
-    """The worker's part of what is given per worker, or all of what is given for all."""
-    if given and all(isinstance(value, Mapping) for value in given.values()):
-        found = given.get(worker, {})
-        assert isinstance(found, Mapping)
-        return found
-    return given
+def _source_of(module: str) -> str:
+    """A hash of the module's source here; empty where it is on the nodes alone."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return ""
+    if spec is None or not spec.has_location or spec.origin is None:
+        return ""
+    return hashlib.sha256(pathlib.Path(spec.origin).read_bytes()).hexdigest()
 
 
 def _short(error: BaseException) -> str:

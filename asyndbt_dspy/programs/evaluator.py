@@ -315,6 +315,8 @@ class ProgramEvaluator:
                 return Rollout(None)
             paid = PaidRollout(_as_rollout(earlier))
         if paid is not None:
+            with calling_as(worker):
+                self.runner.note_paid(program, example, trace=trace)
             return self._paid(worker, name, program, paid)
         gate = self._gates.setdefault(worker, asyncio.Semaphore(part.max_concurrency))
         async with gate, self.gate:

@@ -72,6 +72,10 @@ class Rollout:
 class Runner(Protocol):
     """Runs and scores one program on one example (``RolloutRunner``, here or elsewhere)."""
 
+    def note_paid(self, program: dspy.Module, example: dspy.Example, *, trace: bool = False) -> None:
+        """The journal answered this rollout: whoever keeps answers must not give its own for the next one."""
+        ...
+
     async def run(
         self,
         program: dspy.Module,
@@ -175,6 +179,9 @@ class RolloutRunner:
             trace=settings["trace"] if trace else None,
             prediction=prediction,
         )
+
+    def note_paid(self, program: dspy.Module, example: dspy.Example, *, trace: bool = False) -> None:
+        """No answers are kept here."""
 
     def close(self) -> None:
         """End the runner's own threads; runs in progress end by themselves."""

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -38,10 +39,15 @@ _Paid = dict[bytes, list[RecordedRollout]]
 
 
 class KeysOnly:
-    """The ``RolloutBook`` of a run that is not recorded."""
+    """The ``RolloutBook`` of a run that is not recorded.
 
-    def __init__(self, scope: Any, noisy: bool = False) -> None:
+    Attributes:
+        run_id: Of this run in all its processes.
+    """
+
+    def __init__(self, scope: Any, noisy: bool = False, run_id: str = "") -> None:
         self._keys = RolloutKeys(scope, noisy)
+        self.run_id = run_id or uuid.uuid4().hex
 
     def key(self, lm: Any, program: dspy.Module, example: dspy.Example) -> RolloutKey:
         return self._keys.key(lm, program, example)
@@ -122,7 +128,7 @@ class RunRecorder(KeysOnly):
         fsync: bool = False,
         noisy: bool = False,
     ) -> None:
-        super().__init__(scope, noisy)
+        super().__init__(scope, noisy, directory.run_id)
         self.directory = directory
         self.events = EventLog(self._write_server, may_diverge=bool(directory.raised))
         self._workers = tuple(workers)

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import socket
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class RunDirectory:
     Attributes:
         number: Of this run, from 1.
         folder: Of this run.
+        run_id: Of this run in all its processes; no other run has it.
         is_resumed: Whether it continues an earlier process.
         raised: Caps of the budget that are higher than those of the earlier process.
 
@@ -64,6 +66,7 @@ class RunDirectory:
             numbers = self.numbers()
             self.is_resumed = resume and bool(numbers)
             self.raised: tuple[str, ...] = ()
+            self.run_id = uuid.uuid4().hex
             if self.is_resumed:
                 self.number = numbers[-1]
                 self._check(manifest)
@@ -124,7 +127,8 @@ class RunDirectory:
             raise _unwritable(self.path, error) from error
 
     def _write_manifest(self, folder: Path, manifest: Mapping[str, Any]) -> None:
-        text = json.dumps({"format": MANIFEST_FORMAT, **manifest}, indent=2, sort_keys=True, allow_nan=False)
+        content = {"format": MANIFEST_FORMAT, "run_id": self.run_id, **manifest}
+        text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
         part = folder / "manifest.json.part"
         part.write_text(text + "\n", encoding="utf-8")
         part.replace(folder / "manifest.json")
@@ -154,6 +158,7 @@ class RunDirectory:
         self.raised = tuple(
             name for name, cap in manifest["budget"].items() if cap != known["budget"].get(name)
         )
+        self.run_id = str(known.get("run_id") or self.run_id)  # runs of before it have none
         if self.raised:
             self._write_manifest(self.folder, manifest)
 

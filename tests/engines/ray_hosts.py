@@ -93,3 +93,21 @@ def make_slow(worker: str, log: str) -> RolloutHost:
 
     host.rollout = rollout  # type: ignore[method-assign]
     return host
+
+
+def make_late(worker: str, log: str) -> RolloutHost:
+    """A plain host whose answers are paid for a moment before anybody hears of them."""
+    host = make(worker, log)
+    quick = host.rollout
+
+    async def rollout(payload: str) -> str:
+        found = await quick(payload)
+        await asyncio.sleep(0.05)
+        return found
+
+    host.rollout = rollout  # type: ignore[method-assign]
+    return host
+
+
+def make_with_settings(worker: str, settings: dict[str, int]) -> RolloutHost:
+    return make(worker, count=settings["count"])

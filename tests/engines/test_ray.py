@@ -6,6 +6,9 @@ import asyncio
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -72,7 +75,14 @@ def compiled(where: RayEngine | None, **options: Any) -> tuple[dspy.Module, Asyn
 
 
 def lines(path: Path) -> list[list[str]]:
+    if not path.exists():
+        return []
     return [line.split() for line in path.read_text().splitlines()]
+
+
+def recorded_keys(run_dir: Path) -> Counter[str]:
+    entries = [entry for path in run_dir.rglob("workers/*.jsonl") for entry in read_journal(path)]
+    return Counter(entry["key"] for entry in entries if entry["kind"] == "rollout")
 
 
 # ------------------------------------------------------------------------------------------------ the engine
@@ -189,12 +199,7 @@ def test_a_node_dies_in_the_middle_and_nothing_recorded_is_lost(cluster: Any, tm
     assert not any(worker.set_aside for worker in made.result.workers)
     pids = {pid for worker, pid, _ in lines(log) if worker == "w1"}
     assert len(pids) == 2, "the actor went on elsewhere"
-    keys = Counter(
-        entry["key"]
-        for path in (tmp_path / "run").rglob("workers/*.jsonl")
-        for entry in read_journal(path)
-        if entry["kind"] == "rollout"
-    )
+    keys = recorded_keys(tmp_path / "run")
     assert len(keys) == made.result.metric_calls
     assert set(keys.values()) == {1}
     assert len(lines(log)) - len(keys) <= 8, "only what the node had in hand was asked again"
@@ -255,6 +260,95 @@ def test_a_server_that_is_restarted_finds_its_workers_and_pays_nothing_twice(
     assert made.result.metric_calls == whole.result.metric_calls
 
 
+def killed_server(address: str, log: str, run_dir: str) -> None:
+    """Compiles, in a process of its own, until 70 calls were paid for; then it is gone."""
+    ray.init(address=address, namespace="asyndbt", log_to_driver=False)
+    where = engine("make_late", name="orphans", arguments={"log": log})
+    ask = where.call
+
+    async def call(worker: str, method: str, payload: str) -> str:
+        if len(lines(Path(log))) >= 70:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return await ask(worker, method, payload)
+
+    where.call = call  # type: ignore[method-assign]
+    with dspy.context(adapter=dspy.JSONAdapter()):
+        optimizer(where, run_dir=run_dir).compile(dspy.Predict(hosts.Sort))
+
+
+def test_a_server_killed_with_9_leaves_answers_that_the_next_one_does_not_pay_for_again(
+    cluster: Any, tmp_path: Path
+) -> None:
+    log = tmp_path / "calls"
+    given = (cluster.address, str(log), str(tmp_path / "run"))
+    command = [sys.executable, "-c", f"import test_ray; test_ray.killed_server(*{given!r})"]
+    environment = {**os.environ, **ENV["env_vars"]}
+    done = subprocess.run(command, env=environment, timeout=120, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    recorded = recorded_keys(tmp_path / "run")
+    before = lines(log)
+    assert len(recorded) < len(before), "some were paid for and never heard of"
+    expected, whole = compiled(None)
+    where = engine("make_late", name="orphans", arguments={"log": str(log)})
+    program, made = compiled(where, run_dir=tmp_path / "run", resume=True)
+    assert program.dump_state() == expected.dump_state()
+    assert len(lines(log)) == whole.result.metric_calls == made.result.metric_calls
+    assert {pid for _, pid, _ in lines(log)} == {pid for _, pid, _ in before}
+    assert set(recorded_keys(tmp_path / "run").values()) == {1}
+
+
+def test_an_actor_that_is_killed_for_good_is_built_again(cluster: Any, tmp_path: Path) -> None:
+    log = tmp_path / "calls"
+    expected, _ = compiled(None)
+    where = engine("make_slow", name="killed", arguments={"log": str(log)})
+    killed: list[Any] = []
+    ask = where.call
+
+    async def call(worker: str, method: str, payload: str) -> str:
+        if not killed and log.exists() and len(lines(log)) > 60:
+            killed.append(where._actors["w1"])
+            ray.kill(killed[0])
+        return await ask(worker, method, payload)
+
+    where.call = call  # type: ignore[method-assign]
+    program, made = compiled(where)
+    assert killed
+    assert program.dump_state() == expected.dump_state()
+    assert not any(worker.set_aside for worker in made.result.workers)
+
+
+def test_kept_actors_do_not_outlive_their_code(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import ray_hosts\n\ndef make(worker):\n    return ray_hosts.make(worker, count={})\n"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    folders = os.pathsep.join([str(tmp_path), ENV["env_vars"]["PYTHONPATH"]])
+    found = []
+    for count in (1, 1, 2):
+        (tmp_path / "changing.py").write_text(code.format(count), encoding="utf-8")
+        where = RayEngine(
+            "changing:make",
+            num_cpus=0.1,
+            runtime_env={"env_vars": {"PYTHONPATH": folders}},
+            name="changing",
+            keep_actors=True,
+        )
+        asyncio.run(where.start({"w0": 1}))
+        described = json.loads(asyncio.run(where.call("w0", "describe", "")))
+        found.append((where._actors["w0"]._actor_id.hex(), described["examples"]))
+    where.keep_actors = False
+    where.stop()
+    assert [examples for _, examples in found] == [1, 1, 2]
+    assert found[0][0] == found[1][0] != found[2][0]
+
+
+def test_an_argument_for_all_workers_may_be_an_object(cluster: Any) -> None:
+    where = engine("make_with_settings", name="settings", arguments={"settings": {"count": 3}})
+    asyncio.run(where.start({"w0": 1}))
+    assert json.loads(asyncio.run(where.call("w0", "describe", "")))["examples"] == 3
+    where.stop()
+
+
 # --------------------------------------------------------------------------------------------- what cannot work
 
 
@@ -277,9 +371,12 @@ def test_what_cannot_be_kept_over_nodes_is_refused_before_anything_starts() -> N
         compiled(engine(), workers=workers(1, requests_per_minute=60))
     with pytest.raises(ConfigurationError, match="a teacher runs on no node"):
         optimizer(engine()).compile(dspy.Predict(hosts.Sort), teacher=dspy.Predict(hosts.Sort))
+    with pytest.raises(ConfigurationError, match=r"resources name \['w9'\], and the workers are"):
+        asyncio.run(engine(resources={"w9": {"spot": 1}}).start({"w0": 1}))
     for settings, said in (
         ({"setup": "hosts.make"}, "must be 'package.module:function'"),
         ({"setup": "hosts:make", "arguments": {"data": {1, 2}}}, "must be JSON data"),
+        ({"setup": "hosts:make", "name": ""}, "name='' must not be empty"),
         ({"setup": "hosts:make", "recover_s": 0}, "recover_s=0 must be > 0 seconds"),
     ):
         with pytest.raises(ConfigurationError, match=said):
