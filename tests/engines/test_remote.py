@@ -293,3 +293,26 @@ def test_a_program_class_of_a_script_is_that_of_the_module_on_the_node() -> None
 
 async def _ready(text: str) -> str:
     return text
+
+
+def test_where_scores_are_noisy_every_time_is_a_draw_of_its_own_also_after_a_restart() -> None:
+    script = Counted()
+    channel = Channel(host_with(script))
+    program, example = dspy.Predict(hosts.Sort), hosts.examples(1)[0]
+
+    async def ask(one: RemoteRunner, times: int) -> None:
+        with calling_as("w"):
+            await asyncio.gather(*(one.run(program, example) for _ in range(times)))
+
+    def process() -> RemoteRunner:
+        return RemoteRunner(channel, failure_score=0.0, repeatable=frozenset(), run_id="run")
+
+    asyncio.run(ask(process(), 2))
+    assert script.calls == 2, "two at a time are two draws"
+    again = process()
+    with calling_as("w"):
+        again.note_paid(program, example)  # the journal has the first; nobody heard of the second
+    asyncio.run(ask(again, 1))
+    assert script.calls == 2
+    asyncio.run(ask(again, 1))
+    assert script.calls == 3
