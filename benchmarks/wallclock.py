@@ -6,11 +6,12 @@ Real time, a real OpenAI-compatible HTTP server on loopback. Eight endpoints; an
 300 ms and sigma 1, ten times that on one endpoint; 2 % of the calls never get an answer and end by the client's timeout (30 s,
 for everybody; DSPy's client then tries again, for everybody). 32 calls in flight:
 
-- ``asyndbt``: eight workers, one per endpoint, four calls in flight each, ``active_workers="auto", max_staleness="auto"``;
-  ``asyndbt_half``: without these two; ``asyndbt_balanced``: the eight workers all behind one load balancer, as the others are;
+- ``asyndbt``: eight workers, one per endpoint, four calls in flight each; ``asyndbt_half``: where workers wait
+  for each other, S = 4; ``asyndbt_balanced``: the eight workers all behind one load balancer, as the others are;
   ``asyndbt_hedged``: with ``hedge_after_s=3`` on the next endpoint.
 - ``mipro_v2``, ``bootstrap_rs``, ``simba``, ``gepa`` (eight parallel proposals): 32 threads behind a load balancer that deals
-  requests out to the endpoints in turn; settings whose calls come nearest to ``--calls``. Their proposers answer at once.
+  requests out to the endpoints in turn; settings with as many calls as ``--calls``, or the next more. Their proposers answer
+  at once.
 
 Answers are simulated, as in ``faults.py``: right or wrong by a fixed difficulty of each item against the worth of the prompt, so
 that all searches have something to find. Every arm runs in a process of its own; the others at the same time, ours alone.
@@ -27,6 +28,7 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 import argparse
 import json
 import logging
+import math
 import pathlib
 import random
 import re
@@ -139,8 +141,7 @@ def ours(arm: str, provider: Provider, calls: int, seed: int, metric: Counter) -
         metric,
         workers=workers,
         budget=Budget(metric_calls=calls),
-        active_workers=None if arm == "asyndbt_half" else "auto",
-        max_staleness=None if arm == "asyndbt_half" else "auto",
+        active_workers=ENDPOINTS // 2 if arm == "asyndbt_half" else None,
         seed=seed,
         progress=False,
         instructions={"self": INSTRUCTIONS},
@@ -195,7 +196,9 @@ def searched(
             "num_trials": trials
         }
     if arm == "simba":
-        steps = max(1, round(calls / (32 * 6 * 2 + 10)))
+        steps = max(
+            1, math.ceil((calls - TRAIN) / 576)
+        )  # as measured: 576 calls a step, and all of trainset at the end
         optimizer = dspy.SIMBA(
             metric=metric,
             prompt_model=proposer,
