@@ -62,13 +62,13 @@ class AsynDBT(Teleprompter):
         proposer: LM that writes instruction arms from the program, the data and observed failures; without one, shipped
             guidance sentences are tried.
         tips: Hints for the proposer.
-        instruction_candidates, demos_per_class, demo_slots, demo_candidates, demo_order, max_demo_tokens, bootstrap, fragments: See
-            ``preparation.SearchSpaceOptions``.
+        instruction_candidates, demos_per_class, demo_slots, demo_candidates, demo_order, demo_ending, max_demo_tokens, bootstrap,
+            fragments: See ``preparation.SearchSpaceOptions``.
         shard_key: ``example -> key``: examples of one key stay on one worker (``workers`` a number).
         engine: Replaces the asyncio engine; ``RayEngine``: workers are actors of a Ray cluster.
         rollout_timeout_s: A rollout that takes longer is missing.
         straggler_factor: A rollout that takes so many times its worker's usual time (and a second at least) is left behind once
-            three quarters of its unit are in: it counts as missing and as paid for, and its answer is there the next
+            two thirds of its unit are in: it counts as missing and as paid for, and its answer is there the next
             time. > 1; ``None``, and under ``deterministic``: every rollout is waited for.
         max_failures: Missing rollouts in a row after which a worker is set aside.
         noisy: Scores of one candidate on one example differ from time to time (an LM judge in the metric, a sampling LM): asking
@@ -114,6 +114,7 @@ class AsynDBT(Teleprompter):
         demo_slots: int = 4,
         demo_candidates: int | None = None,
         demo_order: bool | None = None,
+        demo_ending: bool | None = None,
         max_demo_tokens: int = 400,
         bootstrap: bool | None = None,
         fragments: int | None = None,
@@ -180,6 +181,7 @@ class AsynDBT(Teleprompter):
             demo_slots=demo_slots,
             demo_candidates=demo_candidates or (50 if paper else 12),
             demo_order=not paper if demo_order is None else demo_order,
+            demo_ending=not paper if demo_ending is None else demo_ending,
             max_demo_tokens=max_demo_tokens,
             bootstrap=bootstrap,
             fragments=(_PAPER_FRAGMENTS if paper else 0) if fragments is None else fragments,

@@ -18,6 +18,7 @@ from asyndbt_dspy.core.server import Member
 from asyndbt_dspy.errors import ConfigurationError, WorkerFailedError
 from asyndbt_dspy.lms.failures import FailureKind
 from asyndbt_dspy.programs import demos, proposals, slots
+from asyndbt_dspy.programs.endings import demo_endings
 from asyndbt_dspy.programs.evaluator import ProgramEvaluator, WorkerPart
 from asyndbt_dspy.programs.rollout import Rollout
 from asyndbt_dspy.programs.slots import DemoItem, ProgramSpace
@@ -42,6 +43,7 @@ class SearchSpaceOptions:
         demo_slots: Demo slots of a predictor without classes.
         demo_candidates: Demos per worker and class (or per worker and free slot).
         demo_order: Search the order of the demo slots as well.
+        demo_ending: Try demos that end like the turn that is to be answered (see ``programs.endings``).
         max_demo_tokens: Longer demos are left out.
         bootstrap: Record traces of the teacher or student as demos: ``None`` where labelled examples do not fill every
             output of a predictor, or a teacher is given.
@@ -58,6 +60,7 @@ class SearchSpaceOptions:
     demo_slots: int = 4
     demo_candidates: int = 12
     demo_order: bool = True
+    demo_ending: bool = True
     max_demo_tokens: int = demos.DEFAULT_MAX_DEMO_TOKENS
     bootstrap: bool | None = None
     fragments: int = 0
@@ -306,6 +309,7 @@ def make_space(
         words = proposals.pmi_vocabulary(public, _output_field(student), options.fragment_words)
         fragments = slots.FragmentSlots(options.fragments, words) if words else None
     shown = () if options.mode == "instructions" else items
+    endings = demo_endings(student, shown) if options.demo_ending else {}
     return slots.build_space(
         student,
         instructions=instructions,
@@ -313,6 +317,7 @@ def make_space(
         slots=layout,
         fragments=fragments,
         search_order=options.demo_order,
+        endings=endings,
     )
 
 

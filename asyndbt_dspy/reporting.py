@@ -35,9 +35,10 @@ def make_result(
     standings = server.race.standings() if server.race is not None else ()
     candidates = _candidates(programs, server, standings)
     winner = next((one.name for one in candidates if one.won), "student")
+    accept_z = server.config.accept_z
     return Result(
         winner=winner,
-        why=_why(winner, candidates),
+        why=explain(winner, candidates, accept_z),
         stopped=server.finish_reason,
         candidates=candidates,
         curve=tuple(curve.records),
@@ -92,13 +93,23 @@ def _candidates(
     return tuple(rows)
 
 
-def _why(winner: str, candidates: Sequence[CandidateResult]) -> str:
+def explain(winner: str, candidates: Sequence[CandidateResult], accept_z: float) -> str:
+    """One sentence on why the program that was returned was."""
     chosen = next(one for one in candidates if one.won)
     if chosen.score is None:
         return "No race was run: the most probable arms were taken as they are."
     if winner == "student":
+        ahead = [one for one in candidates if not one.eliminated and (one.advantage or 0.0) > 0.0]
+        best = max(ahead, key=lambda one: one.advantage or 0.0, default=None)
+        if best is None:
+            return f"Nothing beat the student on {chosen.examples} held-out examples, so it is returned as it was."
+        ahead_by = f"{best.advantage:+.3f} ± {best.advantage_error or 0:.3f}"
+        reason = f"not by more than {accept_z:g} standard errors"
+        if (best.advantage or 0.0) > accept_z * (best.advantage_error or 0.0):
+            reason = "but only in how sure the LM was, not in the metric"
         return (
-            f"Nothing beat the student on {chosen.examples} held-out examples, so it is returned as it was."
+            f"{best.name} was ahead of the student by {ahead_by} on {best.examples} held-out examples: {reason}, so the "
+            "student is returned as it was."
         )
     return (
         f"{winner} was ahead of the student by {chosen.advantage:+.3f} ± {chosen.advantage_error or 0:.3f} "

@@ -89,8 +89,9 @@ def split_shards(
     shares: list[list[dspy.Example]] = [[] for _ in workers]
     if valset:
         order = np.random.default_rng([seed, 11]).permutation(len(valset))
+        takers = [number for number, worker in enumerate(workers) if not worker.valset] or [0]
         for place, number in enumerate(order):
-            shares[place % len(workers)].append(valset[int(number)])
+            shares[takers[place % len(takers)]].append(valset[int(number)])
     result = []
     for index, (worker, share) in enumerate(zip(workers, shares, strict=True)):
         rest = list(worker.trainset)

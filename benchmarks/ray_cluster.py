@@ -123,6 +123,9 @@ def real(cluster: Any, data: str, calls: int) -> dict[str, Any]:
             "paid_twice": len(keys) - len(set(keys)),
             "set_aside": [worker.name for worker in result.workers if worker.set_aside],
             "node_killed": bool(engine.killed),
+            "utilisation": round(result.utilisation, 3),
+            "largest_staleness": result.largest_staleness,
+            "mean_staleness": round(result.mean_staleness, 3),
             "start_s": round(engine.start_s, 1),
             "seconds": round(seconds, 1),
         }
@@ -138,7 +141,7 @@ def recorded_keys(folder: pathlib.Path) -> list[str]:
 def overhead(calls: int, rounds: int = 5) -> dict[str, Any]:
     """Wall time per metric call on a scripted LM, here and on the cluster."""
     shards = {name: setups.items(200, 1000 * number) for number, name in enumerate(NAMES)}
-    here, there, starts = [], [], []
+    here, there, starts, used = [], [], [], []
     for number in range(rounds):
         lms = dict.fromkeys(NAMES, setups.scripted())
         _, result, seconds = compiled(setups.sorter(), shards, setups.metric, calls, None, lms, seed=number)
@@ -147,11 +150,13 @@ def overhead(calls: int, rounds: int = 5) -> dict[str, Any]:
         _, result, seconds = compiled(setups.sorter(), shards, setups.metric, calls, engine, seed=number)
         there.append(1000 * (seconds - engine.start_s) / result.metric_calls)
         starts.append(engine.start_s)
+        used.append(result.utilisation)
     return {
         "overhead_ms": round(statistics.median(there) - statistics.median(here), 2),
         "local_ms": [round(one, 2) for one in here],
         "cluster_ms": [round(one, 2) for one in there],
         "start_s": round(statistics.median(starts), 1),
+        "utilisation": round(statistics.median(used), 3),
     }
 
 

@@ -103,13 +103,15 @@ def accuracy(found: list[str], examples: list[dspy.Example]) -> float:
     return sum(answer == one.team for answer, one in zip(found, examples, strict=True)) / len(examples)
 
 
-def optimize(student: dspy.Module, trainset: list[dspy.Example], calls: int, seed: int) -> tuple[Any, Any]:
+def optimize(
+    student: dspy.Module, trainset: list[dspy.Example], calls: int, seed: int, **options: Any
+) -> tuple[Any, Any]:
     """Ours: three workers, asynchronous."""
     workers = [
         Worker(name, shard, max_concurrency=CONCURRENCY[name])
         for name, shard in skewed_shards(trainset, seed).items()
     ]
-    optimizer = AsynDBT(metric, workers=workers, budget=Budget(metric_calls=calls), seed=seed)
+    optimizer = AsynDBT(metric, workers=workers, budget=Budget(metric_calls=calls), seed=seed, **options)
     return optimizer.compile(student), optimizer.result
 
 
@@ -169,7 +171,8 @@ def main() -> None:
     scores: list[float] = []
     for seed in range(arguments.seeds):
         begun = time.perf_counter()
-        program, result = optimize(student, train, arguments.calls, seed)
+        options = {"demo_ending": False} if arguments.demos_as_shown else {}
+        program, result = optimize(student, train, arguments.calls, seed, **options)
         found = answers(program, test)
         scores.append(accuracy(found, test))
         path = arguments.out / ("program.json" if not seed else f"program-{seed}.json")
@@ -222,6 +225,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lm", default=MODEL, help="what local_lm takes")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/demo"))
     parser.add_argument("--score", type=pathlib.Path, help="only score this saved program")
+    parser.add_argument("--demos-as-shown", action="store_true", help="set demo_ending=False")
     parser.add_argument("--skip-random-search", action="store_true", help="leave the slowest comparison out")
     return parser.parse_args()
 

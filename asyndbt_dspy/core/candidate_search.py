@@ -104,7 +104,7 @@ class CandidateSearch:
         """Another arm for one slot; no demo twice."""
         block = self.space.blocks[self.first + slot]
         arms = self.allowed[slot]
-        if block.kind == "order":
+        if block.kind != "demo":
             return int(arms[int(rng.integers(len(arms)))])
         used = {
             self.space.blocks[self.first + other].arms[arm].key

@@ -80,7 +80,8 @@ class AlgorithmConfig:
         patience: >= 1, iterations in a row below ``stationarity``.
         race_fraction: In [0, 1), part of the calls kept back for the final race.
         race_candidates: >= 1, largest number of final candidates besides the student.
-        accept_z: >= 0. The winner replaces the student if its paired advantage exceeds so many standard errors.
+        accept_z: >= 0. The winner replaces the student if its paired advantage exceeds so many standard errors (1.645: one-
+            sided 5 %) and it does not score lower; 0: any advantage will do.
         race_soft: In [0, 1]. Weight of the LM's probability of the right answer in a race value, where it is reported.
     """
 
@@ -140,7 +141,7 @@ class AlgorithmConfig:
     patience: int = 3
     race_fraction: float = 0.4
     race_candidates: int = 7
-    accept_z: float = 0.0
+    accept_z: float = 1.645
     race_soft: float = 0.6
 
     def __post_init__(self) -> None:

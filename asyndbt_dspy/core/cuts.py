@@ -8,6 +8,7 @@ with ``c = -s^T phi - epsilon`` (``- sum_v d[v]^T q[v]`` when planes carry the q
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -170,17 +171,29 @@ def consensus_push(planes: tuple[Plane, ...], lower: Layout) -> FloatArray:
 
 
 def pushes(
-    planes: tuple[Plane, ...], number: int, q_owner: FloatArray, lower: Layout, upper: Layout
-) -> tuple[FloatArray, FloatArray]:
-    """``sum_l lambda_l a_l[v]`` and ``sum_l lambda_l d_l[v]`` of worker ``number``, shapes ``[D]`` and ``[Q_v]``."""
-    push, push_upper = np.zeros(lower.length), np.zeros(upper.length)
-    mine = np.flatnonzero(q_owner == number) if len(q_owner) else q_owner.astype(np.int64)
+    planes: tuple[Plane, ...],
+    numbers: Sequence[int],
+    q_owner: FloatArray,
+    lower: Layout,
+    uppers: Sequence[Layout],
+) -> tuple[FloatArray, list[FloatArray]]:
+    """``sum_l lambda_l a_l[v]`` and ``sum_l lambda_l d_l[v]`` of the workers ``numbers``, all at once.
+
+    Args:
+        uppers: Of all workers.
+
+    Returns:
+        Shape ``[len(numbers), D]``, and per worker shape ``[Q_v]``.
+    """
+    rows = np.asarray(numbers, dtype=np.int64)
+    push, push_upper = np.zeros((len(rows), lower.length)), np.zeros(len(q_owner))
     for plane in planes:
         if plane.multiplier:
-            push = push + plane.multiplier * plane.a[number]
-            if len(mine):
-                push_upper = push_upper + plane.multiplier * plane.d[mine]
-    return push, push_upper
+            push += plane.multiplier * plane.a[rows]
+            push_upper += plane.multiplier * plane.d
+    if not len(q_owner):
+        return push, [np.zeros(uppers[number].length) for number in numbers]
+    return push, [push_upper[q_owner == number] for number in numbers]
 
 
 def drop_idle(planes: tuple[Plane, ...]) -> tuple[Plane, ...]:

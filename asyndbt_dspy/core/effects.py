@@ -1,6 +1,6 @@
 """A Bayesian linear model of arm effects (``algorithm.md`` 7.5; ``experiments.md`` found it ahead of policy gradients).
 
-    loss(candidate, example) = mean + difficulty(example) + effects of texts, demos and orders
+    loss(candidate, example) = mean + difficulty(example) + effects of texts, demos, orders and endings
                                + how often, how late, first and last each class is shown + effect(set) + noise
 
 All effects are Gaussian around zero with a variance per group, fitted as observations come in (expectation
@@ -27,6 +27,7 @@ _SHARES = {
     "text": 0.06,
     "arm": 0.06,
     "order": 0.06,
+    "ending": 0.1,
     "shown": 0.06,
     "count": 0.05,
     "recent": 0.1,
@@ -70,7 +71,7 @@ class EffectKeys:
                     owner = block.predictor if share_credit else block.name
                     keys: tuple[str, ...] = (f"arm:{owner}:{arm.key}",)
                 else:
-                    keys = (f"{'text' if block.is_lower else 'order'}:{block.name}:{number}",)
+                    keys = (f"{'text' if block.is_lower else block.kind}:{block.name}:{number}",)
                 names.append(keys)
                 if arm.shared:
                     shared.update(dict.fromkeys(keys))

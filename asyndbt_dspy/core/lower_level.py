@@ -117,6 +117,8 @@ def _bounded_columns(columns: FloatArray, config: AlgorithmConfig) -> FloatArray
     """``bounded`` for values with derivatives: where a value is clipped, its derivatives are zero."""
     if not config.clip_consensus:
         return columns
+    if columns.shape[-1] == 1:
+        return np.asarray(np.minimum(np.maximum(columns, -config.penalty), config.penalty))
     inside = np.abs(columns[..., 0]) <= config.penalty
     result = columns * inside[..., None]
     result[..., 0] = np.clip(columns[..., 0], -config.penalty, config.penalty)
@@ -148,8 +150,10 @@ def _constant_gradients(surrogates: Sequence[Surrogate], length: int, derivative
     """Every model's gradient at p = 0 and its derivative with respect to all workers' q, shape ``[R, D, C]``."""
     widths = [model.cross.shape[1] if derivatives and model.cross is not None else 0 for model in surrogates]
     constant = np.zeros((len(surrogates), length, 1 + sum(widths)))
+    origin = np.zeros(length)
+    rows = [model.gradient if model.curvature is None else model.at(origin) for model in surrogates]
+    constant[..., 0] = np.array(rows).reshape(len(rows), length)
     for row, (model, width) in enumerate(zip(surrogates, widths, strict=True)):
-        constant[row, :, 0] = model.at(np.zeros(length))
         if width:
             first = 1 + sum(widths[:row])
             constant[row, :, first : first + width] = model.cross

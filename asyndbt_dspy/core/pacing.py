@@ -21,8 +21,8 @@ _SLOW = (0.25, 0.25, 0.35, 0.5)
 """Relative speed up to which a worker is slow, by its answers: 0, 1, 2, more. Delays of one speed that vary much seldom look
 that unequal. Without an answer it is the request that it has in hand that takes so long."""
 
-_LATE = 2.0
-"""One answer may take so many times its worker's usual time before the staleness bound makes others wait."""
+LATE = 2.0
+"""One answer may take so many times its worker's usual time before the staleness bound, or the end of the race, waits for it."""
 _GROWTH = 4
 """Automatic tau: at most so many times the configured one. The theory holds for any fixed bound; a wider one costs speed."""
 
@@ -125,7 +125,7 @@ class Synchrony:
             living: Workers that were not set aside, at least 1.
             oldest: Updates of z since the oldest step under way was sent; no bound may fall below it.
         """
-        config, answers = self.config, _LATE * slowest
+        config, answers = self.config, LATE * slowest
         if not slowest:
             return
         widest = config.max_staleness * (_GROWTH if config.auto_staleness else 1)

@@ -1,13 +1,13 @@
 """The final race: paired successive halving of candidates on held-out examples under a budget (``algorithm.md`` 7.7).
 
 Every candidate of a heat meets the same examples, so that differences are paired and an example's difficulty cancels.
-The student runs in every heat and is returned unless something beats it. Examples stay with the workers that hold them;
+The student runs in every heat and is returned unless something clearly beats it. Examples stay with the workers that hold them;
 a heat closes without its stragglers once three quarters of its examples are in, and late results still count.
 
-Work goes where it is done soonest: a slow worker gets a smaller part of a heat, and the last heat leaves out what only
-slow workers have not begun, a quarter of it at most. Work of a worker that is gone goes to those that hold its examples
-too, as far as the budget reaches; where nobody does, it is left out. Workers with the same examples and the same LM help each
-other out.
+Work goes where it is done soonest: a slow worker gets a smaller part of a heat, and none that others with its examples would
+have done before it is back; the last heat leaves out what only slow workers have not begun, a quarter of it at most. Work of
+a worker that is gone goes to those that hold its examples too, as far as the budget reaches; where nobody does, it is left out.
+Workers with the same examples and the same LM help each other out.
 
 With ``repeats`` finalists that two standard errors do not tell apart meet their examples again while calls are left. An example
 still counts once, with the mean of what it came to, so that intervals do not shrink below what the examples allow.
@@ -16,15 +16,17 @@ still counts once, with the mean of what it came to, so that intervals do not sh
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from operator import itemgetter
 
 import numpy as np
 
 from asyndbt_dspy.core.config import AlgorithmConfig
 from asyndbt_dspy.core.handover import Handover
 from asyndbt_dspy.core.messages import RaceReply, RaceRequest
+from asyndbt_dspy.core.pacing import LATE
 from asyndbt_dspy.core.simplex import FloatArray
 from asyndbt_dspy.core.space import Candidate
 from asyndbt_dspy.core.validation import check_race_reply
@@ -38,6 +40,9 @@ _LOOKED_AT = 256
 """Workers among whom the one that is furthest behind is looked for."""
 _DECIDED = 2.0
 """Standard errors of a paired difference beyond which noise need not be averaged out any more."""
+
+Result = tuple[float | None, float | None]
+"""Score, and probability of the right answer where the LM reports it."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +101,11 @@ class RaceState:
         self._gone = [name for name in holdings if name not in self.living]
         self.handover = handover or Handover()
         self.speeds = dict.fromkeys(holdings, 1.0) | dict(speeds or {})
-        self._slow = [name for name, speed in self.speeds.items() if speed < 1.0]
+        self._slow = {name: None for name, speed in self.speeds.items() if speed < 1.0}
         # In the order of the numbers: whoever numbers the examples mixes them, and may balance every beginning.
         self.unused = {name: list(range(count)) for name, count in holdings.items()}
         self._holdings = dict(holdings)
-        self._times: dict[tuple[int, str, int], int] = {}
+        self._times: dict[tuple[int, tuple[str, int]], int] = {}
         examples = sum(holdings.values())
         challengers = [one for one in dict.fromkeys(candidates) if one != student]
         affordable = calls // max(1, 2 * min(_FIRST_HEAT, examples)) - 1
@@ -110,7 +115,7 @@ class RaceState:
         self.calls_left = calls if len(self.candidates) * min(1, examples) <= calls else 0
         self.heat = 0
         self.outstanding: dict[int, RaceRequest] = {}
-        self.results: dict[tuple[int, str, int], tuple[float | None, float | None]] = {}
+        self.results: tuple[dict[tuple[str, int], Result], ...] = tuple({} for _ in self.candidates)
         self.quota: dict[str, int] = {}
         self.units = 0
         self.done = False
@@ -157,6 +162,8 @@ class RaceState:
         if self._helps(worker):  # what it has not begun, others may take
             count = min(count, math.ceil(self.quota[holder] / 2))
         count = min(count, self._most_begun.get(worker, count))
+        if self._would_be_last(worker, count):
+            return None
         held = tuple(self.unused[holder][:count])
         self.unused[holder] = self.unused[holder][count:]
         self.quota[holder] -= count
@@ -190,6 +197,19 @@ class RaceState:
             islice(found, _LOOKED_AT), key=lambda name: self.quota[name] / self.speeds[name], default=None
         )
 
+    def _would_be_last(self, worker: str, count: int) -> bool:
+        """Whether those that may take a slow worker's examples would be done with everything before it is with ``count``."""
+        if worker not in self._slow or not self._helps(worker):
+            return False
+        helpers = sum(
+            1 for name in self.living if name not in self._slow and self.handover.may_help(name, worker)
+        )
+        later = 0 if self._is_last_heat() else sum(map(len, self.unused.values())) - self._quota_left
+        # The next heats run at most half of the challengers, on what no heat has met.
+        left = self._quota_left * len(self.running) + later * (1 + len(self.running) // 2)
+        own = LATE * count * len(self.running) / self.speeds[worker]
+        return helpers > 0 and own > min(left, self.calls_left) / helpers
+
     def _helps(self, worker: str) -> bool:
         return self.config.balance and self.handover.is_shared(worker)
 
@@ -210,25 +230,25 @@ class RaceState:
         for candidate, scores, soft in zip(request.candidates, reply.scores, reply.soft_scores, strict=True):
             number = self.candidates.index(candidate)
             for example, score, probability in zip(held, scores, soft, strict=True):
-                self._note((number, holder, example), score, probability)
+                self._note(number, (holder, example), score, probability)
         self._advance()
 
-    def _note(self, key: tuple[int, str, int], score: float | None, soft: float | None) -> None:
+    def _note(self, number: int, place: tuple[str, int], score: float | None, soft: float | None) -> None:
         """The mean over repetitions; one that is missing changes nothing."""
-        known = self.results.get(key)
+        results, key = self.results[number], (number, place)
+        known = results.get(place)
         if known is None or known[0] is None:
-            self.results[key] = (score, soft)
-            self._times[key] = 1
+            results[place] = (score, soft)
         elif score is not None:
-            self._times[key] += 1
-            weight = 1.0 / self._times[key]
+            times = self._times[key] = self._times.get(key, 1) + 1
+            weight = 1.0 / times
             mean = known[0] + weight * (score - known[0])
             both = None if soft is None or known[1] is None else known[1] + weight * (soft - known[1])
-            self.results[key] = (mean, both)
+            results[place] = (mean, both)
 
     def _may_repeat(self) -> bool:
         """Whether asking again can change the outcome: scores are noisy, and the finalists are not told apart."""
-        if not (self.config.repeats and self.results) or len(self.running) < 2:
+        if not (self.config.repeats and any(self.results)) or len(self.running) < 2:
             return False
         mean, error = max(self._paired(number) for number in self.running[1:])
         return abs(mean) < _DECIDED * error
@@ -238,7 +258,7 @@ class RaceState:
         self.living.discard(worker)
         self._gone.append(worker)
         self.speeds[worker] = 1.0
-        self._slow = [name for name in self._slow if name != worker]
+        self._slow.pop(worker, None)
         units = {unit: one for unit, one in self.outstanding.items() if one.worker == worker}
         for unit in units:
             del self.outstanding[unit]
@@ -286,36 +306,38 @@ class RaceState:
         self.quota, self._quota_left = {}, 0
         self._open_heat()
 
-    def _value(self, result: tuple[float | None, float | None]) -> float:
+    def _value(self, result: Result) -> float:
         score, soft = result
         if score is None:
             return math.nan
         weight = self.config.race_soft
         return score if soft is None else (1.0 - weight) * score + weight * soft
 
-    def _of(self, number: int) -> list[tuple[str, int]]:
-        """Worker and example of a candidate's results in one order: sums must not depend on which arrived first."""
-        return sorted((worker, example) for one, worker, example in self.results if one == number)
+    def _paired(self, number: int, value: Callable[[Result], float] | None = None) -> tuple[float, float]:
+        """Mean and standard error of the difference to the student, over examples that both answered.
 
-    def _paired(self, number: int) -> tuple[float, float]:
-        """Mean and standard error of the difference to the student, over examples that both answered."""
-        pairs = [
-            self._value(self.results[(number, place[0], place[1])])
-            - self._value(self.results.get((0, *place), (None, None)))
-            for place in self._of(number)
-        ]
+        ``value``: What of a result is compared; by default its race value.
+        """
+        value = value or self._value
+        own, students = self.results[number], self.results[0]
+        # In one order: sums must not depend on which arrived first.
+        pairs = [value(own[place]) - value(students[place]) for place in sorted(own.keys() & students)]
         differences = np.array([pair for pair in pairs if math.isfinite(pair)])
         if not len(differences):
             return -math.inf, math.inf
         return float(differences.mean()), _standard_error(differences)
 
     def winner(self) -> Candidate:
-        """The running challenger that is furthest ahead, if it beats the student by ``accept_z`` standard errors."""
+        """The running challenger that is furthest ahead, if it beats the student by ``accept_z`` standard errors.
+
+        Race values also count how sure the LM is. That tells candidates apart, but nobody is served by a program that is
+        surer and scores lower: by the metric alone the winner must not be behind the student.
+        """
         best, advantage = 0, 0.0
         for number in self.running[1:]:
             mean, error = self._paired(number)
             needed = self.config.accept_z * error if self.config.accept_z else 0.0
-            if mean > max(advantage, needed):
+            if mean > max(advantage, needed) and self._paired(number, _score)[0] >= 0.0:
                 best, advantage = number, mean
         return self.candidates[best]
 
@@ -323,7 +345,7 @@ class RaceState:
         """The student first, then the challengers in the order they entered."""
         rows = []
         for number, candidate in enumerate(self.candidates):
-            found = [self.results[(number, place[0], place[1])][0] for place in self._of(number)]
+            found = [result[0] for _, result in sorted(self.results[number].items(), key=itemgetter(0))]
             scores = np.array([score for score in found if score is not None])
             mean = float(scores.mean()) if len(scores) else math.nan
             half = _INTERVAL_Z * _standard_error(scores)
@@ -336,6 +358,10 @@ class RaceState:
             in_race = number in self.running
             rows.append(Standing(candidate, mean, low, high, len(scores), advantage, error, in_race))
         return tuple(rows)
+
+
+def _score(result: Result) -> float:
+    return math.nan if result[0] is None else result[0]
 
 
 def _standard_error(values: FloatArray) -> float:

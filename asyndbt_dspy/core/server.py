@@ -60,6 +60,8 @@ from asyndbt_dspy.errors import ProtocolError
 
 _FREE_STEPS = 4
 """Steps in a row of every worker that cost no call: a small space can be exhausted before the budget is."""
+_FEW = 0.25
+"""Share of the workers that a run in which nobody waits leaves behind at the end of its search, as the race's heats do."""
 
 Phase = Literal["search", "rounds", "race", "finished"]
 
@@ -144,11 +146,7 @@ class ServerState:
         return self._send_steps(self._alive()) or self._end_search("the budget is below one step")
 
     def receive(self, event: ServerEvent) -> list[Instruction]:
-        """Take one event; return what the engine must do next.
-
-        Raises:
-            ProtocolError: the event does not fit the state. Nothing changed.
-        """
+        """Take one event; return what the engine must do next (``ProtocolError``, and no change, if it does not fit)."""
         if self.phase == "finished":
             raise ProtocolError(f"the run is over ({self.finish_reason}); got {type(event).__name__}")
         if not self._started:
@@ -219,10 +217,12 @@ class ServerState:
         return self.version + 1 - self.roster.oldest(self.version + 1) <= self.synchrony.staleness - 1
 
     def _is_over_but_for_slow_ones(self) -> bool:
-        """The budget is handed out, and who still works on it is slow: nobody waits for these."""
+        """The budget is handed out, and who still works on it is slow or one of few: nobody waits for these."""
         if not self.outstanding:
             return True
-        return bool(self.roster.idle) and all(self.paces.speed(number) < 1.0 for number in self.outstanding)
+        few = self.config.keep_busy and len(self.outstanding) <= _FEW * len(self._alive())
+        slow = (self.paces.speed(number) < 1.0 for number in self.outstanding)
+        return bool(self.roster.idle) and (few or all(slow))
 
     def _advance(self) -> list[Instruction]:
         if not self._may_iterate():
@@ -257,7 +257,6 @@ class ServerState:
             return [*sent, *self._advance()]
         if sent:
             return sent
-        # What is paid for is waited for; it may also cost less than was set aside.
         if not self._is_over_but_for_slow_ones():
             return [Wait("the budget of the search is handed out; the last steps are under way")]
         return self._end_search("the budget of the search is spent")
@@ -377,7 +376,8 @@ class ServerState:
             return []
         sent: list[Instruction] = []
         merged = merge_factors(self.config, self.factors, self.live, numbers)
-        for number, effects in zip(numbers, merged, strict=True):
+        pushes = cuts.pushes(self.planes, numbers, self.q_owner, self.layout, self.q_layouts)
+        for number, effects, *push in zip(numbers, merged, *pushes, strict=True):
             self.roster.minibatch[number] = self.paces.minibatch(number)
             if self.calls_left is not None and self.calls_left < self.step_calls(number):
                 self.roster.idle.add(number)
@@ -385,7 +385,7 @@ class ServerState:
             self._reserve(number)
             self.roster.hand_out(number, self.version)
             self.paces.hand_out(number)
-            sent.append(Send(self._step_request(number, effects)))
+            sent.append(Send(self._step_request(number, effects, *push)))
         return sent
 
     def _send_further(self, number: int, reply: StepReply) -> list[Instruction]:
@@ -396,12 +396,13 @@ class ServerState:
             return []
         return self._send_steps([number])
 
-    def _step_request(self, number: int, effects: FloatArray) -> StepRequest:
-        push, push_upper = cuts.pushes(self.planes, number, self.q_owner, self.layout, self.q_layouts[number])
+    def _step_request(
+        self, number: int, effects: FloatArray, push: FloatArray, push_upper: FloatArray
+    ) -> StepRequest:
         return StepRequest(
             worker=self.members[number].name,
             version=self.version,
-            consensus=self.z.copy(),
+            consensus=self.z,  # every update makes a new z
             duals=self.duals[number].copy(),
             plane_push=push,
             plane_push_upper=push_upper,

@@ -82,10 +82,10 @@ class Layout:
         if not self.length:
             return True
         # NaN passes no comparison, and what is infinite has no sum of 1.
-        if not vector.min() >= -tolerance:
+        if not np.minimum.reduce(vector) >= -tolerance:
             return False
-        excess = np.add.reduceat(vector, self.starts) - 1.0
-        return bool(excess.dot(excess) <= tolerance**2 or np.abs(excess).max() <= tolerance)
+        sums = np.add.reduceat(vector, self.starts).tolist()
+        return bool(min(sums) >= 1.0 - tolerance and max(sums) <= 1.0 + tolerance)
 
 
 def project(points: FloatArray) -> FloatArray:
@@ -130,6 +130,8 @@ def project_columns(layout: Layout, columns: FloatArray) -> FloatArray:
 
 def _project_boundary(blocks: FloatArray) -> FloatArray:
     projected = project(blocks[..., 0])
+    if blocks.shape[-1] == 1:
+        return projected[..., None]
     support = (projected > 0)[..., None]
     masked = blocks * support
     mean = masked.sum(axis=-2, keepdims=True) / support.sum(axis=-2, keepdims=True)

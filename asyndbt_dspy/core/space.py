@@ -18,7 +18,7 @@ import numpy as np
 
 from asyndbt_dspy.errors import ConfigurationError
 
-BlockKind = Literal["instructions", "fragment", "demo", "order"]
+BlockKind = Literal["instructions", "fragment", "demo", "order", "ending"]
 
 Candidate = tuple[int, ...]
 """One arm per block, in the order of ``Space.blocks``."""
@@ -49,7 +49,8 @@ class Block:
     Attributes:
         name: Unique, for instance ``"classify/instructions"`` or ``"classify/demos/billing/0"``.
         predictor: The predictor's name in ``named_predictors()``.
-        kind: ``"instructions"`` and ``"fragment"`` are lower level, ``"demo"`` and ``"order"`` (of demos) upper level.
+        kind: ``"instructions"`` and ``"fragment"`` are lower level; ``"demo"``, ``"order"`` (of demos) and ``"ending"``
+            (whether demos end like the turn that is to be answered) upper level.
         arms: At least one; arm 0 leaves the student as it is.
         stratum: The class that a demo slot draws from, ``None`` for a free slot.
     """
@@ -90,7 +91,7 @@ class Space:
         levels = [block.is_lower for block in self.blocks]
         if levels != sorted(levels, reverse=True):
             raise ConfigurationError(
-                "lower-level blocks (instructions, fragments) must come before demos and orders"
+                "lower-level blocks (instructions, fragments) must come before demos, orders and endings"
             )
         private = [
             block.name
@@ -130,6 +131,10 @@ class Space:
         return tuple(len(block.arms) for block in self.blocks)
 
     @functools.cached_property
+    def _ranges(self) -> tuple[range, ...]:
+        return tuple(map(range, self.sizes))
+
+    @functools.cached_property
     def _has_private_arms(self) -> bool:
         return not all(arm.shared for block in self.blocks for arm in block.arms)
 
@@ -140,9 +145,10 @@ class Space:
 
     def check(self, candidate: Sequence[int]) -> Candidate:
         """Return ``candidate`` as a tuple, or raise ``ConfigurationError`` naming the block that does not fit."""
-        sizes = self.sizes
-        if len(candidate) == len(sizes) and all(
-            type(arm) is int and 0 <= arm < size for arm, size in zip(candidate, sizes, strict=True)
+        if (
+            len(candidate) == len(self._ranges)
+            and all(map(range.__contains__, self._ranges, candidate))
+            and {*map(type, candidate)} <= {int}  # True and 1.0 lie in a range too
         ):
             return tuple(candidate)
         if len(candidate) != len(self.blocks):

@@ -28,6 +28,8 @@ from asyndbt_dspy.core.simplex import Layout
 from asyndbt_dspy.core.space import Space
 from asyndbt_dspy.errors import ConfigurationError, ProtocolError
 
+_FLOAT = np.dtype(np.float64)
+
 if TYPE_CHECKING:
     from asyndbt_dspy.core.server import ServerState
     from asyndbt_dspy.core.worker import WorkerState
@@ -57,81 +59,83 @@ def check_config(names: Sequence[str], config: AlgorithmConfig, calls: int | Non
 
 def check_step_reply(server: ServerState, number: int, reply: StepReply) -> None:
     """Refuse a step that answers another request, is too late, or holds anything that is no point of its space."""
-    sender = f"worker {reply.worker!r}"
     sent, repeat = server.outstanding[number], server.roster.repeats.get(number, 0)
     if reply.version != sent:
-        raise ProtocolError(f"{sender} was sent version {sent} and answers version {reply.version}")
+        raise ProtocolError(f"{_sender(reply)} was sent version {sent} and answers version {reply.version}")
     if reply.repeat != repeat:
         raise ProtocolError(
-            f"{sender} was sent step {repeat} of version {sent} and answers step {reply.repeat}"
+            f"{_sender(reply)} was sent step {repeat} of version {sent} and answers step {reply.repeat}"
         )
     late, limit = server.version - reply.version, server.synchrony.staleness - 1
     if late > limit and server.phase != "race":
-        raise ProtocolError(f"{sender} is {late} updates late; the bound is {limit}")
-    _check_distribution(sender, "p", server.layout, reply.lower)
+        raise ProtocolError(f"{_sender(reply)} is {late} updates late; the bound is {limit}")
+    _check_distribution(reply, "p", server.layout, reply.lower)
     _check_upper(server, number, reply)
     length = server.layout.length
-    _check_array(sender, "gradient", reply.gradient, (length,))
+    _check_array(reply, "gradient", reply.gradient, (length,))
     if reply.curvature is not None:
-        _check_array(sender, "curvature", reply.curvature, (length, length))
-    _check_effects(sender, reply.effects, server.factors.shape[2])
+        _check_array(reply, "curvature", reply.curvature, (length, length))
+    _check_effects(reply, reply.effects, server.factors.shape[2])
     calls = server.step_calls(number)
-    _check_count(sender, "calls", reply.calls, calls)
-    _check_count(sender, "missing", reply.missing, calls)
+    _check_count(reply, "calls", reply.calls, calls)
+    _check_count(reply, "missing", reply.missing, calls)
     if not isinstance(reply.loss, float):
-        raise ProtocolError(f"{sender} sent loss {reply.loss!r}; it must be a number")
-    _check_nominations(sender, server.space, reply.nominations)
+        raise ProtocolError(f"{_sender(reply)} sent loss {reply.loss!r}; it must be a number")
+    _check_nominations(reply, server.space, reply.nominations)
 
 
-def _check_nominations(sender: str, space: Space, nominations: tuple[Nomination, ...]) -> None:
+def _check_nominations(origin: object, space: Space, nominations: tuple[Nomination, ...]) -> None:
     if not isinstance(nominations, tuple):
         raise ProtocolError(
-            f"{sender} sent nominations of type {type(nominations).__name__}; it must be a tuple"
+            f"{_sender(origin)} sent nominations of type {type(nominations).__name__}; it must be a tuple"
         )
     for one in nominations:
         if not isinstance(one, Nomination) or not isinstance(one.candidate, tuple):
-            raise ProtocolError(f"{sender} nominated {one!r}, which is no candidate")
-        _check_candidate(sender, space, one.candidate)
-        if not space.is_shared(one.candidate) or not all(map(_is_finite, (one.value, one.deviation))):
-            raise ProtocolError(f"{sender} nominated {one}: private arms or values that are not finite")
+            raise ProtocolError(f"{_sender(origin)} nominated {one!r}, which is no candidate")
+        _check_candidate(origin, space, one.candidate)
+        if not (space.is_shared(one.candidate) and _is_finite(one.value) and _is_finite(one.deviation)):
+            raise ProtocolError(
+                f"{_sender(origin)} nominated {one}: private arms or values that are not finite"
+            )
 
 
 def _check_upper(server: ServerState, number: int, reply: StepReply) -> None:
-    sender = f"worker {reply.worker!r}"
     if not server.config.hypergradient:
         if reply.upper is not None or reply.cross is not None:
-            raise ProtocolError(f"{sender} sent its q, which stays with its worker here")
+            raise ProtocolError(f"{_sender(reply)} sent its q, which stays with its worker here")
         return
     layout = server.q_layouts[number]
-    _check_distribution(sender, "q", layout, reply.upper)
+    _check_distribution(reply, "q", layout, reply.upper)
     if reply.cross is not None:
-        _check_array(sender, "cross", reply.cross, (server.layout.length, layout.length))
+        _check_array(reply, "cross", reply.cross, (server.layout.length, layout.length))
 
 
 def check_round_reply(server: ServerState, number: int, expected: int, reply: RoundReply) -> None:
     """Refuse a round's result of another round or version, or a p that is no distribution."""
-    sender = f"worker {reply.worker!r}"
     if (reply.version, reply.number) != (server.version, expected):
         raise ProtocolError(
-            f"{sender} answers round {reply.number} of version {reply.version}; "
+            f"{_sender(reply)} answers round {reply.number} of version {reply.version}; "
             f"round {expected} of version {server.version} is open"
         )
-    _check_distribution(sender, "p", server.layout, reply.lower)
-    _check_count(sender, "calls", reply.calls, server.step_calls(number))
+    _check_distribution(reply, "p", server.layout, reply.lower)
+    _check_count(reply, "calls", reply.calls, server.step_calls(number))
 
 
 def check_race_reply(request: RaceRequest, reply: RaceReply) -> None:
     """Refuse rows that do not fit the unit, scores that are no finite numbers, or costs that cannot be."""
-    sender = f"worker {reply.worker!r}"
     lengths = [len(request.examples)] * len(request.candidates)
     for name, rows in (("scores", reply.scores), ("soft_scores", reply.soft_scores)):
         if not isinstance(rows, tuple) or [_length(row) for row in rows] != lengths:
-            raise ProtocolError(f"{sender}: race unit {reply.unit} needs {name} in rows of lengths {lengths}")
+            raise ProtocolError(
+                f"{_sender(reply)}: race unit {reply.unit} needs {name} in rows of lengths {lengths}"
+            )
         if not all(value is None or _is_finite(value) for row in rows for value in row):
-            raise ProtocolError(f"{sender}: race unit {reply.unit} holds {name} that are no finite numbers")
+            raise ProtocolError(
+                f"{_sender(reply)}: race unit {reply.unit} holds {name} that are no finite numbers"
+            )
     if not all(value is None or 0.0 <= value <= 1.0 for row in reply.soft_scores for value in row):
-        raise ProtocolError(f"{sender}: race unit {reply.unit} holds a soft score outside of [0, 1]")
-    _check_count(sender, "calls", reply.calls, sum(lengths))
+        raise ProtocolError(f"{_sender(reply)}: race unit {reply.unit} holds a soft score outside of [0, 1]")
+    _check_count(reply, "calls", reply.calls, sum(lengths))
 
 
 # ------------------------------------------------------------------------------------------------ at a worker
@@ -139,43 +143,42 @@ def check_race_reply(request: RaceRequest, reply: RaceReply) -> None:
 
 def check_request(worker: WorkerState, request: StepRequest | RoundRequest | RaceRequest) -> None:
     """Refuse a request that is older than the last one, or holds anything of another shape or no finite numbers."""
-    sender = f"the {type(request).__name__} to worker {worker.name!r}"
     if isinstance(request, RaceRequest):
-        _check_race_request(worker, sender, request)
+        _check_race_request(worker, request)
     else:
-        _check_variables(worker, sender, request)
+        _check_variables(worker, request)
     if worker.order_of(request) <= worker.last_order:
         raise ProtocolError(
-            f"{sender} is a repetition or late: {worker.order_of(request)} after {worker.last_order}"
+            f"{_sender(request)} is a repetition or late: {worker.order_of(request)} after {worker.last_order}"
         )
 
 
-def _check_variables(worker: WorkerState, sender: str, request: StepRequest | RoundRequest) -> None:
+def _check_variables(worker: WorkerState, request: StepRequest | RoundRequest) -> None:
     lower, upper = worker.spaces.lower, worker.spaces.upper
-    _check_count(sender, "version", request.version)
-    _check_distribution(sender, "consensus", lower, request.consensus)
+    _check_count(request, "version", request.version)
+    _check_distribution(request, "consensus", lower, request.consensus)
     if isinstance(request, RoundRequest):
-        _check_count(sender, "number", request.number)
-        _check_distribution(sender, "start", lower, request.start)
-        _check_array(sender, "rho", request.rho, (lower.length,))
+        _check_count(request, "number", request.number)
+        _check_distribution(request, "start", lower, request.start)
+        _check_array(request, "rho", request.rho, (lower.length,))
         return
-    _check_count(sender, "staleness", request.staleness)
-    _check_count(sender, "repeat", request.repeat)
-    _check_count(sender, "minibatch", request.minibatch, worker.config.minibatch)
-    _check_array(sender, "duals", request.duals, (lower.length,))
-    _check_array(sender, "plane_push", request.plane_push, (lower.length,))
-    _check_array(sender, "plane_push_upper", request.plane_push_upper, (upper.length,))
-    _check_effects(sender, request.effects, worker.shared_effects)
+    _check_count(request, "staleness", request.staleness)
+    _check_count(request, "repeat", request.repeat)
+    _check_count(request, "minibatch", request.minibatch, worker.config.minibatch)
+    _check_array(request, "duals", request.duals, (lower.length,))
+    _check_array(request, "plane_push", request.plane_push, (lower.length,))
+    _check_array(request, "plane_push_upper", request.plane_push_upper, (upper.length,))
+    _check_effects(request, request.effects, worker.shared_effects)
 
 
-def _check_race_request(worker: WorkerState, sender: str, request: RaceRequest) -> None:
-    _check_count(sender, "unit", request.unit)
+def _check_race_request(worker: WorkerState, request: RaceRequest) -> None:
+    _check_count(request, "unit", request.unit)
     if not isinstance(request.candidates, tuple) or not isinstance(request.examples, tuple):
-        raise ProtocolError(f"{sender} needs tuples of candidates and of examples")
+        raise ProtocolError(f"{_sender(request)} needs tuples of candidates and of examples")
     for candidate in request.candidates:
-        _check_candidate(sender, worker.spaces.space, candidate)
+        _check_candidate(request, worker.spaces.space, candidate)
     for example in request.examples:
-        _check_count(sender, "example", example)
+        _check_count(request, "example", example)
 
 
 def check_scored(worker: str, rows: Sequence[Sequence[int]], event: Scored) -> None:
@@ -201,38 +204,58 @@ def check_scored(worker: str, rows: Sequence[Sequence[int]], event: Scored) -> N
 # ------------------------------------------------------------------------------------------------ parts
 
 
-def _check_candidate(sender: str, space: Space, candidate: Any) -> None:
+def _sender(origin: object) -> str:
+    """Where a value came from, for the text of an error: put together only where there is one."""
+    if isinstance(origin, str):
+        return origin
+    worker = getattr(origin, "worker", "?")
+    if isinstance(origin, StepRequest | RoundRequest | RaceRequest):
+        return f"the {type(origin).__name__} to worker {worker!r}"
+    return f"worker {worker!r}"
+
+
+def _check_candidate(origin: object, space: Space, candidate: Any) -> None:
     try:
         space.check(candidate)
     except (ConfigurationError, TypeError) as error:
-        raise ProtocolError(f"{sender} names a candidate that does not exist: {error}") from error
+        raise ProtocolError(f"{_sender(origin)} names a candidate that does not exist: {error}") from error
 
 
-def _check_distribution(sender: str, name: str, layout: Layout, values: Any) -> None:
-    if not isinstance(values, np.ndarray) or values.dtype != np.float64 or not layout.is_distribution(values):
-        raise ProtocolError(f"{sender} holds a {name} that is no point of its simplexes: {_short(values)}")
+def _check_distribution(origin: object, name: str, layout: Layout, values: Any) -> None:
+    if not _is_float_array(values) or not layout.is_distribution(values):
+        raise ProtocolError(
+            f"{_sender(origin)} holds a {name} that is no point of its simplexes: {_short(values)}"
+        )
 
 
-def _check_array(sender: str, name: str, values: Any, shape: tuple[int, ...]) -> None:
-    if not isinstance(values, np.ndarray) or values.dtype != np.float64 or values.shape != shape:
-        raise ProtocolError(f"{sender} holds {name} = {_short(values)}; it must be float64 of shape {shape}")
+def _check_array(origin: object, name: str, values: Any, shape: tuple[int, ...]) -> None:
+    if not _is_float_array(values) or values.shape != shape:
+        raise ProtocolError(
+            f"{_sender(origin)} holds {name} = {_short(values)}; it must be float64 of shape {shape}"
+        )
     flat = values.ravel()
     # The sum of squares is finite wherever all values are, unless it overflows; it costs a fraction of asking each.
     if not math.isfinite(flat.dot(flat)) and not np.isfinite(values).all():
-        raise ProtocolError(f"{sender} holds {name} with values that are not finite")
+        raise ProtocolError(f"{_sender(origin)} holds {name} with values that are not finite")
 
 
-def _check_effects(sender: str, values: Any, columns: int) -> None:
-    _check_array(sender, "effects", values, (2, columns))
-    if columns and float(values[0].min()) < 0:
-        raise ProtocolError(f"{sender} holds effects with a negative precision {float(values[0].min())}")
+def _is_float_array(values: Any) -> bool:
+    return isinstance(values, np.ndarray) and (values.dtype is _FLOAT or values.dtype == _FLOAT)
 
 
-def _check_count(sender: str, name: str, value: Any, limit: int | None = None) -> None:
+def _check_effects(origin: object, values: Any, columns: int) -> None:
+    _check_array(origin, "effects", values, (2, columns))
+    if columns and np.minimum.reduce(values[0]) < 0:
+        raise ProtocolError(
+            f"{_sender(origin)} holds effects with a negative precision {float(values[0].min())}"
+        )
+
+
+def _check_count(origin: object, name: str, value: Any, limit: int | None = None) -> None:
     is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
     if not is_count or (limit is not None and value > limit):
         raise ProtocolError(
-            f"{sender} holds {name}={value!r}; it must be 0..{'' if limit is None else limit}"
+            f"{_sender(origin)} holds {name}={value!r}; it must be 0..{'' if limit is None else limit}"
         )
 
 

@@ -117,6 +117,7 @@ class RayEngine:
         self.engine = engine
         self._inner: Engine = engine or LocalEngine()
         self._actors: dict[str, Any] = {}
+        self._absent: set[str] = set()  # workers whose actor was lost and has not been heard of since
         self._concurrency: dict[str, int] = {}
 
     # ------------------------------------------------------------------ the engine
@@ -158,6 +159,7 @@ class RayEngine:
                     "address=None for one on this machine"
                 ) from error
         self._concurrency = dict(workers)
+        self._absent.clear()
         searches = [asyncio.ensure_future(self._find(worker)) for worker in workers]
         try:
             await asyncio.gather(*searches)
@@ -179,24 +181,41 @@ class RayEngine:
         Raises:
             WorkerFailedError: the actor was lost and did not come back within ``recover_s``.
         """
-        lost_at, pause = None, 0.05
+        lost_at: float | None = None
+        pause = 0.05
         while True:
             actor = self._actors[worker]
             try:
+                if worker in self._absent:
+                    lost_at = lost_at or time.monotonic()
+                    left_s = lost_at + self.recover_s - time.monotonic()
+                    await self._return_of(worker, actor, max(_LONGEST_PAUSE_S, left_s))
                 return str(await self._ask(actor, method, payload))
             except _LOST as error:
+                self._absent.add(worker)
                 now = time.monotonic()
                 lost_at = lost_at or now
                 if now - lost_at > self.recover_s:
-                    raise WorkerFailedError(
-                        f"its actor was lost and did not come back within {self.recover_s:g} s ({_short(error)}); a node "
-                        f"with {self._needs(worker)} is needed"
-                    ) from error
+                    raise self._not_back(worker, _short(error)) from error
                 is_dead = isinstance(error, ActorDiedError)
             await asyncio.sleep(pause)
             pause = min(_LONGEST_PAUSE_S, 2 * pause)
             if is_dead and self._actors.get(worker) is actor:  # killed, so that Ray itself restarts nothing
                 self._actors[worker] = self._get(worker)
+
+    async def _return_of(self, worker: str, actor: Any, within_s: float) -> None:
+        """Wait for an actor that was lost. A call would wait without end for one that finds no place."""
+        try:
+            await asyncio.wait_for(actor.fingerprint.remote(), within_s)
+        except asyncio.TimeoutError as error:
+            raise self._not_back(worker, "it has no place yet") from error
+        self._absent.discard(worker)
+
+    def _not_back(self, worker: str, said: str) -> WorkerFailedError:
+        return WorkerFailedError(
+            f"its actor was lost and did not come back within {self.recover_s:g} s ({said}); a node "
+            f"with {self._needs(worker)} is needed"
+        )
 
     async def _ask(self, actor: Any, method: str, payload: str) -> Any:
         reference = actor.call.remote(method, payload)

@@ -31,7 +31,7 @@ class PaidRollout:
 
     Attributes:
         usage: LM calls, prompt tokens and completion tokens that this run paid for it.
-        is_shared: An earlier run paid; this run took its result from the rollout cache.
+        is_shared: Paid for by an earlier run, or in this one by another worker in whose place this one is asked now.
         is_recorded: Whether the journal of this run has it.
     """
 

@@ -60,8 +60,29 @@ class DemoOrder:
     slots: tuple[int, ...]
 
 
-Content = str | DemoItem | DemoOrder | None
-"""What an arm stands for: an instruction text, a word, a demo, an order, or nothing (arm 0 of all but instructions)."""
+@dataclass(frozen=True)
+class DemoEnding:
+    """How the turn that is to be answered ends, for demos that are to end like it (see ``programs.endings``).
+
+    Attributes:
+        field: The predictor's last input, which is what stands last in a demo's turn.
+        text: What the adapter adds to the last turn alone.
+    """
+
+    field: str
+    text: str
+
+    def on(self, demo: dspy.Example) -> dspy.Example:
+        """A copy of ``demo`` that ends so; unchanged where the field is no text."""
+        changed = demo.copy()
+        if isinstance(demo.get(self.field), str):
+            changed[self.field] = demo[self.field] + self.text
+        return changed
+
+
+Content = str | DemoItem | DemoOrder | DemoEnding | None
+"""What an arm stands for: an instruction text, a word, a demo, an order, an ending, or nothing (arm 0 of all but
+instructions)."""
 
 
 class ProgramSpace:
@@ -122,8 +143,8 @@ class ProgramSpace:
         chosen = self.space.check(candidate)
         described: dict[str, Any] = {}
         for name, predictor in self._student.named_predictors():
-            items = self._demos(name, chosen)
-            demos = [_described(item, reveal_private) for item in items]
+            items, ending = self._demos(name, chosen), self._ending(name, chosen)
+            demos = [_described(item, ending, reveal_private) for item in items]
             if not items:
                 demos = [_plain(demo) for demo in predictor.demos]
             described[name] = {"instructions": self._instructions(name, predictor, chosen), "demos": demos}
@@ -160,6 +181,8 @@ class ProgramSpace:
         content = contents[arm]
         if isinstance(content, DemoOrder):
             return f"demo slots in the order {', '.join(map(str, content.slots))}"
+        if isinstance(content, DemoEnding):
+            return f"demos end like the last turn: {content.text.strip()}"
         if not isinstance(content, DemoItem):
             return content or ""
         if not content.shared and not reveal_private:
@@ -191,7 +214,7 @@ class ProgramSpace:
             if items:
                 # Each program gets its own Example objects: a program that changes its demos must not change
                 # an arm.
-                predictor.demos = [item.demo.copy() for item in items]
+                predictor.demos = [_shown(item.demo, self._ending(name, candidate)) for item in items]
         return program
 
     def _instructions(self, name: str, predictor: dspy.Predict, candidate: Candidate) -> str:
@@ -209,6 +232,11 @@ class ProgramSpace:
             text = f"{text}\n{note}" if text else note
         # What a signature makes of its instructions, so that descriptions say what is built.
         return inspect.cleandoc(text)
+
+    def _ending(self, name: str, candidate: Candidate) -> DemoEnding | None:
+        """How the predictor's demos end, ``None`` for as the adapter shows them."""
+        chosen = (self._contents[index][candidate[index]] for index in self._blocks_of.get(name, ()))
+        return next((content for content in chosen if isinstance(content, DemoEnding)), None)
 
     def _demos(self, name: str, candidate: Candidate) -> list[DemoItem]:
         """The demos of one predictor in the order chosen; a demo that fills two slots is shown once."""
@@ -230,6 +258,10 @@ class ProgramSpace:
         return items
 
 
+def _shown(demo: dspy.Example, ending: DemoEnding | None) -> dspy.Example:
+    return demo.copy() if ending is None else ending.on(demo)
+
+
 def _allowed_arms(block: Block, worker: str, pool: Literal["own", "all"]) -> tuple[int, ...]:
     own = [number for number, arm in enumerate(block.arms) if number and arm.home == worker]
     if pool == "own" and own:
@@ -240,8 +272,10 @@ def _allowed_arms(block: Block, worker: str, pool: Literal["own", "all"]) -> tup
     )
 
 
-def _described(item: DemoItem, reveal_private: bool) -> dict[str, Any]:
-    return _plain(item.demo) if item.shared or reveal_private else {"withheld": WITHHELD}
+def _described(item: DemoItem, ending: DemoEnding | None, reveal_private: bool) -> dict[str, Any]:
+    if item.shared or reveal_private:
+        return _plain(_shown(item.demo, ending))
+    return {"withheld": WITHHELD}
 
 
 def _plain(demo: Mapping[str, Any] | dspy.Example) -> dict[str, Any]:

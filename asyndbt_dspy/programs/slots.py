@@ -16,7 +16,7 @@ import dspy
 from asyndbt_dspy.core.space import Arm, Block, Space
 from asyndbt_dspy.errors import ConfigurationError
 from asyndbt_dspy.programs.labels import enumerated_field, enumeration
-from asyndbt_dspy.programs.program_space import Content, DemoItem, DemoOrder, ProgramSpace
+from asyndbt_dspy.programs.program_space import Content, DemoEnding, DemoItem, DemoOrder, ProgramSpace
 
 __all__ = ["DemoItem", "FragmentSlots", "ProgramSpace", "build_space", "demo_slots", "enumerated_field"]
 
@@ -52,6 +52,7 @@ def build_space(
     slots: Mapping[str, Sequence[str | None]] | None = None,
     fragments: FragmentSlots | None = None,
     search_order: bool = False,
+    endings: Mapping[str, DemoEnding] | None = None,
 ) -> ProgramSpace:
     """The blocks and arms of ``student``: lower-level blocks of all predictors first, then their demo slots.
 
@@ -65,15 +66,17 @@ def build_space(
             ``demo_slots``).
         fragments: Word slots of the paper, ``None`` for none.
         search_order: Whether the order of the demo slots is a choice too (see ``demo_orders``).
+        endings: Per predictor, how its demos may end besides as the adapter shows them (see ``endings``).
 
     Raises:
         ConfigurationError: a name that is no predictor of the student, or two different demos of one key.
     """
     predictors = dict(student.named_predictors())
-    instructions, slots = instructions or {}, slots or {}
+    instructions, slots, endings = instructions or {}, slots or {}, endings or {}
     named = (
         *instructions,
         *slots,
+        *endings,
         *(item.predictor for item in demos),
         *((fragments and fragments.predictors) or ()),
     )
@@ -89,6 +92,9 @@ def build_space(
         upper.extend(_demo_blocks(name, slots.get(name, ()), own))
         if search_order and own and len(slots.get(name, ())) > 1:
             upper.append(_order_block(name, slots[name]))
+        if name in endings and own and slots.get(name):
+            arms = (Arm(""), Arm(f"e:{name}"))
+            upper.append((Block(f"{name}/ending", name, "ending", arms), [None, endings[name]]))
     pairs = lower + upper
     return ProgramSpace(
         student, Space(tuple(block for block, _ in pairs)), [contents for _, contents in pairs]

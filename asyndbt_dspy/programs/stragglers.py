@@ -18,8 +18,8 @@ _FEWEST = 5
 _MEMORY = 64
 _LEAST_S = 1.0
 """Nothing that takes less is worth leaving behind."""
-_SHARE = 4
-"""At most one call in so many of a unit is left behind: where more are slow, the endpoint is slow."""
+_SHARE = 3
+"""At most one call in so many of a unit, rounded up, is left behind: where more are slow, the endpoint is slow."""
 
 _GIVEN_UP = 3.0
 """Times its limit that a call may go on after it was left behind."""
@@ -63,7 +63,7 @@ class Stragglers:
         Args:
             worker: Whose calls these are; "" for several workers'.
         """
-        pending, may_leave = set(tasks), max(1, len(tasks) // _SHARE)
+        pending, may_leave = set(tasks), math.ceil(len(tasks) / _SHARE)
         while pending:
             timeout = self._patience(worker, pending) if len(pending) <= may_leave else math.inf
             if timeout <= 0:

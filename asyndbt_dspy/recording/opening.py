@@ -12,7 +12,7 @@ import dspy
 
 from asyndbt_dspy.core.config import AlgorithmConfig
 from asyndbt_dspy.lms.identity import lm_identity
-from asyndbt_dspy.programs.program_space import DemoItem, DemoOrder, ProgramSpace
+from asyndbt_dspy.programs.program_space import DemoEnding, DemoItem, DemoOrder, ProgramSpace
 from asyndbt_dspy.recording.identities import (
     code_identity,
     code_name,
@@ -135,7 +135,7 @@ def space_digest(programs: ProgramSpace) -> tuple[str, list[list[Any]]]:
 def _content(content: Any) -> Any:
     if isinstance(content, DemoItem):
         return example_digest(content.demo) if content.shared else content.key
-    return dataclasses.asdict(content) if isinstance(content, DemoOrder) else content
+    return dataclasses.asdict(content) if isinstance(content, DemoOrder | DemoEnding) else content
 
 
 def _strict(value: Any) -> Any:

@@ -137,6 +137,7 @@ class RunRecorder(KeysOnly):
         self._read = _Read()
         self._shared: dict[str, _Paid] = {}
         self._warned = False
+        self._goes_another_way = False
         self._journals: dict[str, JournalWriter] = {}
         self._load()
         self._outcomes = {(one.worker, one.task): one.outcomes for one in self.events.scored()}
@@ -190,11 +191,21 @@ class RunRecorder(KeysOnly):
         if waiting:
             found = waiting.pop(0)
             return PaidRollout(_with_trace(found, program), found.usage, found.is_shared)
+        left = self._left_over(worker, name)
+        if left is not None:
+            return PaidRollout(_with_trace(left, program), left.usage, is_shared=True, is_recorded=False)
         shared = self._shared.get(worker if worker in self._private else _SERVER, {}).get(name)
         # Within a run an answer that was asked for twice is another answer, unless the LM repeats itself.
         if not shared or not key.is_repeatable:
             return None
         return PaidRollout(_with_trace(shared[0], program), is_shared=True, is_recorded=False)
+
+    def _left_over(self, worker: str, name: bytes) -> RecordedRollout | None:
+        """Where the run goes another way than before, another worker may be asked what one was asked then."""
+        if not self._goes_another_way or worker in self._private:
+            return None
+        lists = (known.get(name) for one, known in self._read.paid.items() if one not in self._private)
+        return next((waiting.pop(0) for waiting in lists if waiting), None)
 
     # -- what is written
 
@@ -251,6 +262,7 @@ class RunRecorder(KeysOnly):
 
     def _forget_tasks(self) -> None:
         """From here on a task's number means another task than in the earlier process."""
+        self._goes_another_way = True
         self._outcomes.clear()
         self._read.failures.clear()
 

@@ -135,6 +135,7 @@ def run(key: Key, lms: Lms, folder: Path, *, incumbents: bool = False, test_limi
         "state": state,
         "settings": outcome.settings,
         "incumbents": along,
+        "finalists": outcome.finalists,
         "precision": lms.precision,
         "versions": versions(),
     }

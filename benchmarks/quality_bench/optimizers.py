@@ -44,11 +44,19 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What an optimizer returns: the program, the settings that it ran with, and what it would have returned earlier."""
+    """What an optimizer returns.
+
+    Attributes:
+        settings: That it ran with.
+        incumbents: What it would have returned earlier.
+        finalists: AsynDBT's final race: held-out examples, paired advantage over the student and its standard error, of
+            each challenger; whether it was returned.
+    """
 
     program: dspy.Module
     settings: dict[str, Any] = field(default_factory=dict)
     incumbents: list[Incumbent] = field(default_factory=list)
+    finalists: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -204,7 +212,17 @@ def asyndbt(**options: Any) -> Callable[[Job], Outcome]:
         made = optimizer.compile(job.task.build(), trainset=job.examples.train, valset=job.examples.valid)
         assert optimizer.result is not None
         kept = optimizer.watched.incumbents if optimizer.watched is not None else []
-        return Outcome(made, {**options, "algorithm": optimizer.result.settings["algorithm"]}, kept)
+        finalists = [
+            {
+                "examples": one.examples,
+                "advantage": one.advantage,
+                "error": one.advantage_error,
+                "won": one.won,
+            }
+            for one in optimizer.result.candidates[1:]
+        ]
+        settings = {**options, "algorithm": optimizer.result.settings["algorithm"]}
+        return Outcome(made, settings, kept, finalists)
 
     return run
 

@@ -78,18 +78,33 @@ def _budget(one: Summary) -> list[str]:
     parts += [f"Score per task and LM at {one.budget} calls (percent):", _cell_table(one)]
     if one.variants:
         parts += [
-            f"Ablation at {one.budget} calls (difference: `asyndbt` minus the variant):",
+            f"Ablation at {one.budget} calls (difference: what it is compared with minus the variant, on the variant's seeds):",
             _variants(one),
         ]
+    if one.acceptance:
+        parts.append(_acceptance(one))
     parts.append(_paper(one))
     return [part for part in parts if part]
+
+
+def _acceptance(one: Summary) -> str:
+    said = (
+        f"What `asyndbt` would have come to at {one.budget} calls, had a finalist had to be ahead of the student by more standard "
+        f"errors on the race's examples (`accept_z`; {one.acceptance[0].runs} runs):"
+    )
+    rows = [
+        [f"{bar.accept_z:g}", f"{bar.mean_test:.1f}", f"{bar.harm:.0f} %", f"{bar.kept:.0f} %"]
+        for bar in one.acceptance
+    ]
+    return f"{said}\n\n{_table(['accept_z', 'test', 'harm', 'student returned'], rows)}"
 
 
 def _coverage(one: Summary) -> str:
     held_out = sum(not tasks.TASKS[task].tuning for task, _ in one.common)
     said = (
         f"Means over {len(one.common)} cells (task × LM), {held_out} of them on tasks and programs that no constant "
-        "was chosen on; 95 % intervals by bootstrap over cells and seeds. Ranks are of seed means, and ties (less than two "
+        "was chosen on, the bar for the student apart (see *Constants* above); "
+        "95 % intervals by bootstrap over cells and seeds. Ranks are of seed means, and ties (less than two "
         "paired standard errors over the test examples) share the better rank. Harm: part of the runs "
         "more than two paired standard errors below the student."
     )
@@ -124,8 +139,9 @@ def _main_table(one: Summary) -> str:
 
 def _main_row(one: Summary, line: Line) -> list[str]:
     versus = line.against
+    part = f" ({line.cells} of {len(one.common)} cells)" if line.cells < len(one.common) else ""
     return [
-        f"`{line.optimizer}`",
+        f"`{line.optimizer}`{part}",
         f"{line.mean_test:.1f}",
         f"{line.low:.1f}–{line.high:.1f}",
         "–" if line.rank is None else f"{line.rank:.1f}",
@@ -146,12 +162,13 @@ def _claims(one: Summary) -> str:
     best = one.best_other
     if ours is None or best is None:
         return ""
+    if ours.rank is None:
+        return f"`asyndbt` was run in {ours.cells} of {len(one.common)} cells: nothing is claimed at this budget yet."
     gap = ours.mean_test - best.mean_test
-    rank = "–" if ours.rank is None else f"{ours.rank:.2f}"
     harm = "–" if ours.harm is None else f"{ours.harm:.1f} %"
     said = [
         f"`asyndbt` minus the best ranked other (`{best.optimizer}`): {gap:+.1f} points (wanted: +3 or more). "
-        f"Average rank {rank} (wanted: 2.5 or less). Harm {harm} (wanted: 2 % or less)."
+        f"Average rank {ours.rank:.2f} (wanted: 2.5 or less). Harm {harm} (wanted: 2 % or less)."
     ]
     if one.median_reach is not None:
         part = "never" if math.isinf(one.median_reach) else f"{one.median_reach:.2f}"
@@ -182,6 +199,7 @@ def _variants(one: Summary) -> str:
         body.append(
             [
                 f"`{line.optimizer}`",
+                f"`{versus.reference}`",
                 f"{line.mean_test:.1f}",
                 f"{versus.difference:+.1f}",
                 f"{versus.low:+.1f} … {versus.high:+.1f}",
@@ -189,7 +207,7 @@ def _variants(one: Summary) -> str:
                 str(line.runs),
             ]
         )
-    return _table(["variant", "test", "asyndbt −", "95 %", "win/tie/loss", "runs"], body)
+    return _table(["variant", "compared with", "test", "difference", "95 %", "win/tie/loss", "runs"], body)
 
 
 _PAPER = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics as plain
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from quality_bench import optimizers
@@ -23,6 +23,7 @@ from quality_bench.statistics import (
 Cell = tuple[str, str]
 """(task, LM)."""
 OURS = "asyndbt"
+_BARS = (0.0, 0.5, 1.0, 1.5, 2.0)
 _POINTS = tuple(point / 10 for point in range(1, 11))
 
 
@@ -31,11 +32,13 @@ class Against:
     """One optimizer paired with AsynDBT over the cells that both have.
 
     Attributes:
-        difference, low, high: AsynDBT's mean minus its, in points, with a 95 % interval.
-        wins, ties, losses: Cells by ``statistics.verdict`` of AsynDBT.
+        reference: AsynDBT, or the variant of it that a variant is compared with (see ``reference_of``).
+        difference, low, high: The reference's mean minus its, in points, with a 95 % interval.
+        wins, ties, losses: Cells by ``statistics.verdict`` of the reference.
         p_value: Of the sign test over wins and losses.
     """
 
+    reference: str
     difference: float
     low: float
     high: float
@@ -69,6 +72,24 @@ class Line:
     against: Against | None
 
 
+@dataclass(frozen=True)
+class Acceptance:
+    """What AsynDBT's runs would have come to, had a program had to be ahead by so many standard errors to be returned.
+
+    Attributes:
+        accept_z: Standard errors of the paired difference to the student in the final race.
+        mean_test: Percent, over ``runs``.
+        harm: Percent of ``runs``.
+        kept: Percent of ``runs`` that return the student.
+    """
+
+    accept_z: float
+    mean_test: float
+    harm: float
+    kept: float
+    runs: int
+
+
 @dataclass
 class Summary:
     """One budget.
@@ -76,10 +97,11 @@ class Summary:
     Attributes:
         common: Cells that every ranked optimizer has; means and ranks are over these.
         lines: The best first.
-        variants: AsynDBT with other options, each over the cells that it shares with AsynDBT.
+        variants: AsynDBT with other options, each over the cells that it shares with what it is compared with.
         reach: Per cell AsynDBT's calls to reach the best other's final score, as a part of that one's calls.
         scores: ``{cell: {optimizer: mean over seeds}}``.
-        incomplete: Ranked optimizers that lack more than half of the cells: shown, not ranked.
+        incomplete: Ranked optimizers that lack more than a third of the cells: shown, not ranked.
+        acceptance: By ``accept_z``, over AsynDBT's runs whose race is in the row.
     """
 
     budget: int
@@ -89,6 +111,7 @@ class Summary:
     reach: dict[Cell, float]
     scores: dict[Cell, dict[str, float]]
     incomplete: list[str] = field(default_factory=list)
+    acceptance: list[Acceptance] = field(default_factory=list)
 
     @property
     def best_other(self) -> Line | None:
@@ -112,9 +135,11 @@ class Table:
     def score(self, cell: Cell, name: str) -> float:
         return mean([row["test"] for row in self.rows[cell][name]])
 
-    def rates(self, cell: Cell, name: str) -> list[float]:
-        """Per test example how often it was right, over the seeds."""
-        bits = [row["test_bits"] for row in self.rows[cell][name]]
+    def rates(self, cell: Cell, name: str, seeds_of: str = "") -> list[float]:
+        """Per test example how often it was right, over its seeds or over those that ``seeds_of`` has too."""
+        seeds = {row["seed"] for row in self.rows[cell].get(seeds_of, [])}
+        rows = [row for row in self.rows[cell][name] if row["seed"] in seeds] or self.rows[cell][name]
+        bits = [row["test_bits"] for row in rows]
         return [sum(letter == "1" for letter in column) / len(bits) for column in zip(*bits, strict=True)]
 
     def cells_of(self, name: str) -> list[Cell]:
@@ -138,7 +163,7 @@ def summarise(rows: Sequence[Row], budget: int) -> Summary:
     names = [name for name in table.names() if "[" not in name]
     ranked = [name for name in names if optimizers.find(name).ranked]
     fullest = max((len(table.cells_of(name)) for name in ranked), default=0)
-    incomplete = [name for name in ranked if 2 * len(table.cells_of(name)) < fullest]
+    incomplete = [name for name in ranked if 3 * len(table.cells_of(name)) < 2 * fullest]
     ranked = [name for name in ranked if name not in incomplete]
     common = sorted(set.intersection(*(set(table.cells_of(name)) for name in ranked))) if ranked else []
     placed = {cell: _ranks(table, cell, ranked) for cell in common}
@@ -149,7 +174,8 @@ def summarise(rows: Sequence[Row], budget: int) -> Summary:
         lines.append(_line(table, name, own, rank))
     variants = []
     for name in table.names():
-        shared = [cell for cell in table.cells_of(name) if OURS in table.rows[cell]]
+        reference = reference_of(name, table.names())
+        shared = [cell for cell in table.cells_of(name) if reference in table.rows[cell]]
         if "[" in name and shared:
             variants.append(_line(table, name, shared, None))
     lines.sort(key=lambda line: -line.mean_test)
@@ -158,7 +184,7 @@ def summarise(rows: Sequence[Row], budget: int) -> Summary:
     }
     others = [name for name in ranked if not optimizers.is_ours(name)]
     reach = {cell: part for cell in common if (part := _reach(table, cell, others, budget)) is not None}
-    return Summary(budget, common, lines, variants, reach, scores, incomplete)
+    return Summary(budget, common, lines, variants, reach, scores, incomplete, _acceptance(table))
 
 
 def _ranks(table: Table, cell: Cell, names: Sequence[str]) -> dict[str, int]:
@@ -200,15 +226,53 @@ def _harm(table: Table, name: str, own: Sequence[Cell]) -> float | None:
     return 100 * sum(known) / len(known) if known else None
 
 
+def _acceptance(table: Table) -> list[Acceptance]:
+    pairs = [
+        (row, found["student"][0])
+        for found in table.rows.values()
+        for row in found.get(OURS, [])
+        if row.get("finalists") and "student" in found
+    ]
+    # What a run did not return was not scored, so only a higher bar than the run's own can be told.
+    own = max((row["settings"]["algorithm"]["accept_z"] for row, _ in pairs), default=math.inf)
+    return [_accepted(pairs, bar) for bar in _BARS if bar >= own]
+
+
+def _accepted(pairs: Sequence[tuple[Row, Row]], bar: float) -> Acceptance:
+    scores, harmed, kept = [], 0, 0
+    for row, student in pairs:
+        winner = next((one for one in row["finalists"] if one["won"]), None)
+        if winner is None or winner["advantage"] <= bar * winner["error"]:
+            kept += 1
+            scores.append(student["test"])
+            continue
+        scores.append(row["test"])
+        own, students = ([float(letter) for letter in one["test_bits"]] for one in (row, student))
+        harmed += verdict(own, students) < 0
+    return Acceptance(bar, mean(scores), 100 * harmed / len(pairs), 100 * kept / len(pairs), len(pairs))
+
+
+def reference_of(name: str, known: Collection[str]) -> str:
+    """What an optimizer is compared with: AsynDBT; a variant ``asyndbt[a,b]`` with ``asyndbt[a]`` where that was run too."""
+    _, _, options = name.rstrip("]").partition("[")
+    shorter = f"{OURS}[{options.rpartition(',')[0]}]"
+    return shorter if shorter in known else OURS
+
+
 def _against(table: Table, name: str, own: Sequence[Cell]) -> Against | None:
-    shared = [cell for cell in own if OURS in table.rows[cell]]
+    reference = reference_of(name, table.names())
+    shared = [cell for cell in own if reference in table.rows[cell]]
     if name == OURS or not shared:
         return None
-    verdicts = [verdict(table.rates(cell, OURS), table.rates(cell, name)) for cell in shared]
-    gaps = [paired_difference(table.rates(cell, OURS), table.rates(cell, name))[0] for cell in shared]
+    # A variant of ours splits the data as AsynDBT does with the same seed.
+    seeds_of = name if optimizers.is_ours(name) else ""
+    rates = [(table.rates(cell, reference, seeds_of), table.rates(cell, name)) for cell in shared]
+    verdicts = [verdict(ours, other) for ours, other in rates]
+    gaps = [paired_difference(ours, other)[0] for ours, other in rates]
     low, high = bootstrap_interval([[gap] for gap in gaps])
     wins, losses = verdicts.count(1), verdicts.count(-1)
-    return Against(mean(gaps), low, high, wins, verdicts.count(0), losses, sign_test(wins, losses))
+    p_value = sign_test(wins, losses)
+    return Against(reference, mean(gaps), low, high, wins, verdicts.count(0), losses, p_value)
 
 
 def _reach(table: Table, cell: Cell, others: Sequence[str], budget: int) -> float | None:

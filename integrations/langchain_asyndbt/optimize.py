@@ -63,7 +63,7 @@ def optimize_chain(
         ConfigurationError: examples or options that cannot work; before any call of a model.
     """
     job = _prepare(chain, metric, trainset, valset, workers, labels, input_keys, input_key, output_key)
-    optimizer = AsynDBT(metric=job.metric, **job.options, **optimizer_options)
+    optimizer = AsynDBT(metric=job.metric, **{**job.options, **optimizer_options})
     with job.context():
         program = optimizer.compile(job.program, trainset=job.trainset, valset=job.valset)
     return _finished(optimizer, program, on_done)
@@ -85,7 +85,7 @@ async def aoptimize_chain(
 ) -> Runnable[Any, Any]:
     """``optimize_chain`` as a coroutine of the running event loop."""
     job = _prepare(chain, metric, trainset, valset, workers, labels, input_keys, input_key, output_key)
-    optimizer = AsynDBT(metric=job.metric, **job.options, **optimizer_options)
+    optimizer = AsynDBT(metric=job.metric, **{**job.options, **optimizer_options})
     with job.context():
         program = await optimizer.acompile(job.program, trainset=job.trainset, valset=job.valset)
     return _finished(optimizer, program, on_done)
@@ -131,7 +131,10 @@ def _prepare(
     program = to_program(chain, labels=labels or infer_labels(known), input_key=input_key)
     warn_of_unwritable(program.plan, known)
     raw = [*(trainset or ()), *(item for worker in listed for item in worker.trainset)]
-    options: dict[str, Any] = {} if workers is None else {"workers": converted if listed else workers}
+    # A chain's own template shows demos as it shows the last turn; what DSPy's adapters add is none of its business.
+    options: dict[str, Any] = {"demo_ending": False}
+    if workers is not None:
+        options["workers"] = converted if listed else workers
     return _Job(
         program=program,
         metric=as_dspy_metric(metric, has_output=any(OUTPUT in form.split(item)[1] for item in raw)),

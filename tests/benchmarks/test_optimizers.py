@@ -79,6 +79,8 @@ def test_our_budget_is_kept_and_incumbents_are_scored(data: Path) -> None:
     lms = measure.half_right_lms(tasks.TASKS["trec"])
     key = cells.Key("trec", lms.name, "asyndbt", 90, 0)
     row = cells.run(key, lms, data, incumbents=True)
+    assert row["finalists"] and all(one["examples"] > 0 and one["error"] > 0 for one in row["finalists"])
+    assert sum(one["won"] for one in row["finalists"]) <= 1
     assert row["task_lm_calls"] <= 90
     calls = [one["calls"] for one in row["incumbents"]]
     assert len(calls) >= 3

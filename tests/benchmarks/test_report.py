@@ -59,6 +59,31 @@ def test_harm_counts_runs_far_below_the_student() -> None:
     assert (line.optimizer, line.harm, line.runs) == ("asyndbt", 25.0, 4)
 
 
+def test_a_higher_bar_returns_the_student_more_often() -> None:
+    def run(seed: int, bits: str, advantage: float | None) -> dict[str, object]:
+        lost = {"examples": 10, "advantage": 0.9, "error": 0.1, "won": False}
+        won = (
+            [] if advantage is None else [{"examples": 20, "advantage": advantage, "error": 0.1, "won": True}]
+        )
+        kept = {"finalists": [lost, *won], "settings": {"algorithm": {"accept_z": 1.0}}}
+        return made_row("asyndbt", bits, seed=seed) | kept
+
+    half = "1" * 50 + "0" * 50
+    rows = [
+        made_row("student", half),
+        run(0, "1" * 100, 0.25),
+        run(1, "0" * 100, 0.15),  # harm, and 1.5 standard errors are not more than 1.5
+        run(2, half, None),
+    ]
+    found = {one.accept_z: one for one in summary.summarise(rows, 300).acceptance}
+    assert sorted(found) == [1.0, 1.5, 2.0], "what the run did not return was not scored"
+    first, second = found[1.0], found[1.5]
+    assert (first.mean_test, first.harm, first.kept, first.runs) == pytest.approx((50.0, 100 / 3, 100 / 3, 3))
+    assert (second.mean_test, second.harm, second.kept) == pytest.approx((200 / 3, 0.0, 200 / 3))
+    assert "| 1.5 | 66.7 | 0 % | 67 % |" in report.text([summary.summarise(rows, 300)])
+    assert summary.summarise([made_row("student", half), made_row("asyndbt", half)], 300).acceptance == []
+
+
 def test_ranks_ties_and_wins_of_a_small_grid() -> None:
     better, worse = "1" * 80 + "0" * 20, "1" * 40 + "0" * 60
     rows = []
@@ -84,10 +109,11 @@ def test_ranks_ties_and_wins_of_a_small_grid() -> None:
 
 
 def test_means_are_over_the_cells_that_all_have() -> None:
-    rows = [made_row(name, HALF, task=task) for task in ("sst2", "trec") for name in ("student", "asyndbt")]
-    rows.append(made_row("simba", "1" * 100))
+    half = [made_row(name, HALF, task=task) for task in ("sst2", "trec") for name in ("student", "asyndbt")]
+    none = [made_row(name, "0" * 100, task="cola") for name in ("student", "asyndbt")]
+    rows = [*half, *none, *(made_row("simba", "1" * 100, task=task) for task in ("sst2", "trec"))]
     found = summary.summarise(rows, 300)
-    assert found.common == [("sst2", "small")]
+    assert found.common == [("sst2", "small"), ("trec", "small")]
     assert {line.optimizer: line.mean_test for line in found.lines} == {
         "simba": 100,
         "asyndbt": 50,
@@ -96,14 +122,24 @@ def test_means_are_over_the_cells_that_all_have() -> None:
 
 
 def test_an_optimizer_with_few_cells_is_shown_but_not_ranked() -> None:
-    names = ("sst2", "trec", "cola")
+    names = ("sst2", "trec", "cola", "qnli", "ag_news")
     rows = [made_row(name, HALF, task=task) for task in names for name in ("student", "asyndbt")]
     rows.append(made_row("simba", "1" * 100))
+    rows += [made_row("copro", HALF, task=task) for task in names[:3]]
     found = summary.summarise(rows, 300)
-    assert found.incomplete == ["simba"]
-    assert len(found.common) == 3
+    assert found.incomplete == ["copro", "simba"]
+    assert len(found.common) == 5
     assert next(line.rank for line in found.lines if line.optimizer == "simba") is None
-    assert "not ranked: simba" in report.text([found])
+    assert "not ranked: copro, simba" in report.text([found])
+    assert "`copro` (3 of 5 cells)" in report.text([found])
+
+
+def test_nothing_is_claimed_of_few_cells() -> None:
+    rows = [made_row("student", HALF, task=task) for task in ("sst2", "trec", "cola", "qnli", "ag_news")]
+    rows.append(made_row("asyndbt", "1" * 100))
+    said = report.text([summary.summarise(rows, 300)])
+    assert "`asyndbt` was run in 1 of 5 cells: nothing is claimed" in said
+    assert "best ranked other" not in said
 
 
 def test_calls_to_reach_the_best_other() -> None:
@@ -123,6 +159,7 @@ def test_variants_are_compared_on_the_cells_they_share() -> None:
     rows = [
         made_row("asyndbt", "1" * 80 + "0" * 20),
         made_row("asyndbt", "0" * 100, task="trec"),
+        made_row("asyndbt", "1" * 20 + "0" * 80, seed=1),  # the variant was not run with this seed
         made_row("asyndbt[race=False]", "1" * 60 + "0" * 40),
         made_row("student", HALF),
         made_row("student", HALF, task="trec"),
@@ -183,3 +220,22 @@ def test_the_others_settings_are_committed_for_every_task_and_budget() -> None:
                 known = settings.table()[settings.key(name, budget, shape)]
                 assert known["measured_calls"] >= 0.9 * budget, (name, budget, shape)
                 assert settings.settings_for(name, budget, shape) == known["settings"]
+
+
+def test_a_variant_of_a_variant_is_compared_with_the_one_without_its_last_option() -> None:
+    known = [
+        "asyndbt",
+        "asyndbt[demo_ending=False]",
+        "asyndbt[demo_ending=False,race=False]",
+        "asyndbt[draws=4]",
+    ]
+    found = [summary.reference_of(name, known) for name in known]
+    assert found == ["asyndbt", "asyndbt", "asyndbt[demo_ending=False]", "asyndbt"]
+    assert summary.reference_of("mipro_v2", known) == "asyndbt"
+    rows = [
+        made_row("asyndbt", "1" * 100),
+        made_row("asyndbt[demo_ending=False]", "1" * 50 + "0" * 50),
+        made_row("asyndbt[demo_ending=False,race=False]", "1" * 40 + "0" * 60),
+    ]
+    gaps = {line.optimizer: line.against.difference for line in summary.summarise(rows, 300).variants}
+    assert gaps == {"asyndbt[demo_ending=False]": 50.0, "asyndbt[demo_ending=False,race=False]": 10.0}

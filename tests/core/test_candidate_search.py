@@ -86,3 +86,14 @@ def test_a_set_of_its_own_is_not_liked_for_being_new() -> None:
 def test_when_every_candidate_is_excluded_the_best_comes_again() -> None:
     search = informed(5, allowed=((0,), (0,), (0,)))
     assert search.thompson((0,), [STUDENT], np.random.default_rng(0), 1.0, [STUDENT]) == STUDENT
+
+
+def test_both_ways_to_end_demos_are_drawn_alike() -> None:
+    """No ending is a choice like the other, not an empty slot."""
+    ending = Block("toy/ending", "toy", "ending", (Arm(""), Arm("e:toy")))
+    space = Space((*SPACE.blocks, ending))
+    allowed = tuple(tuple(range(len(block.arms))) for block in space.upper)
+    search = CandidateSearch(space, allowed, EffectModel(EffectKeys.of(space, share_credit=True)))
+    rng = np.random.default_rng(0)
+    drawn = [search._redrawn((0,) * len(allowed), len(allowed) - 1, rng) for _ in range(400)]
+    assert 160 < sum(drawn) < 240

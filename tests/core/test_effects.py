@@ -251,3 +251,17 @@ def test_a_space_without_demos_decodes_to_its_instructions() -> None:
     keys = EffectKeys.of(space, share_credit=True)
     factors = np.zeros((1, 2, len(keys.shared)))
     assert decode(space, DEFAULT, keys, (1,), [], factors, ((),)) == (1,)
+
+
+def test_how_demos_end_is_a_choice_of_its_own_and_shared() -> None:
+    ending = Block("toy/ending", "toy", "ending", (Arm(""), Arm("e:toy")))
+    keys = EffectKeys.of(Space((*SPACE.blocks, ending)), share_credit=True)
+    assert keys.of_candidate((0, 0, 0, 1)) == {"ending:toy/ending:1": 1.0}
+    assert "ending:toy/ending:1" in keys.shared
+    model = EffectModel(keys)
+    for example in range(8):
+        for arm in (0, 1):
+            model.observe((0, 1, 0, arm), example, 0.1 * example - 0.5 * arm)
+    model.fit()
+    mean, deviation = model.effect("ending:toy/ending:1")
+    assert mean < -2 * deviation

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from asyndbt_dspy.core.config import DEFAULT, AlgorithmConfig
-from asyndbt_dspy.core.messages import RaceReply, RaceRequest, Scored, StepRequest
+from asyndbt_dspy.core.messages import RaceReply, RaceRequest, Scored, StepReply, StepRequest
 from asyndbt_dspy.core.pacing import Paces, Synchrony
 from asyndbt_dspy.core.racing import RaceState
 from asyndbt_dspy.engines.meter import RunMeter
@@ -143,6 +143,18 @@ def test_the_search_ends_while_a_slow_worker_still_has_a_step_under_way() -> Non
     assert fast[1].search_end_s < slow[1].search_end_s - 30
     opened = next(one.time_s for one in slow[2] if isinstance(one.event, RaceRequest))
     assert opened == slow[1].search_end_s
+
+
+@pytest.mark.parametrize("keep_busy", [True, False])
+def test_where_nobody_waits_the_race_begins_while_one_of_five_works_on_its_last_step(keep_busy: bool) -> None:
+    config = dataclasses.replace(
+        DEFAULT, active_workers=3, max_staleness=60, balance=False, keep_busy=keep_busy
+    )
+    server, _, events = simulated(config, lognormal_delays(1.0, 1.0, 0))
+    opened = next(one.time_s for one in events if isinstance(one.event, RaceRequest))
+    late = [one for one in events if isinstance(one.event, StepReply) and one.time_s > opened]
+    assert len(late) == keep_busy
+    assert server.calls_spent <= 900
 
 
 @pytest.mark.parametrize("balance", [True, False])

@@ -298,8 +298,8 @@ def test_a_worker_that_always_hangs_is_set_aside() -> None:
         Worker("good", kit.examples(36)),
         Worker("stuck", kit.examples(36, start=36), lm=hanging_lm(1)),
     ]
-    optimizer, student = magic(workers=workers, rollout_timeout_s=0.3, budget=Budget(metric_calls=60))
+    optimizer, student = magic(workers=workers, rollout_timeout_s=3.0, budget=Budget(metric_calls=60))
     with dspy.context(lm=kit.color_lm()):
         optimizer.compile(student)
-    assert "no answer within 0.3 s" in optimizer.result.workers[1].set_aside
+    assert "no answer within 3 s" in optimizer.result.workers[1].set_aside
     assert optimizer.result.workers[0].calls > 20

@@ -42,6 +42,13 @@ def compiled(workers: list[Worker], budget: Budget, **options: Any) -> tuple[Asy
     return optimizer, optimizer.compile(dspy.Predict(kit.Sort))
 
 
+def assert_better(optimizer: AsynDBT, program: dspy.Module) -> None:
+    """With the magic sentence or with demos of two classes the script is always right; which of them wins, timing decides."""
+    winner = next(one for one in optimizer.result.candidates if one.won)
+    assert winner.name != "student" and winner.score == 1.0 and winner.examples >= 6
+    assert kit.state_of(program) != kit.state_of(dspy.Predict(kit.Sort))
+
+
 @both_engines
 def test_a_cap_on_lm_calls_holds_whatever_is_in_flight(engine: str) -> None:
     with Provider(answer=kit.stairs(1)) as provider:
@@ -49,8 +56,7 @@ def test_a_cap_on_lm_calls_holds_whatever_is_in_flight(engine: str) -> None:
         optimizer, program = compiled(workers, Budget(lm_calls=500))
         assert 400 <= provider.attempts <= 500
         assert sum(line["attempts"] for line in optimizer.result.spending.values()) == provider.attempts
-    assert program.signature.instructions == kit.MAGIC  # the best so far, raced with what was kept back
-    assert any(one.examples for one in optimizer.result.candidates)
+    assert_better(optimizer, program)  # the best so far, raced with what was kept back
     assert "lm calls" in optimizer.result.stopped
 
 
@@ -91,7 +97,7 @@ def test_a_dead_key_is_left_out_and_the_next_one_answers(engine: str) -> None:
         assert 1 <= len(provider.seen(key="dead")) <= 10
     assert optimizer.result.metric_calls >= 100
     assert not optimizer.result.workers[0].set_aside
-    assert program.signature.instructions == kit.MAGIC
+    assert_better(optimizer, program)
 
 
 def test_a_straggler_is_hedged_on_the_next_lm_and_both_are_counted() -> None:
@@ -148,11 +154,14 @@ def test_seconds_end_search_race_and_all_with_the_best_so_far() -> None:
     """Five thousand rollouts of 50 ms in 16 places would take 15 s."""
     with Provider(answer=kit.stairs(1), latency_s=0.05) as provider:
         workers = workers_on(provider, max_concurrency=8)
-        optimizer, program = compiled(workers, Budget(metric_calls=5000, seconds=3.0))
+        # How many examples are raced by then is the machine's business: whatever is ahead by then is returned.
+        optimizer, program = compiled(
+            workers, Budget(metric_calls=5000, seconds=3.0), config={"accept_z": 0.0}
+        )
     assert optimizer.result.seconds < 8
     assert 0 < optimizer.result.metric_calls < 1500
     assert "time budget" in optimizer.result.stopped or "of the budget are over" in optimizer.result.stopped
-    assert program.signature.instructions == kit.MAGIC
+    assert_better(optimizer, program)
 
 
 def test_when_time_is_over_in_the_setup_the_student_comes_back() -> None:

@@ -135,7 +135,7 @@ def test_fewer_demos_per_class_and_none() -> None:
         shown = [demo["label"] for demo in program.demos]
         assert all(shown.count(label) <= per_class for label in kit.LABELS)
         blocks = len(optimizer.result.candidates[0].arms)
-        assert blocks == 1 + 3 * per_class + (per_class > 0)
+        assert blocks == 1 + 3 * per_class + 2 * (per_class > 0)  # with the order and the ending of demos
 
 
 def test_the_settings_in_the_result_repeat_the_run() -> None:

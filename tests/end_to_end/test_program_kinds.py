@@ -64,9 +64,8 @@ def test_every_predictor_has_blocks_for_instructions_and_demos() -> None:
     blocks = set(optimizer.result.curve[0].z)
     assert blocks == {"topic/instructions", "sort/instructions"}
     arms = len(optimizer.result.candidates[0].arms)
-    assert (
-        arms == 2 + 4 + 3 + 2
-    )  # two instructions, four free slots, one slot per class, an order per predictor
+    # Two instructions, four free slots, one slot per class, an order and an ending per predictor.
+    assert arms == 2 + 4 + 3 + 2 + 2
 
 
 def test_a_predictor_keeps_its_own_lm_and_worker_lms_do_not_leak() -> None:

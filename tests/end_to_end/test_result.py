@@ -96,6 +96,18 @@ def test_the_table_shows_winner_scores_and_workers(compiled: tuple[AsynDBT, dspy
     assert max(len(line) for line in table.splitlines()) <= 130
 
 
+def test_a_candidate_that_is_ahead_by_too_little_is_named() -> None:
+    student = dspy.Predict(kit.Sort)
+    optimizer = kit.optimizer(instructions=kit.texts_for(student, kit.MAGIC), config={"accept_z": 100.0})
+    with dspy.context(lm=kit.color_lm()):
+        program = optimizer.compile(student, trainset=kit.examples(48))
+    result = optimizer.result
+    best = max(result.candidates[1:], key=lambda one: one.advantage if not one.eliminated else -1.0)
+    assert (result.winner, kit.state_of(program)) == ("student", kit.state_of(student)) and best.advantage > 0
+    assert f"{best.name} was ahead of the student by {best.advantage:+.3f}" in result.why
+    assert "not by more than 100 standard errors" in result.why
+
+
 def test_a_run_without_a_race_says_why_it_won() -> None:
     optimizer = kit.optimizer(preset="paper", fragments=2)
     with dspy.context(lm=kit.color_lm()):

@@ -102,11 +102,14 @@ def test_the_same_chain_comes_back_better(form: str, metric: Callable[..., Any])
         trainset=[FORMS[form](row) for row in DATA],
         budget=Budget(metric_calls=150),
         progress=False,
-        on_done=lambda optimizer, program: kept.update(result=optimizer.result, program=program),
+        on_done=lambda optimizer, program: kept.update(
+            result=optimizer.result, program=program, options=optimizer.options
+        ),
     )
     assert score(chain) == 0.0
     assert score(optimized) == 1.0, "one demo per label is all it takes"
     assert kept["result"].metric_calls <= 150
+    assert not kept["options"].demo_ending, "the chain's own template adds nothing to the last turn"
     assert type(optimized) is type(chain)
     assert optimized.config == chain.config
     assert optimized.get_input_jsonschema() == chain.get_input_jsonschema()

@@ -74,3 +74,16 @@ def test_numbers_of_the_core_are_places_at_the_evaluator() -> None:
 def test_an_ungrouped_worker_has_its_own_examples_alone() -> None:
     shards = shards_of([Worker("a", examples(20)), Worker("b", examples(20, 100))])
     assert race_examples(shards) == {one.worker.name: one.held_out for one in shards}
+
+
+def test_a_common_valset_goes_to_workers_without_one_of_their_own() -> None:
+    workers = [
+        Worker("a", examples(20)),
+        Worker("b", examples(20, 100)),
+        Worker("c", examples(20, 200), examples(2, 300)),
+    ]
+    raced_on = [
+        sorted(int(one.question) for one in shard.held_out) for shard in shards_of(workers, examples(5, 500))
+    ]
+    assert sorted(raced_on[0] + raced_on[1]) == [500, 501, 502, 503, 504]
+    assert [len(one) for one in raced_on] == [3, 2, 2] and raced_on[2] == [300, 301]

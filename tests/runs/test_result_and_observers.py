@@ -13,6 +13,7 @@ import pytest
 from asyndbt_dspy.core.config import AlgorithmConfig
 from asyndbt_dspy.engines.local import LocalEngine
 from asyndbt_dspy.engines.protocols import SERVER, Recorded
+from asyndbt_dspy.reporting import explain
 from asyndbt_dspy.runs.observers import CurveRecorder, ProgressBar
 from asyndbt_dspy.runs.result import CandidateResult, Result, WorkerResult
 
@@ -156,3 +157,15 @@ def test_the_bar_counts_every_call_once(capsys: pytest.CaptureFixture[str]) -> N
     shown = capsys.readouterr().err
     assert "best 1.000" in shown
     assert "/200" in shown
+
+
+@pytest.mark.parametrize(
+    ("advantage", "reason"),
+    [(0.05, "not by more than 1 standard errors"), (0.3, "only in how sure the LM was, not in the metric")],
+)
+def test_the_reason_says_why_a_program_that_was_ahead_is_not_returned(advantage: float, reason: str) -> None:
+    student = candidate("student", advantage=None, won=True)
+    other = candidate("candidate 1", advantage=advantage, advantage_error=0.1, won=False, eliminated=False)
+    said = explain("student", [student, other], 1.0)
+    assert reason in said
+    assert "so the student is returned as it was" in said
