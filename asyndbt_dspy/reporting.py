@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from asyndbt_dspy.core.messages import WorkerLost
-from asyndbt_dspy.core.racing import Standing
+from asyndbt_dspy.core.racing import Standing, bar
 from asyndbt_dspy.core.server import ServerState
 from asyndbt_dspy.core.worker import WorkerState
 from asyndbt_dspy.engines.meter import RunMeter
@@ -104,8 +104,9 @@ def explain(winner: str, candidates: Sequence[CandidateResult], accept_z: float)
         if best is None:
             return f"Nothing beat the student on {chosen.examples} held-out examples, so it is returned as it was."
         ahead_by = f"{best.advantage:+.3f} ± {best.advantage_error or 0:.3f}"
-        reason = f"not by more than {accept_z:g} standard errors"
-        if (best.advantage or 0.0) > accept_z * (best.advantage_error or 0.0):
+        needed = bar(accept_z, best.examples) if accept_z else 0.0
+        reason = f"not by more than {needed:.2g} standard errors"
+        if (best.advantage or 0.0) > needed * (best.advantage_error or 0.0):
             reason = "but only in how sure the LM was, not in the metric"
         return (
             f"{best.name} was ahead of the student by {ahead_by} on {best.examples} held-out examples: {reason}, so the "

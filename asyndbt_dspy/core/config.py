@@ -56,7 +56,8 @@ class AlgorithmConfig:
         share_credit: A demo's worth is shared over the slots of a predictor [O 7.5].
         share_effects: Workers exchange what they learned about shared arms (partitioned variational inference) [O 7.5].
         effect_trust: In [0, 1]. Weight of what other workers learned.
-        stale_step: Scale a late worker's next step by ``1 / sqrt(1 + staleness)`` [O 7.9].
+        stale_step: A late worker's next step is scaled by ``1 / sqrt(1 + staleness)``, and its old point counts as if it had
+            moved with z meanwhile (``core.lateness``) [O 7.9].
         importance_limit: >= 1. Clip of importance weights for earlier samples [O 7.9]; 0 turns the buffer off.
         clip_consensus: Clip theta, rho and mu (p - z) to [-psi, psi] [O 7.10].
         aggregator: How z follows the workers' p: ``sign`` is the paper's subgradient, the others are [O 7.10].
@@ -80,8 +81,8 @@ class AlgorithmConfig:
         patience: >= 1, iterations in a row below ``stationarity``.
         race_fraction: In [0, 1), part of the calls kept back for the final race.
         race_candidates: >= 1, largest number of final candidates besides the student.
-        accept_z: >= 0. The winner replaces the student if its paired advantage exceeds so many standard errors (1.645: one-
-            sided 5 %) and it does not score lower; 0: any advantage will do.
+        accept_z: >= 0. The winner replaces the student if its paired advantage exceeds so many standard errors (more
+            where examples are few, as in a t test) and it does not score lower; 0: any advantage will do.
         race_soft: In [0, 1]. Weight of the LM's probability of the right answer in a race value, where it is reported.
     """
 
@@ -141,7 +142,7 @@ class AlgorithmConfig:
     patience: int = 3
     race_fraction: float = 0.4
     race_candidates: int = 7
-    accept_z: float = 1.645
+    accept_z: float = 2.0
     race_soft: float = 0.6
 
     def __post_init__(self) -> None:

@@ -41,6 +41,7 @@ _PRIOR_WEIGHT = 4.0
 """Pseudo-observations behind each prior variance."""
 _MEAN_VARIANCE = 100.0
 """Prior variance of the overall mean, in variances of a loss: practically flat."""
+_SEQUENCE = ("count", "recent", "first", "last")
 _DECAY = 0.6
 """How late a demo is shown counts as this to the power of the demos after it."""
 
@@ -78,10 +79,10 @@ class EffectKeys:
             if block.kind == "demo":
                 shared[f"shown:{block.predictor}"] = None
                 if block.stratum is not None:
-                    kinds = ("count", "recent", "first", "last")
-                    shared.update(
-                        dict.fromkeys(f"{kind}:{block.predictor}:{block.stratum}" for kind in kinds)
-                    )
+                    ending = space.ending_blocks.get(block.predictor)
+                    for number in range(1 if ending is None else len(space.blocks[ending].arms)):
+                        name = _sequence_name(block.predictor, block.stratum, number)
+                        shared.update(dict.fromkeys(f"{kind}:{name}" for kind in _SEQUENCE))
             rows.append(tuple(names))
         return cls(space, tuple(rows), tuple(shared))
 
@@ -91,7 +92,8 @@ class EffectKeys:
         for predictor, slots in self.space.demo_slots.items():
             order = self._order(predictor, candidate) or range(len(slots))
             shown = [self.space.blocks[slots[place]].stratum for place in order if candidate[slots[place]]]
-            found.update(_sequence_features(predictor, shown))
+            ending = self.space.ending_blocks.get(predictor)
+            found.update(_sequence_features(predictor, shown, 0 if ending is None else candidate[ending]))
         return found
 
     def _order(self, predictor: str, candidate: Candidate) -> tuple[int, ...]:
@@ -99,13 +101,21 @@ class EffectKeys:
         return () if block is None else self.space.blocks[block].arms[candidate[block]].order
 
 
-def _sequence_features(predictor: str, shown: Sequence[str | None]) -> dict[str, float]:
-    """What the classes of the demos shown, in their order, switch on."""
+def _sequence_name(predictor: str, stratum: str, ending: int) -> str:
+    return f"{predictor}:{stratum}:{ending}" if ending else f"{predictor}:{stratum}"
+
+
+def _sequence_features(predictor: str, shown: Sequence[str | None], ending: int = 0) -> dict[str, float]:
+    """What the classes of the demos shown, in their order, switch on.
+
+    Each ending has effects of its own: which sets are good with one says nothing of which are with another
+    (``docs/benchmarks.md``).
+    """
     found = {f"shown:{predictor}": 1.0} if shown else {}
     for place, stratum in enumerate(shown):
         if stratum is None:
             continue
-        name, later = f"{predictor}:{stratum}", len(shown) - 1 - place
+        name, later = _sequence_name(predictor, stratum, ending), len(shown) - 1 - place
         found[f"count:{name}"] = found.get(f"count:{name}", 0.0) + 1.0
         found[f"recent:{name}"] = found.get(f"recent:{name}", 0.0) + _DECAY**later
         if place == 0:

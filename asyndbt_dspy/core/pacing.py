@@ -34,6 +34,7 @@ class Paces:
 
     Attributes:
         noted: Whether anything is noted.
+        fewest: Examples per draw of the shortest steps.
         slowest: Answers of all during one of the slowest worker, its own included; 0 before anything is known.
     """
 
@@ -42,8 +43,9 @@ class Paces:
         self.noted = is_adaptive or (config.balance and config.active_workers < count)
         self.slowest = 0.0
         self._is_balanced = config.balance
+        self._is_tapered = config.balance and config.keep_busy
         # The barrier form counts on every step costing the same, and waits for everybody anyway.
-        self._least = (
+        self.fewest = (
             min(2, config.minibatch) if config.balance and config.buffered_lower else config.minibatch
         )
         self._most = config.minibatch
@@ -96,9 +98,15 @@ class Paces:
         relative = math.exp(self._median - pace)
         return relative if relative <= _SLOW[min(answers, _FEWEST)] else 1.0
 
-    def minibatch(self, number: int) -> int:
-        """Examples per draw of its next step: fewer for a slow worker, so that what it answers is less late."""
-        return max(self._least, math.ceil(self._most * self.speed(number)))
+    def minibatch(self, number: int, calls_left: int | None = None, living: int = 1) -> int:
+        """Examples per draw of its next step: fewer for a slow worker, so that what it answers is less late.
+
+        Where nobody waits for anybody, fewest in the last steps of a search, for which ``calls_left`` is less than a whole
+        step for each of the ``living``: the shorter these are, the less apart they end.
+        """
+        if self._is_tapered and calls_left is not None and calls_left < living * self._unit:
+            return self.fewest
+        return max(self.fewest, math.ceil(self._most * self.speed(number)))
 
 
 class Synchrony:

@@ -318,25 +318,29 @@ class RaceState:
 
         ``value``: What of a result is compared; by default its race value.
         """
-        value = value or self._value
-        own, students = self.results[number], self.results[0]
-        # In one order: sums must not depend on which arrived first.
-        pairs = [value(own[place]) - value(students[place]) for place in sorted(own.keys() & students)]
-        differences = np.array([pair for pair in pairs if math.isfinite(pair)])
+        differences = self._differences(number, value or self._value)
         if not len(differences):
             return -math.inf, math.inf
         return float(differences.mean()), _standard_error(differences)
 
+    def _differences(self, number: int, value: Callable[[Result], float]) -> FloatArray:
+        own, students = self.results[number], self.results[0]
+        # In one order: sums must not depend on which arrived first.
+        pairs = [value(own[place]) - value(students[place]) for place in sorted(own.keys() & students)]
+        return np.array([pair for pair in pairs if math.isfinite(pair)])
+
     def winner(self) -> Candidate:
         """The running challenger that is furthest ahead, if it beats the student by ``accept_z`` standard errors.
 
+        With few examples it takes more of them, as in Student's t test: their spread is not known well either.
         Race values also count how sure the LM is. That tells candidates apart, but nobody is served by a program that is
         surer and scores lower: by the metric alone the winner must not be behind the student.
         """
         best, advantage = 0, 0.0
         for number in self.running[1:]:
             mean, error = self._paired(number)
-            needed = self.config.accept_z * error if self.config.accept_z else 0.0
+            pairs = len(self._differences(number, self._value))
+            needed = bar(self.config.accept_z, pairs) * error if self.config.accept_z else 0.0
             if mean > max(advantage, needed) and self._paired(number, _score)[0] >= 0.0:
                 best, advantage = number, mean
         return self.candidates[best]
@@ -358,6 +362,17 @@ class RaceState:
             in_race = number in self.running
             rows.append(Standing(candidate, mean, low, high, len(scores), advantage, error, in_race))
         return tuple(rows)
+
+
+def bar(accept_z: float, pairs: int) -> float:
+    """Standard errors that ``accept_z`` comes to with so many pairs: the same quantile of Student's t.
+
+    By the expansion of Fisher and Cornish (Abramowitz & Stegun 26.7.5), two terms; infinite below two pairs.
+    """
+    if pairs < 2:
+        return math.inf
+    z, degrees = accept_z, pairs - 1
+    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
 
 
 def _score(result: Result) -> float:

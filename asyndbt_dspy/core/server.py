@@ -31,6 +31,7 @@ from asyndbt_dspy.core.consensus import update_consensus, update_duals
 from asyndbt_dspy.core.decoding import decode, finalists, merge_factors, safest
 from asyndbt_dspy.core.effects import EffectKeys
 from asyndbt_dspy.core.final import kept_back, learned, open_race
+from asyndbt_dspy.core.lateness import Carried
 from asyndbt_dspy.core.lower_level import LowerEstimate, Surrogate, buffered_estimate
 from asyndbt_dspy.core.messages import (
     Finish,
@@ -60,8 +61,8 @@ from asyndbt_dspy.errors import ProtocolError
 
 _FREE_STEPS = 4
 """Steps in a row of every worker that cost no call: a small space can be exhausted before the budget is."""
-_FEW = 0.25
-"""Share of the workers that a run in which nobody waits leaves behind at the end of its search, as the race's heats do."""
+_FEW = 0.5
+"""Share of the workers that a run in which nobody waits leaves behind at the end of its search: its last steps are short."""
 
 Phase = Literal["search", "rounds", "race", "finished"]
 
@@ -117,15 +118,15 @@ class ServerState:
         self.finish_reason = ""
         self.winner: Candidate = space.student
         self.staleness = [0] * count
-        self.roster = Roster(count, config.minibatch)
+        self.carried = Carried(count, self.z, config.stale_step)
         self.paces, self.synchrony = Paces(count, config), Synchrony(config)
+        self.roster = Roster(count, self.paces.fewest if config.keep_busy else config.minibatch)
         self.arrived: dict[int, StepReply] = {}
         self.in_race: set[int] = set()
         self.calls_spent = 0
         self.race_calls = kept_back(config, self.members, calls)
         self.calls_left = None if calls is None else calls - self.race_calls
-        self._calm = 0
-        self._free_steps = [0] * count
+        self._calm, self._free_steps = 0, [0] * count
         self._rounds: BarrierRounds | None = None
         self._schedule = RefreshSchedule(config)
         self._least_step = min(self.step_calls(number) for number in range(count))
@@ -267,15 +268,14 @@ class ServerState:
         for number in active:
             reply = self.arrived[number]
             if self.config.stationarity:
-                moved += (
-                    float(np.sum((reply.lower - self.p[number]) ** 2))
-                    / max(self.config.lower_step, 1e-12) ** 2
-                )
+                step = (reply.lower - self.p[number]) / max(self.config.lower_step, 1e-12)
+                moved += float(step @ step)
             self._store(number, reply)
         rows = np.flatnonzero(self.live)
         push = cuts.consensus_push(self.planes, self.layout)
         before = self.z
-        self.z = update_consensus(self.layout, self.config, self.z, self.p[rows], self.duals[rows], push)
+        points = self.carried.points(self.p, self.z, self.version)[rows]
+        self.z = update_consensus(self.layout, self.config, self.z, points, self.duals[rows], push)
         moved += float(np.sum((self.z - before) ** 2)) / max(self.config.consensus_step, 1e-12) ** 2
         self.planes = cuts.update(self.config, self.planes, self.p, self.z, self.q, self.live, self.q_owner)
         self.duals[active] = update_duals(self.config, self.duals[active], self.p[active], self.z)
@@ -283,6 +283,7 @@ class ServerState:
 
     def _store(self, number: int, reply: StepReply) -> None:
         self.p[number] = reply.lower
+        self.carried.take_in(number, reply.version)
         if reply.upper is not None:
             self.q[self.q_owner == number] = reply.upper
         self.surrogates[number] = Surrogate(reply.gradient, reply.lower, reply.curvature, reply.cross)
@@ -378,12 +379,13 @@ class ServerState:
         merged = merge_factors(self.config, self.factors, self.live, numbers)
         pushes = cuts.pushes(self.planes, numbers, self.q_owner, self.layout, self.q_layouts)
         for number, effects, *push in zip(numbers, merged, *pushes, strict=True):
-            self.roster.minibatch[number] = self.paces.minibatch(number)
+            self.roster.minibatch[number] = self.paces.minibatch(number, self.calls_left, len(self._alive()))
             if self.calls_left is not None and self.calls_left < self.step_calls(number):
                 self.roster.idle.add(number)
                 continue
             self._reserve(number)
             self.roster.hand_out(number, self.version)
+            self.carried.hand_out(number, self.z)
             self.paces.hand_out(number)
             sent.append(Send(self._step_request(number, effects, *push)))
         return sent
@@ -411,8 +413,6 @@ class ServerState:
             repeat=self.roster.repeats[number],
             minibatch=self.roster.minibatch[number] % self.config.minibatch,
         )
-
-    # ---------------------------------------------------------------- evictions
 
     def _lose(self, number: int) -> list[Instruction]:
         self.live[number] = 0.0

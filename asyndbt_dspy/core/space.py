@@ -126,6 +126,11 @@ class Space:
         return {block.predictor: number for number, block in enumerate(self.blocks) if block.kind == "order"}
 
     @functools.cached_property
+    def ending_blocks(self) -> Mapping[str, int]:
+        """Per predictor the number of its ending block, where it has one."""
+        return {block.predictor: number for number, block in enumerate(self.blocks) if block.kind == "ending"}
+
+    @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
         """Arms of every block."""
         return tuple(len(block.arms) for block in self.blocks)

@@ -265,3 +265,31 @@ def test_how_demos_end_is_a_choice_of_its_own_and_shared() -> None:
     model.fit()
     mean, deviation = model.effect("ending:toy/ending:1")
     assert mean < -2 * deviation
+
+
+def test_each_ending_has_effects_of_sequence_of_its_own() -> None:
+    slots = tuple(
+        Block(f"toy/demo{number}", "toy", "demo", (Arm(""), Arm(f"d:{number}")), stratum=stratum)
+        for number, stratum in enumerate("xy")
+    )
+    ending = Block("toy/ending", "toy", "ending", (Arm(""), Arm("e:toy")))
+    keys = EffectKeys.of(Space((*slots, ending)), share_credit=True)
+    kinds = ("count", "recent", "first", "last")
+    plain, alike = keys.of_candidate((1, 1, 0)), keys.of_candidate((1, 1, 1))
+    assert {name: plain[name] for name in ("first:toy:x", "last:toy:y")} == {
+        "first:toy:x": 1.0,
+        "last:toy:y": 1.0,
+    }
+    assert {
+        name.removesuffix(":1"): weight for name, weight in alike.items() if name.partition(":")[0] in kinds
+    } == {name: weight for name, weight in plain.items() if name.partition(":")[0] in kinds}
+    assert not {name for name in plain if name.partition(":")[0] in kinds} & set(alike)
+    assert {*plain, *alike} <= set(keys.shared)
+    # The class shown last helps as demos are shown and hurts with the ending: one effect for both could say neither.
+    model = EffectModel(keys)
+    for example in range(8):
+        for arms, loss in (((1, 0, 0), 0.2), ((0, 1, 0), 0.8), ((1, 0, 1), 0.8), ((0, 1, 1), 0.2)):
+            model.observe(arms, example, loss)
+    model.fit()
+    for kind in kinds:
+        assert model.effect(f"{kind}:toy:x")[0] < 0.0 < model.effect(f"{kind}:toy:x:1")[0]

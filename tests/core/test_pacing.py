@@ -146,14 +146,16 @@ def test_the_search_ends_while_a_slow_worker_still_has_a_step_under_way() -> Non
 
 
 @pytest.mark.parametrize("keep_busy", [True, False])
-def test_where_nobody_waits_the_race_begins_while_one_of_five_works_on_its_last_step(keep_busy: bool) -> None:
+def test_where_nobody_waits_the_race_begins_while_two_of_five_work_on_their_last_steps(
+    keep_busy: bool,
+) -> None:
     config = dataclasses.replace(
         DEFAULT, active_workers=3, max_staleness=60, balance=False, keep_busy=keep_busy
     )
     server, _, events = simulated(config, lognormal_delays(1.0, 1.0, 0))
     opened = next(one.time_s for one in events if isinstance(one.event, RaceRequest))
     late = [one for one in events if isinstance(one.event, StepReply) and one.time_s > opened]
-    assert len(late) == keep_busy
+    assert len(late) == 2 * keep_busy
     assert server.calls_spent <= 900
 
 
@@ -179,6 +181,32 @@ def test_a_slow_worker_gets_smaller_units(balance: bool) -> None:
 def test_units_shrink_to_two_examples_and_no_further(minibatch: int, speed: float, size: int) -> None:
     paces = observed([1, 1, 1, round(1 / speed)], config=dataclasses.replace(DEFAULT, minibatch=minibatch))
     assert paces.minibatch(3) == size
+
+
+@pytest.mark.parametrize(("keep_busy", "balance"), [(True, True), (True, False), (False, True)])
+def test_the_last_steps_are_short_where_nobody_waits(keep_busy: bool, balance: bool) -> None:
+    config = dataclasses.replace(DEFAULT, active_workers=3, keep_busy=keep_busy, balance=balance)
+    server, _, events = simulated(
+        config, work_delays({f"w{number}": 1.0 + number / 10 for number in range(5)})
+    )
+    sizes = [one.event.minibatch or config.minibatch for one in events if isinstance(one.event, StepRequest)]
+    first_short = next((number for number, size in enumerate(sizes) if size < 6), len(sizes))
+    short = len(sizes) - first_short
+    assert set(sizes[:first_short]) == {6}
+    assert set(sizes[first_short:]) == ({2} if keep_busy and balance else set())
+    # The last step of each of five workers, 12 rollouts, in units of 4.
+    assert short == (pytest.approx(15, abs=3) if keep_busy and balance else 0)
+    assert server.calls_spent <= 900
+
+
+@pytest.mark.parametrize(
+    ("calls_left", "living", "size"), [(None, 5, 6), (60, 5, 6), (59, 5, 2), (12, 1, 6), (11, 1, 2)]
+)
+def test_a_last_step_is_one_for_which_less_than_a_whole_one_is_left_each(
+    calls_left: int | None, living: int, size: int
+) -> None:
+    paces = observed([1] * living, config=dataclasses.replace(THREE_OF_FOUR, keep_busy=True))
+    assert paces.minibatch(0, calls_left, living) == size
 
 
 def test_the_barrier_form_has_units_of_one_size() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from asyndbt_dspy.core.config import AlgorithmConfig
 from asyndbt_dspy.core.handover import Handover
 from asyndbt_dspy.core.messages import RaceReply, RaceRequest
-from asyndbt_dspy.core.racing import RaceState
+from asyndbt_dspy.core.racing import RaceState, bar
 from asyndbt_dspy.core.roster import Member
 from asyndbt_dspy.errors import ProtocolError
 
@@ -87,14 +87,29 @@ def test_all_candidates_of_a_heat_meet_the_same_examples_and_the_student_is_in_e
 
 @pytest.mark.parametrize(
     ("better", "accept_z", "wins"),
-    [(12, 0, 0), (14, 0, 1), (14, DEFAULT, 0), (15, 1, 1), (15, DEFAULT, 0), (16, DEFAULT, 1), (16, 2, 0)],
+    [(12, 0, 0), (14, 0, 1), (14, 1, 0), (15, 1, 1), (16, 1.645, 0), (16, DEFAULT, 0), (17, DEFAULT, 1)],
 )
 def test_the_student_stays_unless_beaten_by_standard_errors(better: int, accept_z: float, wins: int) -> None:
-    """Better on 14 of 24 examples is 0.8 standard errors ahead, 15 is 1.2, 16 is 1.7; 12 is a tie."""
+    """Better on 14 of 24 examples is 0.8 standard errors ahead, 15 is 1.2, 16 is 1.7, 17 is 2.2; 12 is a tie."""
     state = race(challengers=[(1, 0)], accept_z=accept_z)
     places = [(worker, number) for worker in HOLDINGS for number in range(HOLDINGS[worker])]
     run(state, lambda candidate, *place: float((places.index(place) < better) == (candidate == (1, 0))))
     assert state.winner() == (wins, 0)
+
+
+@pytest.mark.parametrize(
+    ("z", "pairs", "t"), [(1.645, 5, 2.132), (1.645, 20, 1.729), (1.960, 10, 2.262), (1.960, 1001, 1.962)]
+)
+def test_the_bar_is_the_quantile_of_students_t(z: float, pairs: int, t: float) -> None:
+    assert bar(z, pairs) == pytest.approx(t, rel=0.01)  # textbook values, two terms of the expansion
+
+
+def test_two_examples_are_no_evidence() -> None:
+    assert bar(DEFAULT, 1) == math.inf
+    for examples, wins in ((2, 0), (6, 1)):
+        state = RaceState(STUDENT, [(1, 0)], {"a": examples}, 2 * examples, AlgorithmConfig())
+        run(state, lambda candidate, *_: float(candidate == (1, 0)))
+        assert state.winner() == (wins, 0), "right on all of them, where the student is on none"
 
 
 @given(st.integers(0, 300), st.integers(1, 60), st.integers(0, 7))
