@@ -27,7 +27,7 @@ class AlgorithmConfig:
         auto_active: S follows what is observed of the workers' speeds; ``active_workers`` is where it starts [O 6].
         auto_staleness: tau follows it, between ``max_staleness`` and four times as much [O 6].
         keep_busy: A worker whose answer makes no update yet goes on with its next minibatch from the same z, at most tau
-            times, instead of waiting for others [O 7.2].
+            times, instead of waiting for others; an update is made of S answers then, whoever gave them [O 7.2].
         balance: Workers that are known to be slow get smaller units, and search and race do not wait for what these have not
             begun [O 6].
         iterations: T >= 1, the largest number of server iterations.

@@ -41,6 +41,8 @@ _PRIOR_WEIGHT = 4.0
 """Pseudo-observations behind each prior variance."""
 _MEAN_VARIANCE = 100.0
 """Prior variance of the overall mean, in variances of a loss: practically flat."""
+_ENDING_COST = 0.03
+"""What an ending must earn, in loss: it makes every call longer, and where it gains nothing it only divides the search."""
 _SEQUENCE = ("count", "recent", "first", "last")
 _DECAY = 0.6
 """How late a demo is shown counts as this to the power of the demos after it."""
@@ -95,6 +97,10 @@ class EffectKeys:
             ending = self.space.ending_blocks.get(predictor)
             found.update(_sequence_features(predictor, shown, 0 if ending is None else candidate[ending]))
         return found
+
+    def cost(self, candidate: Candidate) -> float:
+        """Loss that a candidate is charged for what makes every call longer."""
+        return _ENDING_COST * sum(candidate[block] > 0 for block in self.space.ending_blocks.values())
 
     def _order(self, predictor: str, candidate: Candidate) -> tuple[int, ...]:
         block = self.space.order_blocks.get(predictor)
@@ -271,7 +277,7 @@ class EffectModel:
         return {f"set:{candidate}": 1.0, **self.keys.of_candidate(candidate)}
 
     def value(self, candidate: Candidate) -> tuple[float, float]:
-        """Posterior mean and standard deviation of a candidate's effect on the loss, the set's own effect included."""
+        """Posterior mean and standard deviation of a candidate's effect on the loss, the set's own effect and its cost included."""
         known: dict[int, float] = {}
         unmet = 0.0
         for name, weight in self.features(candidate).items():
@@ -285,7 +291,7 @@ class EffectModel:
         own, alone = self.rank[places[is_own]], places[~is_own]
         variance = float(weights[is_own] @ self.covariance[np.ix_(own, own)] @ weights[is_own])
         variance += float(weights[~is_own] ** 2 @ self.variance[alone]) + unmet
-        return float(self.mean[places] @ weights), max(variance, 0.0) ** 0.5
+        return float(self.mean[places] @ weights) + self.keys.cost(candidate), max(variance, 0.0) ** 0.5
 
     def worths(
         self, candidates: Sequence[Candidate], effects: FloatArray, unmet: Callable[[str], float]
@@ -298,7 +304,7 @@ class EffectModel:
         """
         found = []
         for candidate in candidates:
-            total = 0.0
+            total = self.keys.cost(candidate)
             for name, weight in self.features(candidate).items():
                 place = self.names.get(name)
                 if place is not None and place < len(effects):

@@ -34,6 +34,7 @@ class Roster:
         living: Those that were not set aside, ascending.
         outstanding: Worker -> version of the step it has under way.
         repeats: Worker -> how many steps it began from the z of its newest request before that one.
+        answers: Steps that were answered since whoever counts them set this to 0.
         idle: Those that an empty budget left without a request.
     """
 
@@ -43,6 +44,7 @@ class Roster:
         self.outstanding: dict[int, int] = {}
         self.repeats: dict[int, int] = {}
         self.idle: set[int] = set()
+        self.answers = 0
         self._newest: dict[int, int] = {}
         self._sent_at: dict[int, int] = {}  # version -> steps under way that were sent with it
 
@@ -60,6 +62,7 @@ class Roster:
         sent = self.outstanding.pop(number, None)
         if sent is None:
             return False
+        self.answers += 1
         self._sent_at[sent] -= 1
         if not self._sent_at[sent]:
             del self._sent_at[sent]

@@ -130,8 +130,7 @@ class ServerState:
         self._rounds: BarrierRounds | None = None
         self._schedule = RefreshSchedule(config)
         self._least_step = min(self.step_calls(number) for number in range(count))
-        self._started = False
-        self._stop_reason = ""
+        self._started, self._stop_reason = False, ""
 
     # ------------------------------------------------------------------ events
 
@@ -211,9 +210,10 @@ class ServerState:
         return self.roster.living
 
     def _may_iterate(self) -> bool:
-        needed = min(self.synchrony.active, len(self._alive()))
-        # When nobody is busy any more, those that answered are all there will be.
-        if not self.arrived or (len(self.arrived) < needed and not self._is_over_but_for_slow_ones()):
+        # Whoever is kept busy answers more than once: an update is made of S answers then, not of S workers.
+        answers = self.roster.answers if self.config.keep_busy else len(self.arrived)
+        enough = answers >= min(self.synchrony.active, len(self._alive()))
+        if not self.arrived or not (enough or self._is_over_but_for_slow_ones()):
             return False
         return self.version + 1 - self.roster.oldest(self.version + 1) <= self.synchrony.staleness - 1
 
@@ -233,7 +233,7 @@ class ServerState:
         active = sorted(self.arrived)
         moved = self._iterate(active)
         self.version += 1
-        self.arrived = {}
+        self.arrived, self.roster.answers = {}, 0
         self.paces.refresh()
         oldest = self.version - self.roster.oldest(self.version)
         self.synchrony.adapt(self.paces.slowest, len(self._alive()), oldest)

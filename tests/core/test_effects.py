@@ -293,3 +293,23 @@ def test_each_ending_has_effects_of_sequence_of_its_own() -> None:
     model.fit()
     for kind in kinds:
         assert model.effect(f"{kind}:toy:x")[0] < 0.0 < model.effect(f"{kind}:toy:x:1")[0]
+
+
+def test_an_ending_must_earn_what_it_costs() -> None:
+    endings = tuple(
+        Block(f"{name}/ending", name, "ending", (Arm(""), Arm(f"e:{name}"))) for name in ("toy", "p")
+    )
+    keys = EffectKeys.of(Space((*SPACE.blocks, *endings)), share_credit=True)
+    assert [keys.cost((0, 1, 0, *arms)) for arms in ((0, 0), (1, 0), (1, 1))] == pytest.approx(
+        [0.0, 0.03, 0.06]
+    )
+    model = EffectModel(keys)
+    for example in range(24):
+        for arm in (0, 1):
+            model.observe((0, 1, 0, arm, 0), example, 0.1 * (example % 8) - 0.01 * arm)
+    model.fit()
+    values = [model.value((0, 1, 0, arm, 0))[0] for arm in (0, 1)]
+    assert model.effect("ending:toy/ending:1")[0] < 0.0 and values[0] < values[1]
+    assert model.worths([(0, 1, 0, 0, 0), (0, 1, 0, 1, 0)], model.mean, lambda _: 0.0) == pytest.approx(
+        values
+    )

@@ -133,6 +133,24 @@ def test_nobody_waits_where_everybody_is_kept_busy(seed: int) -> None:
     assert server.calls_spent <= 900
 
 
+def test_two_answers_of_one_worker_make_an_update_where_it_is_kept_busy() -> None:
+    config = dataclasses.replace(DEFAULT, active_workers=2, max_staleness=60, balance=False)
+    delays = work_delays({f"w{number}": 100.0 for number in range(1, 5)})
+    _, _, waiting = simulated(config, delays, calls=200)
+    server, _, busy = simulated(dataclasses.replace(config, keep_busy=True), delays, calls=200)
+
+    def of_others_first(events: list[Recorded]) -> float:
+        return next(
+            one.time_s for one in events if isinstance(one.event, StepReply) and one.event.worker != "w0"
+        )
+
+    begun = [one for one in busy if isinstance(one.event, StepRequest) and one.time_s < of_others_first(busy)]
+    assert [one.event.version for one in begun if one.event.worker == "w0"][:5] == [0, 0, 1, 1, 2]
+    alone = [one for one in waiting if isinstance(one.event, StepRequest) and one.event.worker == "w0"]
+    assert [one.event.version for one in alone if one.time_s < of_others_first(waiting)] == [0]
+    assert server.calls_spent <= 200
+
+
 def test_the_search_ends_while_a_slow_worker_still_has_a_step_under_way() -> None:
     config = dataclasses.replace(DEFAULT, active_workers=2, max_staleness=60, policy="score_function")
     delays = work_delays({"w4": 7.0})
