@@ -140,7 +140,10 @@ def _merged_demos(
     for slot, block in enumerate(space.upper):
         usable = sorted({arm for rows in allowed for arm in rows[slot]})
         rated = [
-            (sum(means[name] for name in keys.arms[first + slot][arm]), arm)
+            (
+                sum(means[name] for name in keys.arms[first + slot][arm]) + keys.arm_cost(first + slot, arm),
+                arm,
+            )
             for arm in usable
             if arm and block.arms[arm].shared and block.arms[arm].key not in used
         ]

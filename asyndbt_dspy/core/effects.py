@@ -100,7 +100,11 @@ class EffectKeys:
 
     def cost(self, candidate: Candidate) -> float:
         """Loss that a candidate is charged for what makes every call longer."""
-        return _ENDING_COST * sum(candidate[block] > 0 for block in self.space.ending_blocks.values())
+        return sum(self.arm_cost(block, candidate[block]) for block in self.space.ending_blocks.values())
+
+    def arm_cost(self, block: int, arm: int) -> float:
+        """The part of it that is one arm's."""
+        return _ENDING_COST if arm and self.space.blocks[block].kind == "ending" else 0.0
 
     def _order(self, predictor: str, candidate: Candidate) -> tuple[int, ...]:
         block = self.space.order_blocks.get(predictor)
@@ -108,7 +112,7 @@ class EffectKeys:
 
 
 def _sequence_name(predictor: str, stratum: str, ending: int) -> str:
-    return f"{predictor}:{stratum}:{ending}" if ending else f"{predictor}:{stratum}"
+    return f"{predictor}:{ending}:{stratum}"
 
 
 def _sequence_features(predictor: str, shown: Sequence[str | None], ending: int = 0) -> dict[str, float]:

@@ -118,7 +118,7 @@ class ServerState:
         self.finish_reason = ""
         self.winner: Candidate = space.student
         self.staleness = [0] * count
-        self.carried = Carried(count, self.z, config.stale_step)
+        self.carried = Carried(count, self.z, config.moves_points)
         self.paces, self.synchrony = Paces(count, config), Synchrony(config)
         self.roster = Roster(count, self.paces.fewest if config.keep_busy else config.minibatch)
         self.arrived: dict[int, StepReply] = {}

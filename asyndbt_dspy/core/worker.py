@@ -245,7 +245,7 @@ class WorkerState:
 
     def _begun_at(self, request: StepRequest) -> FloatArray:
         seen, self.last_consensus = self.last_consensus, request.consensus
-        staleness = request.staleness if self.config.stale_step else 0
+        staleness = request.staleness if self.config.moves_points else 0
         return moved_along(self.spaces.lower, self.p, request.consensus, seen, staleness)
 
     def _moved(

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from asyndbt_dspy.core.racing import bar
 from quality_bench import optimizers
 from quality_bench.cells import Row
 from quality_bench.statistics import (
@@ -23,7 +24,7 @@ from quality_bench.statistics import (
 Cell = tuple[str, str]
 """(task, LM)."""
 OURS = "asyndbt"
-_BARS = (0.0, 0.5, 1.0, 1.5, 2.0)
+_BARS = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
 _POINTS = tuple(point / 10 for point in range(1, 11))
 
 
@@ -235,21 +236,21 @@ def _acceptance(table: Table) -> list[Acceptance]:
     ]
     # What a run did not return was not scored, so only a higher bar than the run's own can be told.
     own = max((row["settings"]["algorithm"]["accept_z"] for row, _ in pairs), default=math.inf)
-    return [_accepted(pairs, bar) for bar in _BARS if bar >= own]
+    return [_accepted(pairs, accept_z) for accept_z in _BARS if accept_z >= own]
 
 
-def _accepted(pairs: Sequence[tuple[Row, Row]], bar: float) -> Acceptance:
+def _accepted(pairs: Sequence[tuple[Row, Row]], accept_z: float) -> Acceptance:
     scores, harmed, kept = [], 0, 0
     for row, student in pairs:
         winner = next((one for one in row["finalists"] if one["won"]), None)
-        if winner is None or winner["advantage"] <= bar * winner["error"]:
+        if winner is None or winner["advantage"] <= bar(accept_z, winner["examples"]) * winner["error"]:
             kept += 1
             scores.append(student["test"])
             continue
         scores.append(row["test"])
         own, students = ([float(letter) for letter in one["test_bits"]] for one in (row, student))
         harmed += verdict(own, students) < 0
-    return Acceptance(bar, mean(scores), 100 * harmed / len(pairs), 100 * kept / len(pairs), len(pairs))
+    return Acceptance(accept_z, mean(scores), 100 * harmed / len(pairs), 100 * kept / len(pairs), len(pairs))
 
 
 def reference_of(name: str, known: Collection[str]) -> str:

@@ -76,10 +76,11 @@ def test_a_higher_bar_returns_the_student_more_often() -> None:
         run(2, half, None),
     ]
     found = {one.accept_z: one for one in summary.summarise(rows, 300).acceptance}
-    assert sorted(found) == [1.0, 1.5, 2.0], "what the run did not return was not scored"
+    assert sorted(found) == [1.0, 1.5, 2.0, 2.5, 3.0], "what the run did not return was not scored"
     first, second = found[1.0], found[1.5]
     assert (first.mean_test, first.harm, first.kept, first.runs) == pytest.approx((50.0, 100 / 3, 100 / 3, 3))
     assert (second.mean_test, second.harm, second.kept) == pytest.approx((200 / 3, 0.0, 200 / 3))
+    assert found[2.5].kept == 100.0, "with 20 examples 2.5 standard errors are 2.7"
     assert "| 1.5 | 66.7 | 0 % | 67 % |" in report.text([summary.summarise(rows, 300)])
     assert summary.summarise([made_row("student", half), made_row("asyndbt", half)], 300).acceptance == []
 

@@ -147,15 +147,15 @@ def test_which_classes_are_shown_how_often_and_how_late_is_known_of_a_candidate(
         Space((slot("0", "a"), slot("1", "b"), slot("2", "a"), Block("o", "p", "order", orders))), True
     )
     whole = keys.of_candidate((1, 1, 1, 0))
-    assert (whole["count:p:a"], whole["count:p:b"]) == (2.0, 1.0)
-    assert whole["recent:p:a"] == pytest.approx(1.0 + 0.6**2)
-    assert whole["recent:p:b"] == pytest.approx(0.6)
-    assert {"first:p:a", "last:p:a"} <= set(whole)
+    assert (whole["count:p:0:a"], whole["count:p:0:b"]) == (2.0, 1.0)
+    assert whole["recent:p:0:a"] == pytest.approx(1.0 + 0.6**2)
+    assert whole["recent:p:0:b"] == pytest.approx(0.6)
+    assert {"first:p:0:a", "last:p:0:a"} <= set(whole)
     turned = keys.of_candidate((1, 1, 1, 1))
-    assert {"first:p:a", "last:p:b", "order:o:1"} <= set(turned)
-    assert "last:p:a" not in turned
+    assert {"first:p:0:a", "last:p:0:b", "order:o:1"} <= set(turned)
+    assert "last:p:0:a" not in turned
     # an empty slot is not shown, whatever its place
-    assert "last:p:a" in keys.of_candidate((1, 0, 1, 1))
+    assert "last:p:0:a" in keys.of_candidate((1, 0, 1, 1))
     assert set(keys.shared) >= {name for name in turned if not name.startswith("order:o:0")}
 
 
@@ -276,12 +276,14 @@ def test_each_ending_has_effects_of_sequence_of_its_own() -> None:
     keys = EffectKeys.of(Space((*slots, ending)), share_credit=True)
     kinds = ("count", "recent", "first", "last")
     plain, alike = keys.of_candidate((1, 1, 0)), keys.of_candidate((1, 1, 1))
-    assert {name: plain[name] for name in ("first:toy:x", "last:toy:y")} == {
-        "first:toy:x": 1.0,
-        "last:toy:y": 1.0,
+    assert {name: plain[name] for name in ("first:toy:0:x", "last:toy:0:y")} == {
+        "first:toy:0:x": 1.0,
+        "last:toy:0:y": 1.0,
     }
     assert {
-        name.removesuffix(":1"): weight for name, weight in alike.items() if name.partition(":")[0] in kinds
+        name.replace(":1:", ":0:"): weight
+        for name, weight in alike.items()
+        if name.partition(":")[0] in kinds
     } == {name: weight for name, weight in plain.items() if name.partition(":")[0] in kinds}
     assert not {name for name in plain if name.partition(":")[0] in kinds} & set(alike)
     assert {*plain, *alike} <= set(keys.shared)
@@ -292,7 +294,7 @@ def test_each_ending_has_effects_of_sequence_of_its_own() -> None:
             model.observe(arms, example, loss)
     model.fit()
     for kind in kinds:
-        assert model.effect(f"{kind}:toy:x")[0] < 0.0 < model.effect(f"{kind}:toy:x:1")[0]
+        assert model.effect(f"{kind}:toy:0:x")[0] < 0.0 < model.effect(f"{kind}:toy:1:x")[0]
 
 
 def test_an_ending_must_earn_what_it_costs() -> None:
