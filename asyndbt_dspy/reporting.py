@@ -105,7 +105,7 @@ def explain(winner: str, candidates: Sequence[CandidateResult], accept_z: float)
             return f"Nothing beat the student on {chosen.examples} held-out examples, so it is returned as it was."
         ahead_by = f"{best.advantage:+.3f} ± {best.advantage_error or 0:.3f}"
         needed = bar(accept_z, best.examples) if accept_z else 0.0
-        reason = f"not by more than {needed:.2g} standard errors"
+        reason = f"not by more than {needed:.3g} standard errors"
         if (best.advantage or 0.0) > needed * (best.advantage_error or 0.0):
             reason = "but only in how sure the LM was, not in the metric"
         return (

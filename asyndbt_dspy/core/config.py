@@ -56,8 +56,8 @@ class AlgorithmConfig:
         share_credit: A demo's worth is shared over the slots of a predictor [O 7.5].
         share_effects: Workers exchange what they learned about shared arms (partitioned variational inference) [O 7.5].
         effect_trust: In [0, 1]. Weight of what other workers learned.
-        stale_step: A late worker's next step is scaled by ``1 / sqrt(1 + staleness)``, and with ``keep_busy`` its old point
-            counts as if it had moved with z meanwhile (``core.lateness``) [O 7.9].
+        stale_step: A late worker's next step is scaled by ``1 / sqrt(1 + staleness)``, and with ``keep_busy`` workers
+            count with the distances of their points from the z that these were made from (``core.lateness``) [O 7.9].
         importance_limit: >= 1. Clip of importance weights for earlier samples [O 7.9]; 0 turns the buffer off.
         clip_consensus: Clip theta, rho and mu (p - z) to [-psi, psi] [O 7.10].
         aggregator: How z follows the workers' p: ``sign`` is the paper's subgradient, the others are [O 7.10].
@@ -159,11 +159,6 @@ class AlgorithmConfig:
             self._check(
                 "draws", self.draws >= 2, ">= 2 for a score-function estimate without example_baseline"
             )
-
-    @property
-    def moves_points(self) -> bool:
-        """Whether old points move along with z (``core.lateness``): where nobody waits, late ones are many."""
-        return self.stale_step and self.keep_busy
 
     def _check(self, name: str, holds: bool, bound: str) -> None:
         if not holds:

@@ -35,6 +35,7 @@ class Paces:
     Attributes:
         noted: Whether anything is noted.
         fewest: Examples per draw of the shortest steps.
+        tapers: Whether the last steps of a search are as short.
         slowest: Answers of all during one of the slowest worker, its own included; 0 before anything is known.
     """
 
@@ -43,11 +44,11 @@ class Paces:
         self.noted = is_adaptive or (config.balance and config.active_workers < count)
         self.slowest = 0.0
         self._is_balanced = config.balance
-        self._is_tapered = config.balance and config.keep_busy
         # The barrier form counts on every step costing the same, and waits for everybody anyway.
         self.fewest = (
             min(2, config.minibatch) if config.balance and config.buffered_lower else config.minibatch
         )
+        self.tapers = config.keep_busy and self.fewest < config.minibatch
         self._most = config.minibatch
         self._work = 0
         self._begun: dict[int, int] = {}
@@ -104,7 +105,7 @@ class Paces:
         Where nobody waits for anybody, fewest in the last steps of a search, for which ``calls_left`` is less than a whole
         step for each of the ``living``: the shorter these are, the less apart they end.
         """
-        if self._is_tapered and calls_left is not None and calls_left < living * self._unit:
+        if self.tapers and calls_left is not None and calls_left < living * self._unit:
             return self.fewest
         return max(self.fewest, math.ceil(self._most * self.speed(number)))
 

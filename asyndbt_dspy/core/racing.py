@@ -39,7 +39,7 @@ _INTERVAL_Z = 1.96
 _LOOKED_AT = 256
 """Workers among whom the one that is furthest behind is looked for."""
 _DECIDED = 2.0
-"""Standard errors of a paired difference beyond which noise need not be averaged out any more."""
+"""Standard errors of a paired difference beyond which noise need not be averaged out any more (ahead: at least what wins)."""
 
 Result = tuple[float | None, float | None]
 """Score, and probability of the right answer where the LM reports it."""
@@ -251,7 +251,8 @@ class RaceState:
         if not (self.config.repeats and any(self.results)) or len(self.running) < 2:
             return False
         mean, error = max(self._paired(number) for number in self.running[1:])
-        return abs(mean) < _DECIDED * error
+        pairs = len(self.results[0])
+        return -_DECIDED * error < mean < max(_DECIDED, bar(self.config.accept_z, pairs)) * error
 
     def lose(self, worker: str) -> int:
         """A worker is gone: others take over what it held, or it leaves the race. Returns the rollouts it had in hand."""

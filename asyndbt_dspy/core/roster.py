@@ -34,7 +34,7 @@ class Roster:
         living: Those that were not set aside, ascending.
         outstanding: Worker -> version of the step it has under way.
         repeats: Worker -> how many steps it began from the z of its newest request before that one.
-        answers: Steps that were answered since whoever counts them set this to 0.
+        answers: Steps that living workers answered since ``count_anew``.
         idle: Those that an empty budget left without a request.
     """
 
@@ -45,6 +45,7 @@ class Roster:
         self.repeats: dict[int, int] = {}
         self.idle: set[int] = set()
         self.answers = 0
+        self._answers: dict[int, int] = {}
         self._newest: dict[int, int] = {}
         self._sent_at: dict[int, int] = {}  # version -> steps under way that were sent with it
 
@@ -58,11 +59,20 @@ class Roster:
         self.idle.discard(number)
 
     def take_back(self, number: int) -> bool:
-        """The step of this worker is no longer under way; returns whether one was."""
+        """The step of this worker was answered; returns whether one was under way."""
+        self.answers += 1
+        self._answers[number] = self._answers.get(number, 0) + 1
+        return self._end(number)
+
+    def count_anew(self) -> None:
+        """Answers so far are used."""
+        self.answers = 0
+        self._answers.clear()
+
+    def _end(self, number: int) -> bool:
         sent = self.outstanding.pop(number, None)
         if sent is None:
             return False
-        self.answers += 1
         self._sent_at[sent] -= 1
         if not self._sent_at[sent]:
             del self._sent_at[sent]
@@ -76,4 +86,5 @@ class Roster:
         """Set a worker aside; returns whether it had a step under way."""
         self.living = [one for one in self.living if one != number]
         self.idle.discard(number)
-        return self.take_back(number)
+        self.answers -= self._answers.pop(number, 0)
+        return self._end(number)

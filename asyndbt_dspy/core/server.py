@@ -31,7 +31,7 @@ from asyndbt_dspy.core.consensus import update_consensus, update_duals
 from asyndbt_dspy.core.decoding import decode, finalists, merge_factors, safest
 from asyndbt_dspy.core.effects import EffectKeys
 from asyndbt_dspy.core.final import kept_back, learned, open_race
-from asyndbt_dspy.core.lateness import Carried
+from asyndbt_dspy.core.lateness import Distances
 from asyndbt_dspy.core.lower_level import LowerEstimate, Surrogate, buffered_estimate
 from asyndbt_dspy.core.messages import (
     Finish,
@@ -61,8 +61,8 @@ from asyndbt_dspy.errors import ProtocolError
 
 _FREE_STEPS = 4
 """Steps in a row of every worker that cost no call: a small space can be exhausted before the budget is."""
-_FEW = 0.5
-"""Share of the workers that a run in which nobody waits leaves behind at the end of its search: its last steps are short."""
+_FEW = (0.25, 0.5)
+"""Share of the workers that a run in which nobody waits leaves behind at the end of its search: more if last steps are short."""
 
 Phase = Literal["search", "rounds", "race", "finished"]
 
@@ -118,7 +118,7 @@ class ServerState:
         self.finish_reason = ""
         self.winner: Candidate = space.student
         self.staleness = [0] * count
-        self.carried = Carried(count, self.z, config.moves_points)
+        self.distances = Distances(count, self.z, config.stale_step and config.keep_busy)
         self.paces, self.synchrony = Paces(count, config), Synchrony(config)
         self.roster = Roster(count, self.paces.fewest if config.keep_busy else config.minibatch)
         self.arrived: dict[int, StepReply] = {}
@@ -185,6 +185,7 @@ class ServerState:
             return self._race_on([number])
         self.staleness[number] = late
         self.arrived[number] = reply
+        self.distances.take_back(number)
         if self._rounds is not None:
             return self._send_round([number])
         return self._send_further(number, reply) or self._advance()
@@ -221,7 +222,7 @@ class ServerState:
         """The budget is handed out, and who still works on it is slow or one of few: nobody waits for these."""
         if not self.outstanding:
             return True
-        few = self.config.keep_busy and len(self.outstanding) <= _FEW * len(self._alive())
+        few = self.config.keep_busy and len(self.outstanding) <= _FEW[self.paces.tapers] * len(self._alive())
         slow = (self.paces.speed(number) < 1.0 for number in self.outstanding)
         return bool(self.roster.idle) and (few or all(slow))
 
@@ -233,7 +234,8 @@ class ServerState:
         active = sorted(self.arrived)
         moved = self._iterate(active)
         self.version += 1
-        self.arrived, self.roster.answers = {}, 0
+        self.arrived = {}
+        self.roster.count_anew()
         self.paces.refresh()
         oldest = self.version - self.roster.oldest(self.version)
         self.synchrony.adapt(self.paces.slowest, len(self._alive()), oldest)
@@ -274,7 +276,7 @@ class ServerState:
         rows = np.flatnonzero(self.live)
         push = cuts.consensus_push(self.planes, self.layout)
         before = self.z
-        points = self.carried.points(self.p, self.z, self.version)[rows]
+        points = self.distances.points(self.p, self.z, rows, self.roster.answers)
         self.z = update_consensus(self.layout, self.config, self.z, points, self.duals[rows], push)
         moved += float(np.sum((self.z - before) ** 2)) / max(self.config.consensus_step, 1e-12) ** 2
         self.planes = cuts.update(self.config, self.planes, self.p, self.z, self.q, self.live, self.q_owner)
@@ -283,7 +285,7 @@ class ServerState:
 
     def _store(self, number: int, reply: StepReply) -> None:
         self.p[number] = reply.lower
-        self.carried.take_in(number, reply.version)
+        self.distances.take_in(number)
         if reply.upper is not None:
             self.q[self.q_owner == number] = reply.upper
         self.surrogates[number] = Surrogate(reply.gradient, reply.lower, reply.curvature, reply.cross)
@@ -385,7 +387,7 @@ class ServerState:
                 continue
             self._reserve(number)
             self.roster.hand_out(number, self.version)
-            self.carried.hand_out(number, self.z)
+            self.distances.hand_out(number, self.z)
             self.paces.hand_out(number)
             sent.append(Send(self._step_request(number, effects, *push)))
         return sent
@@ -431,8 +433,6 @@ class ServerState:
         if self.race is not None:
             return self._race_on()
         return self._advance() if self._rounds is None else self._close_round(self._rounds)
-
-    # --------------------------------------------------------------------- race
 
     def _stop_search(self, event: StopSearch) -> list[Instruction]:
         if self.race is not None:

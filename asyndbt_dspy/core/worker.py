@@ -23,7 +23,6 @@ import numpy as np
 
 from asyndbt_dspy.core.config import AlgorithmConfig
 from asyndbt_dspy.core.estimators import cross_entropy_loss, loss_of, margin_loss, soft_score
-from asyndbt_dspy.core.lateness import moved_along
 from asyndbt_dspy.core.lower_level import worker_round
 from asyndbt_dspy.core.messages import (
     Evaluate,
@@ -108,7 +107,6 @@ class WorkerState:
         self.step = 0
         self.task = 0
         self.last_order: tuple[float, ...] = (0, -1, 0, 0)
-        self.last_consensus: FloatArray | None = None
         self.stopped = False
         self._adam = (Adam(spaces.lower.length), Adam(spaces.upper.length))
         self._pending: StepRequest | RoundRequest | RaceRequest | None = None
@@ -219,8 +217,7 @@ class WorkerState:
         estimate = self.policy.update(self.p, self.q, batch, losses)
         shrink = (1.0 + request.staleness) ** -0.5 if config.stale_step else 1.0
         pull = request.duals + request.plane_push + config.penalty * np.sign(self.p - request.consensus)
-        p = self._begun_at(request)
-        p = self._moved(self.spaces.lower, p, estimate.lower + pull, config.lower_step * shrink, level=0)
+        p = self._moved(self.spaces.lower, self.p, estimate.lower + pull, config.lower_step * shrink, level=0)
         upper = estimate.upper + request.plane_push_upper
         q = self._moved(self.spaces.upper, self.q, upper, config.upper_step * shrink, level=1)
         surrogate = estimate.surrogate.moved(p, q - self.q)
@@ -242,11 +239,6 @@ class WorkerState:
             loss=float(answered.mean()) if answered.size else float("nan"),
             repeat=request.repeat,
         )
-
-    def _begun_at(self, request: StepRequest) -> FloatArray:
-        seen, self.last_consensus = self.last_consensus, request.consensus
-        staleness = request.staleness if self.config.moves_points else 0
-        return moved_along(self.spaces.lower, self.p, request.consensus, seen, staleness)
 
     def _moved(
         self, layout: Layout, vector: FloatArray, bracket: FloatArray, step_size: float, level: int

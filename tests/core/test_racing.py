@@ -497,3 +497,14 @@ def test_a_slow_worker_begins_nothing_that_others_would_have_done_before_it_is_b
     state.lose("a")
     state.lose("b")
     assert state.assign("c") is not None
+
+
+@pytest.mark.parametrize(("accept_z", "again"), [(1.0, False), (AlgorithmConfig().accept_z, True)])
+def test_a_noisy_race_asks_again_while_what_is_ahead_would_not_win(accept_z: float, again: bool) -> None:
+    """Ahead on three of six examples: 2.1 standard errors. By Student's t it takes 2.6 (or 1.1)."""
+    config = AlgorithmConfig(repeats=True, accept_z=accept_z)
+    state = RaceState(STUDENT, [(1, 0)], {"a": 6}, 100, config)
+    units = run(state, lambda candidate, _, example: float(candidate == (1, 0) and example < 3), ("a",))
+    times = max(sum(example in unit.examples for unit in units) for example in range(6))
+    assert (times > 1) == again
+    assert state.winner() == ((0, 0) if again else (1, 0))
