@@ -114,10 +114,13 @@ def test_a_mode_changes_only_its_level(mode: str, changes: tuple[bool, bool]) ->
 
 
 def test_synchronous_runs_have_no_late_answers() -> None:
-    optimizer, _ = compiled("default", workers=3, active_workers=3, max_staleness=1)
+    budget = Budget(metric_calls=300)
+    optimizer, _ = compiled("default", workers=3, active_workers=3, max_staleness=1, budget=budget)
     assert {late for one in optimizer.result.curve for late in one.staleness} == {0}
     active = [len(one.active) for one in optimizer.result.curve]
-    assert set(active[:-1]) == {3}  # the last calls of a budget need not reach all workers
+    # The last calls of a budget, and what is given back of them, need not reach all workers.
+    assert len(active) >= 4
+    assert set(active[:-2]) == {3}
     assert optimizer.result.settings["algorithm"]["active_workers"] == 3
 
 
