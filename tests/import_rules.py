@@ -102,6 +102,12 @@ AGREED = (
     ("benchmarks.journal", "asyndbt_dspy.runs.run_directory", "it opens the run_dir"),
     ("benchmarks", "asyndbt_dspy.testing.provider", "they run against it over a real socket"),
     ("benchmarks", "asyndbt_dspy.lms.distributions", "they compare label probabilities"),
+    ("benchmarks.crossed", "asyndbt_dspy.programs.rollout", "it scores single rollouts, with their margins"),
+    (
+        "benchmarks.quality_bench.summary",
+        "asyndbt_dspy.core.racing",
+        "it holds recorded races to the race's own bar",
+    ),
 )
 
 # Asynchrony, threads, processes, the clock, files, logs and the shared RNG: none of it in the core.
