@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from asyndbt_dspy.core.config import AlgorithmConfig
 from asyndbt_dspy.core.handover import Handover
 from asyndbt_dspy.core.messages import RaceReply, RaceRequest
-from asyndbt_dspy.core.racing import RaceState, bar
+from asyndbt_dspy.core.racing import RaceState
 from asyndbt_dspy.core.roster import Member
 from asyndbt_dspy.errors import ProtocolError
 
@@ -95,21 +95,6 @@ def test_the_student_stays_unless_beaten_by_standard_errors(better: int, accept_
     places = [(worker, number) for worker in HOLDINGS for number in range(HOLDINGS[worker])]
     run(state, lambda candidate, *place: float((places.index(place) < better) == (candidate == (1, 0))))
     assert state.winner() == (wins, 0)
-
-
-@pytest.mark.parametrize(
-    ("z", "pairs", "t"), [(1.645, 5, 2.132), (1.645, 20, 1.729), (1.960, 10, 2.262), (1.960, 1001, 1.962)]
-)
-def test_the_bar_is_the_quantile_of_students_t(z: float, pairs: int, t: float) -> None:
-    assert bar(z, pairs) == pytest.approx(t, rel=0.01)  # textbook values, two terms of the expansion
-
-
-def test_two_examples_are_no_evidence() -> None:
-    assert bar(DEFAULT, 1) == math.inf
-    for examples, wins in ((2, 0), (6, 1)):
-        state = RaceState(STUDENT, [(1, 0)], {"a": examples}, 2 * examples, AlgorithmConfig())
-        run(state, lambda candidate, *_: float(candidate == (1, 0)))
-        assert state.winner() == (wins, 0), "right on all of them, where the student is on none"
 
 
 @given(st.integers(0, 300), st.integers(1, 60), st.integers(0, 7))
@@ -497,14 +482,3 @@ def test_a_slow_worker_begins_nothing_that_others_would_have_done_before_it_is_b
     state.lose("a")
     state.lose("b")
     assert state.assign("c") is not None
-
-
-@pytest.mark.parametrize(("accept_z", "again"), [(1.0, False), (AlgorithmConfig().accept_z, True)])
-def test_a_noisy_race_asks_again_while_what_is_ahead_would_not_win(accept_z: float, again: bool) -> None:
-    """Ahead on three of six examples: 2.1 standard errors. By Student's t it takes 2.6 (or 1.1)."""
-    config = AlgorithmConfig(repeats=True, accept_z=accept_z)
-    state = RaceState(STUDENT, [(1, 0)], {"a": 6}, 100, config)
-    units = run(state, lambda candidate, _, example: float(candidate == (1, 0) and example < 3), ("a",))
-    times = max(sum(example in unit.examples for unit in units) for example in range(6))
-    assert (times > 1) == again
-    assert state.winner() == ((0, 0) if again else (1, 0))
