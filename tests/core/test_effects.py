@@ -315,3 +315,13 @@ def test_an_ending_must_earn_what_it_costs() -> None:
     assert model.worths([(0, 1, 0, 0, 0), (0, 1, 0, 1, 0)], model.mean, lambda _: 0.0) == pytest.approx(
         values
     )
+
+
+@pytest.mark.parametrize(("worth", "arm"), [(-0.01, 0), (-0.1, 1)])
+def test_a_merged_program_is_charged_for_its_ending_too(worth: float, arm: int) -> None:
+    ending = Block("toy/ending", "toy", "ending", (Arm(""), Arm("e:toy")))
+    keys = EffectKeys.of(Space((*SPACE.blocks, ending)), share_credit=True)
+    factors = np.zeros((1, 2, len(keys.shared)))
+    factors[0, :, keys.shared.index("ending:toy/ending:1")] = (1e6, 1e6 * worth)
+    allowed = ((range(5), range(5), range(2)),)
+    assert decode(keys.space, DEFAULT, keys, (1,), [], factors, allowed) == (1, 0, 0, arm)
