@@ -49,7 +49,7 @@ class RoundState:
     """Variables of the rounds: ``p [R, D, C]``, ``z [D, C]``, ``rho [R, D, C]``.
 
     Column 0 holds the values; the others, if any, their derivatives with respect to every entry of all workers' q, so
-    that one formula advances both.
+    that one formula advances both. ``rho`` is bounded already: it starts at zero, and ``server_round`` bounds it.
     """
 
     p: FloatArray
@@ -96,7 +96,7 @@ def worker_round(
 ) -> FloatArray:
     """``p <- proj(p - eta [g + rho + mu (p - z) + psi sign(p - z)])``; arrays ``[..., D, C]`` as in ``RoundState``."""
     gap = p - z
-    pull = gradient + _bounded_columns(rho, config) + _bounded_columns(config.proximal * gap, config)
+    pull = gradient + rho + _bounded_columns(config.proximal * gap, config)
     if config.penalty:
         pull[..., 0] += config.penalty * np.sign(gap[..., 0])
     return project_columns(layout, p - config.round_step * pull)
@@ -105,7 +105,7 @@ def worker_round(
 def server_round(layout: Layout, config: AlgorithmConfig, state: RoundState) -> RoundState:
     """``z <- proj(z - eta_z [sum_v(-rho + mu (z - p)) + psi sum_v sign(z - p)])``, then ``rho += eta_rho (p - z)``."""
     gap = state.z - state.p
-    push = _bounded_columns(config.proximal * gap, config) - _bounded_columns(state.rho, config)
+    push = _bounded_columns(config.proximal * gap, config) - state.rho
     if config.penalty:
         push[..., 0] += config.penalty * np.sign(gap[..., 0])
     z = project_columns(layout, state.z - config.round_consensus_step * np.add.reduce(push, axis=0))

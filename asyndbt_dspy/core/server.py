@@ -223,7 +223,7 @@ class ServerState:
         if not self.outstanding:
             return True
         few = self.config.keep_busy and len(self.outstanding) <= _FEW[self.paces.tapers] * len(self._alive())
-        slow = (self.paces.speed(number) < 1.0 for number in self.outstanding)
+        slow = (self.paces.speed(number) < 1.0 for number in reversed(self.outstanding))  # newest first
         return bool(self.roster.idle) and (few or all(slow))
 
     def _advance(self) -> list[Instruction]:
@@ -380,8 +380,9 @@ class ServerState:
         sent: list[Instruction] = []
         merged = merge_factors(self.config, self.factors, self.live, numbers)
         pushes = cuts.pushes(self.planes, numbers, self.q_owner, self.layout, self.q_layouts)
-        for number, effects, *push in zip(numbers, merged, *pushes, strict=True):
-            self.roster.minibatch[number] = self.paces.minibatch(number, self.calls_left, len(self._alive()))
+        duals, living = self.duals[numbers], len(self._alive())  # a copy: requests do not see later updates
+        for number, effects, own, *push in zip(numbers, merged, duals, *pushes, strict=True):
+            self.roster.minibatch[number] = self.paces.minibatch(number, self.calls_left, living)
             if self.calls_left is not None and self.calls_left < self.step_calls(number):
                 self.roster.idle.add(number)
                 continue
@@ -389,7 +390,7 @@ class ServerState:
             self.roster.hand_out(number, self.version)
             self.distances.hand_out(number, self.z)
             self.paces.hand_out(number)
-            sent.append(Send(self._step_request(number, effects, *push)))
+            sent.append(Send(self._step_request(number, effects, own, *push)))
         return sent
 
     def _send_further(self, number: int, reply: StepReply) -> list[Instruction]:
@@ -401,13 +402,13 @@ class ServerState:
         return self._send_steps([number])
 
     def _step_request(
-        self, number: int, effects: FloatArray, push: FloatArray, push_upper: FloatArray
+        self, number: int, effects: FloatArray, duals: FloatArray, push: FloatArray, push_upper: FloatArray
     ) -> StepRequest:
         return StepRequest(
             worker=self.members[number].name,
             version=self.version,
             consensus=self.z,  # every update makes a new z
-            duals=self.duals[number].copy(),
+            duals=duals,
             plane_push=push,
             plane_push_upper=push_upper,
             effects=effects,
@@ -419,8 +420,7 @@ class ServerState:
     def _lose(self, number: int) -> list[Instruction]:
         self.live[number] = 0.0
         self.arrived.pop(number, None)
-        self.factors[number] = 0.0
-        self.surrogates[number] = None
+        self.factors[number], self.surrogates[number] = 0.0, None
         self.in_race.discard(number)
         self.paces.forget(number)
         asked = self._rounds is not None and self._rounds.lose(number)

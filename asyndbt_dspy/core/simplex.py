@@ -98,9 +98,14 @@ def project(points: FloatArray) -> FloatArray:
     Args:
         points: Finite values, shape ``[..., N]``, N >= 1.
     """
-    excess = np.sort(points, axis=-1)[..., ::-1].cumsum(axis=-1) - 1.0
-    threshold = (excess / np.arange(1, points.shape[-1] + 1)).max(axis=-1, keepdims=True)
-    return np.asarray(np.maximum(points - threshold, 0.0))
+    falling = np.sort(points, axis=-1)[..., ::-1]
+    means = (np.add.accumulate(falling, axis=-1) - 1.0) / _counts(points.shape[-1])
+    return np.asarray(np.maximum(points - np.maximum.reduce(means, axis=-1, keepdims=True), 0.0))
+
+
+@functools.cache
+def _counts(size: int) -> IntArray:
+    return np.arange(1, size + 1)
 
 
 def project_blocks(layout: Layout, vector: FloatArray) -> FloatArray:
@@ -116,8 +121,10 @@ def project_columns(layout: Layout, columns: FloatArray) -> FloatArray:
     Args:
         columns: Shape ``[..., length, 1 + Q]``: a point and Q directions.
     """
-    result = np.empty_like(columns)
     lead, width = columns.shape[:-2], columns.shape[-1]
+    if width == 1:
+        return project_blocks(layout, columns[..., 0])[..., None]
+    result = np.empty_like(columns)
     for part, size in layout.runs:
         blocks = columns[..., part, :].reshape(*lead, (part.stop - part.start) // size, size, width)
         moved = blocks - np.add.reduce(blocks, axis=-2, keepdims=True) / size
@@ -130,8 +137,6 @@ def project_columns(layout: Layout, columns: FloatArray) -> FloatArray:
 
 def _project_boundary(blocks: FloatArray) -> FloatArray:
     projected = project(blocks[..., 0])
-    if blocks.shape[-1] == 1:
-        return projected[..., None]
     support = (projected > 0)[..., None]
     masked = blocks * support
     mean = masked.sum(axis=-2, keepdims=True) / support.sum(axis=-2, keepdims=True)

@@ -29,6 +29,7 @@ from asyndbt_dspy.core.space import Space
 from asyndbt_dspy.errors import ConfigurationError, ProtocolError
 
 _FLOAT = np.dtype(np.float64)
+_NUMBER = (int, float)
 
 if TYPE_CHECKING:
     from asyndbt_dspy.core.server import ServerState
@@ -59,7 +60,7 @@ def check_config(names: Sequence[str], config: AlgorithmConfig, calls: int | Non
 
 def check_step_reply(server: ServerState, number: int, reply: StepReply) -> None:
     """Refuse a step that answers another request, is too late, or holds anything that is no point of its space."""
-    sent, repeat = server.outstanding[number], server.roster.repeats.get(number, 0)
+    sent, repeat = server.roster.outstanding[number], server.roster.repeats.get(number, 0)
     if reply.version != sent:
         raise ProtocolError(f"{_sender(reply)} was sent version {sent} and answers version {reply.version}")
     if reply.repeat != repeat:
@@ -233,14 +234,16 @@ def _check_array(origin: object, name: str, values: Any, shape: tuple[int, ...])
         raise ProtocolError(
             f"{_sender(origin)} holds {name} = {_short(values)}; it must be float64 of shape {shape}"
         )
-    flat = values.ravel()
+    flat = values if len(shape) == 1 else values.ravel()
     # The sum of squares is finite wherever all values are, unless it overflows; it costs a fraction of asking each.
     if not math.isfinite(flat.dot(flat)) and not np.isfinite(values).all():
         raise ProtocolError(f"{_sender(origin)} holds {name} with values that are not finite")
 
 
 def _is_float_array(values: Any) -> bool:
-    return isinstance(values, np.ndarray) and (values.dtype is _FLOAT or values.dtype == _FLOAT)
+    if type(values) is np.ndarray and values.dtype is _FLOAT:
+        return True
+    return isinstance(values, np.ndarray) and values.dtype == _FLOAT
 
 
 def _check_effects(origin: object, values: Any, columns: int) -> None:
@@ -252,6 +255,8 @@ def _check_effects(origin: object, values: Any, columns: int) -> None:
 
 
 def _check_count(origin: object, name: str, value: Any, limit: int | None = None) -> None:
+    if type(value) is int and (value >= 0 if limit is None else 0 <= value <= limit):
+        return  # nearly always: several of these are asked for every message
     is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
     if not is_count or (limit is not None and value > limit):
         raise ProtocolError(
@@ -260,7 +265,7 @@ def _check_count(origin: object, name: str, value: Any, limit: int | None = None
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, _NUMBER) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _length(row: Any) -> int:
