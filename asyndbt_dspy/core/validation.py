@@ -255,10 +255,7 @@ def _check_effects(origin: object, values: Any, columns: int) -> None:
 
 
 def _check_count(origin: object, name: str, value: Any, limit: int | None = None) -> None:
-    if type(value) is int and (value >= 0 if limit is None else 0 <= value <= limit):
-        return  # nearly always: several of these are asked for every message
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    if not is_count or (limit is not None and value > limit):
+    if type(value) is not int or value < 0 or (limit is not None and value > limit):
         raise ProtocolError(
             f"{_sender(origin)} holds {name}={value!r}; it must be 0..{'' if limit is None else limit}"
         )
