@@ -113,14 +113,13 @@ def run(key: Key, lms: Lms, folder: Path, *, incumbents: bool = False, test_limi
         lms.book.start(key.seed)  # what follows is not the optimizer's
         valid = correct(outcome.program, examples.valid)
         test = correct(outcome.program, examples.test)
-        along = [
-            {
-                "calls": one.rollouts * task.predictors,
-                "test": percent(correct(one.program, examples.test)),
-            }
-            for one in outcome.incumbents
-        ]
-    state = program_state(outcome.program)
+        state = program_state(outcome.program)
+        scores, along = {fingerprint(state): percent(test)}, []
+        for one in outcome.incumbents:
+            name = fingerprint(program_state(one.program))  # one is often kept at several points
+            if name not in scores:
+                scores[name] = percent(correct(one.program, examples.test))
+            along.append({"calls": one.rollouts * task.predictors, "test": scores[name]})
     return {
         **dataclasses.asdict(key),
         "test": percent(test),
