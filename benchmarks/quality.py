@@ -12,11 +12,9 @@ measured. The data folder (``--data`` or ``ASYNDBT_DATA``) is never copied.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -54,6 +52,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--incumbents", action="store_true", help="score what AsynDBT would return earlier")
     parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="that run cells at the same time, as on a GPU"
+    )
     parser.add_argument("--test-limit", type=int, default=None, help="test examples, for smoke runs")
     parser.add_argument("--report", type=Path, default=None, metavar="RESULTS")
     parser.add_argument("--json", action="store_true", help="with --report: one JSON line")
@@ -87,7 +88,7 @@ def main() -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from quality_bench import cells, lms, optimizers, tasks
+    from quality_bench import cells, lms, optimizers, runs, tasks
 
     names = arguments.tasks or list(tasks.TASKS)
     unknown = sorted(set(names) - set(tasks.TASKS))
@@ -103,20 +104,16 @@ def _run(arguments: argparse.Namespace) -> None:
     done = {cells.Key.of(row) for row in cells.read(arguments.out)}
     missing = [key for key in dict.fromkeys(wanted) if key not in done]
     print(f"{len(wanted)} cells, {len(missing)} to run", file=sys.stderr)
-    loaded: dict[str, Any] = {}
-    for key in missing:
-        if key.lm not in loaded:
-            loaded = {key.lm: lms.load(key.lm, arguments.precision)}
-        row = cells.run(
-            key,
-            loaded[key.lm],
-            Path(arguments.data),
-            incumbents=arguments.incumbents,
-            test_limit=arguments.test_limit,
-        )
-        cells.append(arguments.out, row)
-        shown = ("task", "lm", "optimizer", "budget", "seed", "test", "valid", "task_lm_calls", "seconds")
-        print(json.dumps({name: row[name] for name in shown}), flush=True)
+    options = runs.Options(
+        arguments.out,
+        Path(arguments.data),
+        arguments.precision,
+        incumbents=arguments.incumbents,
+        test_limit=arguments.test_limit,
+    )
+    failures = runs.run(missing, options, arguments.processes)
+    if failures:
+        sys.exit(f"{failures} cells failed; the same call runs them again")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import dspy
+import torch
 
 from quality_bench import optimizers, tasks
 from quality_bench.counting import CountedMetric
@@ -136,6 +137,7 @@ def run(key: Key, lms: Lms, folder: Path, *, incumbents: bool = False, test_limi
         "incumbents": along,
         "finalists": outcome.finalists,
         "precision": lms.precision,
+        "device": device(),
         "versions": versions(),
     }
 
@@ -202,6 +204,11 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def device() -> str:
+    """Where local LMs run unless told otherwise: the first CUDA device, else the CPU."""
+    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"
 
 
 @contextlib.contextmanager
