@@ -170,11 +170,13 @@ def _claims(one: Summary) -> str:
         f"`asyndbt` minus the best ranked other (`{best.optimizer}`): {gap:+.1f} points (wanted: +3 or more). "
         f"Average rank {ours.rank:.2f} (wanted: 2.5 or less). Harm {harm} (wanted: 2 % or less)."
     ]
-    if one.median_reach is not None:
-        part = "never" if math.isinf(one.median_reach) else f"{one.median_reach:.2f}"
+    if one.median_reach is not None and one.median_hold is not None:
+        reach, hold = (
+            "never" if math.isinf(part) else f"{part:.2f}" for part in (one.median_reach, one.median_hold)
+        )
         said.append(
-            f"Calls to hold the best other's final score, as a part of that one's calls: median {part} over "
-            f"{len(one.reach)} cells (wanted: 0.5 or less)."
+            f"Calls to reach the best other's final score, as a part of that one's calls: median {reach} over "
+            f"{len(one.reach)} cells (wanted: 0.5 or less); until it is reached and not lost again: {hold}."
         )
     return " ".join([*said, CAVEAT])
 

@@ -83,14 +83,19 @@ def ranks(scores: Mapping[str, float], tied: Mapping[tuple[str, str], bool]) -> 
 
 
 def calls_to_reach(curve: Sequence[tuple[float, float]], target: float) -> float | None:
-    """The first ``calls`` of a curve of ``(calls, score)`` from which on ``target`` is held, ``None`` if it is not.
+    """The first ``calls`` of a curve of ``(calls, score)`` with a score of at least ``target``, ``None`` if there are none."""
+    return next((calls for calls, score in sorted(curve) if score >= target), None)
+
+
+def calls_to_hold(curve: Sequence[tuple[float, float]], target: float) -> float | None:
+    """The first ``calls`` from which on ``target`` is held, ``None`` if it is not.
 
     A score that is reached by luck and lost again does not count: the last point below the target decides.
     """
-    reached: float | None = None
+    held: float | None = None
     for calls, score in sorted(curve):
         if score < target:
-            reached = None
-        elif reached is None:
-            reached = calls
-    return reached
+            held = None
+        elif held is None:
+            held = calls
+    return held

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics as plain
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from asyndbt_dspy.core.racing import bar
@@ -13,6 +13,7 @@ from quality_bench import optimizers
 from quality_bench.cells import Row
 from quality_bench.statistics import (
     bootstrap_interval,
+    calls_to_hold,
     calls_to_reach,
     mean,
     paired_difference,
@@ -99,7 +100,9 @@ class Summary:
         common: Cells that every ranked optimizer has; means and ranks are over these.
         lines: The best first.
         variants: AsynDBT with other options, each over the cells that it shares with what it is compared with.
-        reach: Per cell AsynDBT's calls to reach the best other's final score, as a part of that one's calls.
+        reach: Per cell AsynDBT's calls to reach the best other's final score, as a part of that one's calls; ``inf`` if it
+            never does.
+        hold: The same until the score is reached and not lost again.
         scores: ``{cell: {optimizer: mean over seeds}}``.
         incomplete: Ranked optimizers that lack more than a third of the cells: shown, not ranked.
         acceptance: By ``accept_z``, over AsynDBT's runs whose race is in the row.
@@ -110,6 +113,7 @@ class Summary:
     lines: list[Line]
     variants: list[Line]
     reach: dict[Cell, float]
+    hold: dict[Cell, float]
     scores: dict[Cell, dict[str, float]]
     incomplete: list[str] = field(default_factory=list)
     acceptance: list[Acceptance] = field(default_factory=list)
@@ -122,6 +126,10 @@ class Summary:
     @property
     def median_reach(self) -> float | None:
         return plain.median(self.reach.values()) if self.reach else None
+
+    @property
+    def median_hold(self) -> float | None:
+        return plain.median(self.hold.values()) if self.hold else None
 
 
 class Table:
@@ -184,8 +192,8 @@ def summarise(rows: Sequence[Row], budget: int) -> Summary:
         cell: {name: table.score(cell, name) for name in table.rows[cell]} for cell in sorted(table.rows)
     }
     others = [name for name in ranked if not optimizers.is_ours(name)]
-    reach = {cell: part for cell in common if (part := _reach(table, cell, others, budget)) is not None}
-    return Summary(budget, common, lines, variants, reach, scores, incomplete, _acceptance(table))
+    reach, hold = (_parts(table, common, others, budget, until) for until in (calls_to_reach, calls_to_hold))
+    return Summary(budget, common, lines, variants, reach, hold, scores, incomplete, _acceptance(table))
 
 
 def _ranks(table: Table, cell: Cell, names: Sequence[str]) -> dict[str, int]:
@@ -276,15 +284,23 @@ def _against(table: Table, name: str, own: Sequence[Cell]) -> Against | None:
     return Against(reference, mean(gaps), low, high, wins, verdicts.count(0), losses, p_value)
 
 
-def _reach(table: Table, cell: Cell, others: Sequence[str], budget: int) -> float | None:
-    """AsynDBT's calls to hold the best other's final score, over that one's calls; ``inf`` if it never does."""
-    rows = [row for row in table.rows[cell].get(OURS, []) if row.get("incumbents")]
-    if not rows or not others:
-        return None
-    best = max(others, key=lambda name: table.score(cell, name))
-    spent = mean([row["task_lm_calls"] for row in table.rows[cell][best]]) or budget
-    calls = calls_to_reach(curve(rows, budget), table.score(cell, best))
-    return math.inf if calls is None else calls / spent
+def _parts(
+    table: Table,
+    cells: Sequence[Cell],
+    others: Sequence[str],
+    budget: int,
+    until: Callable[[Sequence[tuple[float, float]], float], float | None],
+) -> dict[Cell, float]:
+    """Per cell with incumbents AsynDBT's calls ``until`` the best other's final score, over that one's calls."""
+    parts = {}
+    for cell in cells:
+        rows = [row for row in table.rows[cell].get(OURS, []) if row.get("incumbents")]
+        if rows and others:
+            best = max(others, key=lambda name: table.score(cell, name))
+            spent = mean([row["task_lm_calls"] for row in table.rows[cell][best]]) or budget
+            calls = until(curve(rows, budget), table.score(cell, best))
+            parts[cell] = math.inf if calls is None else calls / spent
+    return parts
 
 
 def curve(rows: Sequence[Row], budget: int) -> list[tuple[float, float]]:

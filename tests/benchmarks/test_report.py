@@ -42,9 +42,12 @@ def test_intervals_hold_the_mean_and_narrow_with_more_cells() -> None:
     assert narrow[1] - narrow[0] < (wide[1] - wide[0]) / 3
 
 
-def test_a_score_that_is_lost_again_was_not_reached() -> None:
-    assert statistics.calls_to_reach([(30, 60), (60, 40), (90, 55), (120, 70)], 50) == 90
-    assert statistics.calls_to_reach([(30, 60)], 61) is None
+def test_a_score_that_is_lost_again_is_reached_and_not_held() -> None:
+    curve = [(30, 60), (60, 40), (90, 55), (120, 70)]
+    assert statistics.calls_to_hold(curve, 50) == 90
+    assert statistics.calls_to_reach(curve, 50) == 30
+    for until in (statistics.calls_to_hold, statistics.calls_to_reach):
+        assert until([(30, 60)], 61) is None
 
 
 def test_harm_counts_runs_far_below_the_student() -> None:
@@ -144,7 +147,8 @@ def test_nothing_is_claimed_of_few_cells() -> None:
 
 
 def test_calls_to_reach_the_best_other() -> None:
-    along = [{"calls": calls, "test": score} for calls, score in ((30, 40.0), (90, 55.0), (200, 70.0))]
+    scores = ((30, 40.0), (90, 55.0), (120, 45.0), (200, 70.0))
+    along = [{"calls": calls, "test": score} for calls, score in scores]
     rows = [
         made_row("asyndbt", "1" * 70 + "0" * 30, incumbents=along),
         made_row("simba", "1" * 50 + "0" * 50, task_lm_calls=240),
@@ -152,8 +156,13 @@ def test_calls_to_reach_the_best_other() -> None:
     ]
     found = summary.summarise(rows, 300)
     assert found.reach == {("sst2", "small"): pytest.approx(90 / 240)}
+    assert found.hold == {("sst2", "small"): pytest.approx(210 / 240)}
+    said = report.text([found])
+    assert "median 0.38 over 1 cells" in said
+    assert "not lost again: 0.88" in said
     rows[1] = made_row("simba", "1" * 90 + "0" * 10)
-    assert summary.summarise(rows, 300).reach == {("sst2", "small"): math.inf}
+    found = summary.summarise(rows, 300)
+    assert found.reach == found.hold == {("sst2", "small"): math.inf}
 
 
 def test_variants_are_compared_on_the_cells_they_share() -> None:
