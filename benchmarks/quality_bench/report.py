@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quality_bench import cells, summary, tasks
+from quality_bench.statistics import mean
 from quality_bench.summary import Line, Summary
 
 CAVEAT = (
@@ -223,17 +224,17 @@ _PAPER = (
 
 
 def _paper(one: Summary) -> str:
-    means = {line.optimizer: line.mean_test for line in one.lines}
-    body = [
-        [
-            f"`{a}` ≥ `{b}`",
-            f"{means[a]:.1f} / {means[b]:.1f}",
-            "holds" if means[a] >= means[b] else "does not hold",
-        ]
-        for a, b in _PAPER
-        if a in means and b in means
-    ]
+    body = []
+    for a, b in _PAPER:
+        pairs = [(found[a], found[b]) for found in one.scores.values() if a in found and b in found]
+        if pairs:
+            first, second = (mean(scores) for scores in zip(*pairs, strict=True))
+            holds = "holds" if first >= second else "does not hold"
+            body.append([f"`{a}` ≥ `{b}`", f"{first:.1f} / {second:.1f}", str(len(pairs)), holds])
     if not body:
         return ""
-    head = f"The paper's ordering at {one.budget} calls (the last line: demos matter more than instructions):"
-    return f"{head}\n\n{_table(['ordering', 'test', 'here'], body)}"
+    head = (
+        f"The paper's ordering at {one.budget} calls, on the cells that both of a pair have (where there is one, the last "
+        "line: demos matter more than instructions):"
+    )
+    return f"{head}\n\n{_table(['ordering', 'test', 'cells', 'here'], body)}"

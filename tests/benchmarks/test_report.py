@@ -146,6 +146,14 @@ def test_nothing_is_claimed_of_few_cells() -> None:
     assert "best ranked other" not in said
 
 
+def test_the_papers_ordering_is_told_on_the_cells_that_both_have() -> None:
+    rows = [made_row("asyndbt_paper", "1" * 60 + "0" * 40), made_row("random_icl", HALF, budget=0)]
+    rows += [made_row("random_icl", "1" * 100, budget=0, task=name) for name in ("trec", "cola")]
+    rows += [made_row("student", HALF, budget=0, task=name) for name in ("sst2", "trec", "cola")]
+    said = report.text([summary.summarise(rows, 300)])
+    assert "| `asyndbt_paper` ≥ `random_icl` | 60.0 / 50.0 | 1 | holds |" in said
+
+
 def test_calls_to_reach_the_best_other() -> None:
     scores = ((30, 40.0), (90, 55.0), (120, 45.0), (200, 70.0))
     along = [{"calls": calls, "test": score} for calls, score in scores]
