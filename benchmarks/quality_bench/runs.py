@@ -110,3 +110,7 @@ def _work(
         sys.stderr.write(f"{key} failed:\n{traceback.format_exc()}\n")
 
     run_all(claimed(keys, place), options, lock, failed)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All rows are written. An interpreter that ends while a library's native thread runs may abort, and look like a failure.
+    os._exit(0)
