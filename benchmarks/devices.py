@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, default=os.environ.get("ASYNDBT_DATA"), required=False)
+    parser.add_argument("--data", type=Path, default=os.environ.get("ASYNDBT_DATA"))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.data is None:

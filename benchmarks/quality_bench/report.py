@@ -177,7 +177,8 @@ def _claims(one: Summary) -> str:
         )
         said.append(
             f"Calls to reach the best other's final score, as a part of that one's calls: median {reach} over "
-            f"{len(one.reach)} cells (wanted: 0.5 or less); until it is reached and not lost again: {hold}."
+            f"{len(one.reach)} cells whose best other makes any (wanted: 0.5 or less); "
+            f"until it is reached and not lost again: {hold}."
         )
     return " ".join([*said, CAVEAT])
 

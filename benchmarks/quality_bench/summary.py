@@ -291,13 +291,18 @@ def _parts(
     budget: int,
     until: Callable[[Sequence[tuple[float, float]], float], float | None],
 ) -> dict[Cell, float]:
-    """Per cell with incumbents AsynDBT's calls ``until`` the best other's final score, over that one's calls."""
+    """Per cell AsynDBT's calls ``until`` the best other's final score, over that one's calls.
+
+    Only of cells with incumbents and a best other that makes calls.
+    """
     parts = {}
     for cell in cells:
         rows = [row for row in table.rows[cell].get(OURS, []) if row.get("incumbents")]
         if rows and others:
             best = max(others, key=lambda name: table.score(cell, name))
-            spent = mean([row["task_lm_calls"] for row in table.rows[cell][best]]) or budget
+            spent = mean([row["task_lm_calls"] for row in table.rows[cell][best]])
+            if not spent:  # there are no calls to compare with where the best other makes none
+                continue
             calls = until(curve(rows, budget), table.score(cell, best))
             parts[cell] = math.inf if calls is None else calls / spent
     return parts

@@ -3,8 +3,10 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import dspy
 import pytest
 from quality_bench import cells, embeddings, measure, optimizers, tasks
+from quality_bench.incumbents import Incumbent
 
 NEEDS = {
     "gepa": "gepa",
@@ -86,6 +88,29 @@ def test_our_budget_is_kept_and_incumbents_are_scored(data: Path) -> None:
     assert len(calls) >= 3
     assert calls == sorted(calls)
     assert calls[-1] <= 90
+
+
+def test_an_incumbent_of_several_points_is_scored_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = tasks.TASKS["sst2"]
+    one, other = task.build(), task.build()
+    one.demos, other.demos = [dspy.Example(sentence="a", label="positive")], []
+    along = [Incumbent(calls, program) for calls, program in ((5, one), (9, other), (20, one), (30, other))]
+    outcome = optimizers.Outcome(other, incumbents=along)
+    monkeypatch.setattr(optimizers, "find", lambda name: optimizers.Optimizer(lambda job: outcome))
+    scored = []
+
+    def correct(program: dspy.Module, examples: list[dspy.Example]) -> list[bool]:
+        scored.append(program)
+        return [program is one] * len(examples)
+
+    monkeypatch.setattr(cells, "correct", correct)
+    row = cells.run(cells.Key("sst2", "x", "spy", 30, 0), measure.half_right_lms(task), data)
+    assert [point["test"] for point in row["incumbents"]] == [100.0, 0.0, 100.0, 0.0]
+    assert scored == [
+        other,
+        other,
+        one,
+    ]  # valid and test of the result, then the one incumbent that is another
 
 
 def test_a_run_repeats_itself(data: Path) -> None:

@@ -166,11 +166,14 @@ def test_calls_to_reach_the_best_other() -> None:
     assert found.reach == {("sst2", "small"): pytest.approx(90 / 240)}
     assert found.hold == {("sst2", "small"): pytest.approx(210 / 240)}
     said = report.text([found])
-    assert "median 0.38 over 1 cells" in said
+    assert "median 0.38 over 1 cells whose best other makes any" in said
     assert "not lost again: 0.88" in said
     rows[1] = made_row("simba", "1" * 90 + "0" * 10)
     found = summary.summarise(rows, 300)
     assert found.reach == found.hold == {("sst2", "small"): math.inf}
+    rows[1] = made_row("random_icl", "1" * 60 + "0" * 40, budget=0, task_lm_calls=0)
+    found = summary.summarise(rows, 300)
+    assert found.reach == found.hold == {}
 
 
 def test_variants_are_compared_on_the_cells_they_share() -> None:
