@@ -19,7 +19,7 @@ def aggregate(config: AlgorithmConfig, p: FloatArray) -> FloatArray:
     if config.aggregator == "trimmed_mean" and config.trim:
         trim = min(config.trim, (len(p) - 1) // 2)
         return np.asarray(np.sort(p, axis=0)[trim : len(p) - trim].mean(axis=0))
-    return np.asarray(p.mean(axis=0))
+    return np.asarray(np.add.reduce(p, axis=0) / len(p))
 
 
 def update_consensus(

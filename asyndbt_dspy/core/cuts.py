@@ -8,7 +8,7 @@ with ``c = -s^T phi - epsilon`` (``- sum_v d[v]^T q[v]`` when planes carry the q
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,9 +46,11 @@ class Plane:
         self, p: FloatArray, z: FloatArray, q: FloatArray, live: FloatArray, q_live: FloatArray
     ) -> float:
         """Left-hand side at ``p [R, D]``, ``z [D]``, ``q``; ``live [R]`` and ``q_live`` are 1 for live workers."""
-        constant = float(np.dot(self.offsets, live)) + self.offset
-        workers = float(np.sum(self.a * p * live[:, None]))
-        return workers + float(np.dot(self.b, z)) + float(np.dot(self.d * q_live, q)) + constant
+        constant = float(self.offsets.dot(live)) + self.offset
+        products = self.a * p
+        products *= live[:, None]
+        workers = float(np.add.reduce(products, axis=None))
+        return workers + float(self.b.dot(z)) + float((self.d * q_live).dot(q)) + constant
 
     def sign_key(self) -> bytes:
         return np.concatenate([self.a.ravel(), self.b]).astype(np.int8).tobytes()
@@ -58,7 +60,7 @@ def violation(
     layout: Layout, p: FloatArray, z: FloatArray, phi: LowerEstimate, live: FloatArray
 ) -> FloatArray:
     """``h_i = |x_i - phi_i|_1`` over live workers and z, shape ``[blocks]``."""
-    total = np.sum(np.abs(p - phi.p) * live[:, None], axis=0) + np.abs(z - phi.z)
+    total = np.add.reduce(np.abs(p - phi.p) * live[:, None], axis=0) + np.abs(z - phi.z)
     return np.array([float(total[part].sum()) for part in layout.slices])
 
 
@@ -70,6 +72,8 @@ def make_plane(
     phi: LowerEstimate,
     q: FloatArray,
     q_owner: FloatArray,
+    multiplier: float = 0.0,
+    low: int = 0,
 ) -> Plane:
     """The plane of ``block`` with sign pattern ``signs = (a, b)`` at the present phi.
 
@@ -80,12 +84,13 @@ def make_plane(
     part = layout.slices[block]
     a, b = np.zeros_like(signs[0]), np.zeros_like(signs[1])
     a[:, part], b[part] = signs[0][:, part], signs[1][part]
-    offsets = -np.sum(a * phi.p, axis=1)
+    offsets = -np.add.reduce(a * phi.p, axis=1)
     d = np.zeros_like(q)
     if phi.p_by_q is not None and phi.z_by_q is not None:
         d = -(np.einsum("rd,rdq->q", a, phi.p_by_q) + b @ phi.z_by_q)
         np.subtract.at(offsets, q_owner.astype(np.int64), d * q)
-    return Plane(block, a, b, d, offsets, -float(np.dot(b, phi.z)) - config.plane_tolerance)
+    offset = -float(np.dot(b, phi.z)) - config.plane_tolerance
+    return Plane(block, a, b, d, offsets, offset, multiplier, low)
 
 
 def refresh(
@@ -101,19 +106,19 @@ def refresh(
     live: FloatArray,
 ) -> tuple[Plane, ...]:
     """Move known planes to the new phi (``rekey_planes``) and add one for each violated block while ``t < T1``."""
-    kept = list(planes)
+    known: dict[bytes, Plane] = {}
     if config.rekey_planes:
-        kept = _without_twins([_moved(layout, config, plane, phi, q, q_owner, live) for plane in kept])
+        known = _without_twins(_moved(layout, config, plane, phi, q, q_owner, live) for plane in planes)
+        planes = tuple(known.values())
     if iteration >= config.plane_iterations:
-        return tuple(kept)
+        return planes
     signs = (np.sign(p - phi.p) * live[:, None], np.sign(z - phi.z))
-    known = {plane.sign_key() for plane in kept} if config.rekey_planes else set()
     for block, amount in enumerate(violation(layout, p, z, phi, live)):
         if amount > config.plane_tolerance:
             plane = make_plane(layout, config, block, signs, phi, q, q_owner)
             if plane.sign_key() not in known:
-                kept.append(plane)
-    return tuple(kept)
+                planes = (*planes, plane)
+    return planes
 
 
 def _moved(
@@ -126,19 +131,19 @@ def _moved(
     live: FloatArray,
 ) -> Plane:
     signs = (plane.a * live[:, None], plane.b)
-    fresh = make_plane(layout, config, plane.block, signs, phi, q, q_owner)
-    return dataclasses.replace(fresh, multiplier=plane.multiplier, low=plane.low)
+    return make_plane(layout, config, plane.block, signs, phi, q, q_owner, plane.multiplier, plane.low)
 
 
-def _without_twins(planes: list[Plane]) -> list[Plane]:
-    """Planes that differed only in a lost worker's signs become one, with the sum of their multipliers."""
+def _without_twins(planes: Iterable[Plane]) -> dict[bytes, Plane]:
+    """By their signs: planes that differed only in a lost worker's signs become one, with the sum of their multipliers."""
     kept: dict[bytes, Plane] = {}
     for plane in planes:
-        twin = kept.get(plane.sign_key())
+        key = plane.sign_key()
+        twin = kept.get(key)
         if twin is not None:
             plane = dataclasses.replace(twin, multiplier=twin.multiplier + plane.multiplier)
-        kept[plane.sign_key()] = plane
-    return list(kept.values())
+        kept[key] = plane
+    return kept
 
 
 def update_multiplier(config: AlgorithmConfig, plane: Plane, value: float) -> Plane:
@@ -186,13 +191,15 @@ def pushes(
         Shape ``[len(numbers), D]``, and per worker shape ``[Q_v]``.
     """
     rows = np.asarray(numbers, dtype=np.int64)
-    push, push_upper = np.zeros((len(rows), lower.length)), np.zeros(len(q_owner))
-    for plane in planes:
-        if plane.multiplier:
-            push += plane.multiplier * plane.a[rows]
-            push_upper += plane.multiplier * plane.d
+    push, active = np.zeros((len(rows), lower.length)), [plane for plane in planes if plane.multiplier]
+    for plane in active:
+        push += plane.multiplier * plane.a[rows]
     if not len(q_owner):
-        return push, [np.zeros(uppers[number].length) for number in numbers]
+        none = {length: np.zeros(length) for length in {uppers[number].length for number in numbers}}
+        return push, [none[uppers[number].length] for number in numbers]
+    push_upper = np.zeros(len(q_owner))
+    for plane in active:
+        push_upper += plane.multiplier * plane.d
     return push, [push_upper[q_owner == number] for number in numbers]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,8 +16,7 @@ from asyndbt_dspy.core.config import AlgorithmConfig
 from asyndbt_dspy.core.simplex import FloatArray, Layout, project_columns
 
 
-@dataclass(frozen=True)
-class Surrogate:
+class Surrogate(NamedTuple):
     """A worker's local model of its lower-level loss around ``point``: ``g(p) = gradient + curvature (p - point)``.
 
     Attributes:
@@ -83,7 +83,10 @@ class LowerEstimate:
 
 def bounded(values: FloatArray, config: AlgorithmConfig) -> FloatArray:
     """Clip to ``[-psi, psi]`` where the consensus is to be robust (``algorithm.md`` 7.10)."""
-    return np.clip(values, -config.penalty, config.penalty) if config.clip_consensus else values
+    if not config.clip_consensus:
+        return values
+    result = np.maximum(values, -config.penalty)
+    return np.minimum(result, config.penalty, out=result)
 
 
 def worker_round(
@@ -96,21 +99,28 @@ def worker_round(
 ) -> FloatArray:
     """``p <- proj(p - eta [g + rho + mu (p - z) + psi sign(p - z)])``; arrays ``[..., D, C]`` as in ``RoundState``."""
     gap = p - z
-    pull = gradient + rho + _bounded_columns(config.proximal * gap, config)
-    if config.penalty:
-        pull[..., 0] += config.penalty * np.sign(gap[..., 0])
-    return project_columns(layout, p - config.round_step * pull)
+    pull = gradient + rho
+    pull += _bounded_columns(config.proximal * gap, config)
+    _add_signs(pull, gap, config)
+    pull *= config.round_step
+    return project_columns(layout, p - pull)
 
 
 def server_round(layout: Layout, config: AlgorithmConfig, state: RoundState) -> RoundState:
     """``z <- proj(z - eta_z [sum_v(-rho + mu (z - p)) + psi sum_v sign(z - p)])``, then ``rho += eta_rho (p - z)``."""
     gap = state.z - state.p
     push = _bounded_columns(config.proximal * gap, config) - state.rho
-    if config.penalty:
-        push[..., 0] += config.penalty * np.sign(gap[..., 0])
+    _add_signs(push, gap, config)
     z = project_columns(layout, state.z - config.round_consensus_step * np.add.reduce(push, axis=0))
     rho = _bounded_columns(state.rho + config.round_dual_step * (state.p - z), config)
     return RoundState(state.p, z, rho)
+
+
+def _add_signs(force: FloatArray, gap: FloatArray, config: AlgorithmConfig) -> None:
+    """The subgradient of ``psi |gap|_1``, added to the values in place."""
+    if config.penalty:
+        values = force[..., 0]
+        values += config.penalty * np.sign(gap[..., 0])
 
 
 def _bounded_columns(columns: FloatArray, config: AlgorithmConfig) -> FloatArray:
@@ -118,10 +128,10 @@ def _bounded_columns(columns: FloatArray, config: AlgorithmConfig) -> FloatArray
     if not config.clip_consensus:
         return columns
     if columns.shape[-1] == 1:
-        return np.asarray(np.minimum(np.maximum(columns, -config.penalty), config.penalty))
+        return bounded(columns, config)
     inside = np.abs(columns[..., 0]) <= config.penalty
     result = columns * inside[..., None]
-    result[..., 0] = np.clip(columns[..., 0], -config.penalty, config.penalty)
+    result[..., 0] = bounded(columns[..., 0], config)
     return np.asarray(result)
 
 
@@ -148,16 +158,20 @@ def solve_rounds(
 
 def _constant_gradients(surrogates: Sequence[Surrogate], length: int, derivatives: bool) -> FloatArray:
     """Every model's gradient at p = 0 and its derivative with respect to all workers' q, shape ``[R, D, C]``."""
-    widths = [model.cross.shape[1] if derivatives and model.cross is not None else 0 for model in surrogates]
-    constant = np.zeros((len(surrogates), length, 1 + sum(widths)))
     origin = np.zeros(length)
     rows = [model.gradient if model.curvature is None else model.at(origin) for model in surrogates]
-    constant[..., 0] = np.array(rows).reshape(len(rows), length)
-    for row, (model, width) in enumerate(zip(surrogates, widths, strict=True)):
-        if width:
-            first = 1 + sum(widths[:row])
-            constant[row, :, first : first + width] = model.cross
-    return constant
+    values = np.concatenate([origin[:0], *rows]).reshape(len(rows), length, 1)
+    if not derivatives:
+        return values
+    columns = np.zeros(
+        (len(rows), length, sum(0 if one.cross is None else one.cross.shape[1] for one in surrogates))
+    )
+    first = 0
+    for row, model in enumerate(surrogates):
+        if model.cross is not None:
+            columns[row, :, first : first + model.cross.shape[1]] = model.cross
+            first += model.cross.shape[1]
+    return np.concatenate([values, columns], axis=-1)
 
 
 def buffered_estimate(
@@ -175,8 +189,9 @@ def buffered_estimate(
         surrogates: ``None`` for workers that never answered or were lost: their p stays where it is.
         q_owner: Worker number of each entry of q; its length is that of the derivative's last axis.
     """
-    known = [number for number, model in enumerate(surrogates) if model is not None]
-    solved = solve_rounds(layout, config, p[known], z, [model for model in surrogates if model is not None])
+    models = [model for model in surrogates if model is not None]
+    known = np.array([number for number, model in enumerate(surrogates) if model is not None], dtype=np.int64)
+    solved = solve_rounds(layout, config, p[known], z, models)
     moved = p.copy()
     moved[known] = solved.p
     if solved.p_by_q is None or solved.z_by_q is None:

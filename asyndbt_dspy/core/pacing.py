@@ -8,8 +8,7 @@ function of the order of messages alone, and a replay of the messages repeats it
 from __future__ import annotations
 
 import math
-
-import numpy as np
+import statistics
 
 from asyndbt_dspy.core.config import AlgorithmConfig
 
@@ -84,7 +83,7 @@ class Paces:
             known = [
                 pace for pace, count in zip(self._log_pace, self._answers, strict=True) if count >= _FEWEST
             ]
-            self._median = float(np.median(known)) if known else 0.0
+            self._median = statistics.median(known) if known else 0.0
             self.slowest = math.exp(max(known)) if known else 0.0
 
     def speed(self, number: int) -> float:

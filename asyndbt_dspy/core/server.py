@@ -162,28 +162,23 @@ class ServerState:
             raise ProtocolError(f"unknown worker {event.worker!r}; known: {sorted(self.numbers)}")
         if not self.live[number]:
             raise ProtocolError(f"worker {event.worker!r} was set aside and sent a {type(event).__name__}")
-        if isinstance(event, WorkerLost):
-            return self._lose(number)
-        if isinstance(event, StepReply):
+        if isinstance(event, StepReply):  # most events
             return self._step_reply(number, event)
-        if isinstance(event, RoundReply):
-            return self._round_reply(number, event)
-        return self._race_reply(number, event)
+        if isinstance(event, RaceReply):
+            return self._race_reply(number, event)
+        return self._lose(number) if isinstance(event, WorkerLost) else self._round_reply(number, event)
 
     def _step_reply(self, number: int, reply: StepReply) -> list[Instruction]:
-        if number not in self.outstanding:
-            raise ProtocolError(f"worker {reply.worker!r} owes no step and sent one of {reply.version}")
-        check_step_reply(self, number, reply)
-        late = self.version - reply.version
-        self.roster.take_back(number)
         reserved = self.step_calls(number)
+        check_step_reply(self, number, reply, reserved)
+        self.roster.take_back(number)
         self.paces.take_back(number, reserved)
         self._settle(reserved, reply.calls)
         self._free_steps[number] = 0 if reply.calls else self._free_steps[number] + 1
         self.nominations[number] = reply.nominations
         if self.phase == "race":
             return self._race_on([number])
-        self.staleness[number] = late
+        self.staleness[number] = self.version - reply.version
         self.arrived[number] = reply
         self.distances.take_back(number)
         if self._rounds is not None:
@@ -222,9 +217,11 @@ class ServerState:
         """The budget is handed out, and who still works on it is slow or one of few: nobody waits for these."""
         if not self.outstanding:
             return True
+        if not self.roster.idle:
+            return False
         few = self.config.keep_busy and len(self.outstanding) <= _FEW[self.paces.tapers] * len(self._alive())
         slow = (self.paces.speed(number) < 1.0 for number in reversed(self.outstanding))  # newest first
-        return bool(self.roster.idle) and (few or all(slow))
+        return few or all(slow)
 
     def _advance(self) -> list[Instruction]:
         if not self._may_iterate():
@@ -383,10 +380,12 @@ class ServerState:
         duals, living = self.duals[numbers], len(self._alive())  # a copy: requests do not see later updates
         for number, effects, own, *push in zip(numbers, merged, duals, *pushes, strict=True):
             self.roster.minibatch[number] = self.paces.minibatch(number, self.calls_left, living)
-            if self.calls_left is not None and self.calls_left < self.step_calls(number):
-                self.roster.idle.add(number)
-                continue
-            self._reserve(number)
+            if self.calls_left is not None:
+                calls = self.step_calls(number)
+                if self.calls_left < calls:
+                    self.roster.idle.add(number)
+                    continue
+                self.calls_left -= calls
             self.roster.hand_out(number, self.version)
             self.distances.hand_out(number, self.z)
             self.paces.hand_out(number)

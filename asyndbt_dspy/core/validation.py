@@ -58,9 +58,15 @@ def check_config(names: Sequence[str], config: AlgorithmConfig, calls: int | Non
 # ------------------------------------------------------------------------------------------------ at the server
 
 
-def check_step_reply(server: ServerState, number: int, reply: StepReply) -> None:
-    """Refuse a step that answers another request, is too late, or holds anything that is no point of its space."""
-    sent, repeat = server.roster.outstanding[number], server.roster.repeats.get(number, 0)
+def check_step_reply(server: ServerState, number: int, reply: StepReply, calls: int) -> None:
+    """Refuse a step that answers no request or another one, is too late, or holds anything that is no point of its space.
+
+    Args:
+        calls: Rollouts that the step may have cost.
+    """
+    sent, repeat = server.roster.outstanding.get(number), server.roster.repeats.get(number, 0)
+    if sent is None:
+        raise ProtocolError(f"{_sender(reply)} owes no step and sent one of {reply.version}")
     if reply.version != sent:
         raise ProtocolError(f"{_sender(reply)} was sent version {sent} and answers version {reply.version}")
     if reply.repeat != repeat:
@@ -77,7 +83,6 @@ def check_step_reply(server: ServerState, number: int, reply: StepReply) -> None
     if reply.curvature is not None:
         _check_array(reply, "curvature", reply.curvature, (length, length))
     _check_effects(reply, reply.effects, server.factors.shape[2])
-    calls = server.step_calls(number)
     _check_count(reply, "calls", reply.calls, calls)
     _check_count(reply, "missing", reply.missing, calls)
     if not isinstance(reply.loss, float):
@@ -94,7 +99,7 @@ def _check_nominations(origin: object, space: Space, nominations: tuple[Nominati
         if not isinstance(one, Nomination) or not isinstance(one.candidate, tuple):
             raise ProtocolError(f"{_sender(origin)} nominated {one!r}, which is no candidate")
         _check_candidate(origin, space, one.candidate)
-        if not (space.is_shared(one.candidate) and _is_finite(one.value) and _is_finite(one.deviation)):
+        if not (_is_finite(one.value) and _is_finite(one.deviation) and space.is_shared(one.candidate)):
             raise ProtocolError(
                 f"{_sender(origin)} nominated {one}: private arms or values that are not finite"
             )
@@ -234,7 +239,7 @@ def _check_array(origin: object, name: str, values: Any, shape: tuple[int, ...])
         raise ProtocolError(
             f"{_sender(origin)} holds {name} = {_short(values)}; it must be float64 of shape {shape}"
         )
-    flat = values if len(shape) == 1 else values.ravel()
+    flat = values.ravel()
     # The sum of squares is finite wherever all values are, unless it overflows; it costs a fraction of asking each.
     if not math.isfinite(flat.dot(flat)) and not np.isfinite(values).all():
         raise ProtocolError(f"{_sender(origin)} holds {name} with values that are not finite")
@@ -248,7 +253,7 @@ def _is_float_array(values: Any) -> bool:
 
 def _check_effects(origin: object, values: Any, columns: int) -> None:
     _check_array(origin, "effects", values, (2, columns))
-    if columns and np.minimum.reduce(values[0]) < 0:
+    if columns and values[0, values[0].argmin()] < 0:
         raise ProtocolError(
             f"{_sender(origin)} holds effects with a negative precision {float(values[0].min())}"
         )
@@ -262,6 +267,8 @@ def _check_count(origin: object, name: str, value: Any, limit: int | None = None
 
 
 def _is_finite(value: Any) -> bool:
+    if type(value) is float:  # most numbers
+        return math.isfinite(value)
     return isinstance(value, _NUMBER) and not isinstance(value, bool) and math.isfinite(value)
 
 
