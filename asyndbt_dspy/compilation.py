@@ -32,6 +32,7 @@ from asyndbt_dspy.remote import RemoteRunner, elsewhere
 from asyndbt_dspy.reporting import make_result
 from asyndbt_dspy.runs.observers import CurveRecorder, ProgressBar
 from asyndbt_dspy.runs.result import Result
+from asyndbt_dspy.setup_rollouts import Asked, SetupRollouts
 from asyndbt_dspy.stopping import StopRequest
 from asyndbt_dspy.workers import Worker
 
@@ -197,9 +198,10 @@ async def _arrange(
         on_refused=metering.note_refused,
     )
     try:
-        probes = await _probe(optimizer, evaluator, shards)
+        setup = SetupRollouts(evaluator, book)
+        probes = await _probe(optimizer, setup, shards)
         metered_teacher = None if teacher is None else metering.program(teacher)
-        items, rollouts = await _demos(optimizer, student, metered_teacher, shards, evaluator)
+        items, rollouts = await _demos(optimizer, student, metered_teacher, shards, setup)
         options = dataclasses.replace(
             optimizer.options, proposer=metering.lm(optimizer.options.proposer, PROPOSER)
         )
@@ -213,8 +215,7 @@ async def _arrange(
         evaluator.remember((programs.space.student, worker, False, 0), rollout)  # paid for already
     cross_entropies = [one.cross_entropy is not None for one in probes.values() if one.score is not None]
     use_distributions = optimizer.loss == "auto" and bool(cross_entropies) and all(cross_entropies)
-    # What was left behind in the setup may still complete.
-    spent = sum(use.calls for use in evaluator.uses.values()) + evaluator.left_behind
+    spent = setup.close()
     calls = optimizer.budget.metric_calls
     left = None if calls is None else max(0, calls - spent)
     members = preparation.make_members(programs, shards, config)
@@ -254,19 +255,17 @@ def _make_runner(optimizer: AsynDBT, config: AlgorithmConfig, lms: Mapping[str, 
 
 
 async def _probe(
-    optimizer: AsynDBT, evaluator: ProgramEvaluator, shards: Sequence[sharding.Shard]
+    optimizer: AsynDBT, setup: SetupRollouts, shards: Sequence[sharding.Shard]
 ) -> dict[str, Rollout]:
     """The student's rollout on the first example of each worker, as far as the budget reaches.
 
     It shows a metric that returns nothing before more is paid for, and whether labels have distributions.
     """
-    student = evaluator.programs.build(evaluator.programs.space.student)
+    programs = setup.evaluator.programs
+    student = programs.build(programs.space.student)
     names = [shard.worker.name for shard in shards[: optimizer.budget.metric_calls]]
-    runs = [
-        evaluator.rollout(name, student, shard.estimate[0])
-        for name, shard in zip(names, shards, strict=False)
-    ]
-    rollouts = await preparation.gather_rollouts(evaluator, runs)
+    asked = [Asked(name, student, shard.estimate[0]) for name, shard in zip(names, shards, strict=False)]
+    rollouts = await setup.run("probes", asked)
     preparation.check_lm(student, shards, rollouts)
     return {name: one for name, one in zip(names, rollouts, strict=True) if one is not None}
 
@@ -276,20 +275,19 @@ async def _demos(
     student: dspy.Module,
     teacher: dspy.Module | None,
     shards: Sequence[sharding.Shard],
-    evaluator: ProgramEvaluator,
+    setup: SetupRollouts,
 ) -> tuple[list[DemoItem], list[tuple[str, dspy.Example, Rollout]]]:
     """Demo arms, and the runs (worker, example, rollout) that traces were taken from."""
-    options, plain = optimizer.options, evaluator.programs
+    options, plain = optimizer.options, setup.evaluator.programs
     found = [] if options.mode == "instructions" else preparation.labelled_items(student, shards, options)
     rollouts: list[tuple[str, dspy.Example, Rollout]] = []
     if preparation.wants_bootstrap(student, teacher, options, found) or options.proposer is not None:
         calls = optimizer.budget.metric_calls or _BOOTSTRAP_CALLS
-        spent = sum(use.calls for use in evaluator.uses.values()) + evaluator.left_behind
-        spend = max(0, min(int(calls * _BOOTSTRAP_FRACTION), calls - spent))
+        spend = max(0, min(int(calls * _BOOTSTRAP_FRACTION), calls - setup.calls))
         program = teacher or plain.build(plain.space.student)
         threshold = max(0.5, optimizer.failure_score)
         traced, rollouts = await preparation.bootstrap_items(
-            evaluator, program, shards, options, spend, threshold
+            setup, program, shards, options, spend, threshold
         )
         known = {name for name, _ in student.named_predictors()}  # a teacher may have other predictors
         found = [*(item for item in traced if item.predictor in known), *found]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -15,13 +14,14 @@ from dspy.clients.model_metadata import model_info
 
 from asyndbt_dspy.core.config import AlgorithmConfig
 from asyndbt_dspy.core.server import Member
-from asyndbt_dspy.errors import ConfigurationError, WorkerFailedError
+from asyndbt_dspy.errors import ConfigurationError
 from asyndbt_dspy.lms.failures import FailureKind
 from asyndbt_dspy.programs import demos, proposals, slots
 from asyndbt_dspy.programs.endings import demo_endings
-from asyndbt_dspy.programs.evaluator import ProgramEvaluator, WorkerPart
+from asyndbt_dspy.programs.evaluator import WorkerPart
 from asyndbt_dspy.programs.rollout import Rollout
 from asyndbt_dspy.programs.slots import DemoItem, ProgramSpace
+from asyndbt_dspy.setup_rollouts import Asked, SetupRollouts
 from asyndbt_dspy.sharding import Shard, race_examples
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ def wants_bootstrap(
 
 
 async def bootstrap_items(
-    evaluator: ProgramEvaluator,
+    setup: SetupRollouts,
     program: dspy.Module,
     shards: Sequence[Shard],
     options: SearchSpaceOptions,
@@ -150,19 +150,16 @@ async def bootstrap_items(
         The demos, and all runs as (worker, example, rollout): the proposer reads failures from those that may be shared.
     """
     each, more = divmod(calls, len(shards))
-    asked = [
+    places = [
         (shard, number)
         for place, shard in enumerate(shards)
         for number in range(min(each + (place < more), len(shard.pool)))
     ]
-    runs = [
-        evaluator.rollout(shard.worker.name, program, shard.pool[number], trace=True)
-        for shard, number in asked
-    ]
+    asked = [Asked(shard.worker.name, program, shard.pool[number], trace=True) for shard, number in places]
     items: list[DemoItem] = []
     too_long: list[int] = []
     rollouts: list[tuple[str, dspy.Example, Rollout]] = []
-    for (shard, number), rollout in zip(asked, await gather_rollouts(evaluator, runs), strict=True):
+    for (shard, number), rollout in zip(places, await setup.run("traces", asked), strict=True):
         if rollout is None:
             continue
         rollouts.append((shard.worker.name, shard.pool[number], rollout))
@@ -186,35 +183,6 @@ async def bootstrap_items(
             max(too_long),
         )
     return items, rollouts
-
-
-async def gather_rollouts(
-    evaluator: ProgramEvaluator, runs: Sequence[Coroutine[Any, Any, Rollout]]
-) -> list[Rollout | None]:
-    """All rollouts; ``None`` where the worker failed, as the search sets such workers aside itself, and of stragglers.
-
-    Any other error (of the metric, say) ends the rest at once, before more is paid for.
-    """
-
-    async def tolerant(run: Coroutine[Any, Any, Rollout]) -> Rollout | None:
-        try:
-            return await run
-        except WorkerFailedError:
-            return None
-
-    tasks = [asyncio.ensure_future(tolerant(run)) for run in runs]
-    try:
-        left = await evaluator.stragglers.settle("", tasks)
-        for task in left:
-            evaluator.leave_behind(task)
-        return [None if task in left else task.result() for task in tasks]
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for run in runs:
-            run.close()  # one that was cancelled before it began
-        raise
 
 
 def check_lm(student: dspy.Module, shards: Sequence[Shard], probes: Sequence[Rollout | None]) -> None:

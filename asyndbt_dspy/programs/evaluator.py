@@ -307,17 +307,9 @@ class ProgramEvaluator:
         """
         part = self.parts[worker]
         name = self._name(worker, program, example)
-        paid = None
-        if self.book is not None and name is not None:
-            paid = self.book.take(worker, name, program, trace)
-        if paid is None and earlier is not None:
-            if earlier.score is None:  # refused by the budget, or cut short: that is in no worker's journal
-                return Rollout(None)
-            paid = PaidRollout(_as_rollout(earlier))
-        if paid is not None:
-            with calling_as(worker):
-                self.runner.note_paid(program, example, trace=trace)
-            return self._paid(worker, name, program, paid)
+        recalled = self.recall(worker, program, example, trace=trace, earlier=earlier)
+        if recalled is not None:
+            return recalled
         gate = self._gates.setdefault(worker, asyncio.Semaphore(part.max_concurrency))
         async with gate, self.gate:
             self._check_health(worker)
@@ -343,6 +335,29 @@ class ProgramEvaluator:
         if self.on_rollout is not None:
             self.on_rollout(worker, rollout)
         return rollout
+
+    def recall(
+        self,
+        worker: str,
+        program: dspy.Module,
+        example: dspy.Example,
+        trace: bool = False,
+        earlier: Outcome | None = None,
+    ) -> Rollout | None:
+        """What was paid for in an earlier process or run, counted as if it ran; ``None`` where nothing was."""
+        name = self._name(worker, program, example)
+        paid = None
+        if self.book is not None and name is not None:
+            paid = self.book.take(worker, name, program, trace)
+        if paid is None and earlier is not None:
+            if earlier.score is None:  # refused by the budget, or cut short: that is in no worker's journal
+                return Rollout(None)
+            paid = PaidRollout(_as_rollout(earlier))
+        if paid is None:
+            return None
+        with calling_as(worker):
+            self.runner.note_paid(program, example, trace=trace)
+        return self._paid(worker, name, program, paid)
 
     def _paid(self, worker: str, name: RolloutKey | None, program: dspy.Module, paid: PaidRollout) -> Rollout:
         """Count what was paid for before. A worker that it shows to fail was set aside then, and is again."""

@@ -18,7 +18,7 @@ _FEWEST = 5
 _MEMORY = 64
 _LEAST_S = 1.0
 """Nothing that takes less is worth leaving behind."""
-_SHARE = 3
+SHARE = 3
 """At most one call in so many of a unit, rounded up, is left behind: where more are slow, the endpoint is slow."""
 
 _GIVEN_UP = 3.0
@@ -37,7 +37,7 @@ class Stragglers:
 
     def __init__(self, factor: float | None, clock: Callable[[], float]) -> None:
         self.factor = factor
-        self._clock = clock
+        self.clock = clock
         self._durations: dict[str, deque[float]] = {}
         self._begun: dict[Task[object], float] = {}
 
@@ -45,7 +45,7 @@ class Stragglers:
         """The current task makes its call now, or waits for that of another task (``like``)."""
         task = asyncio.current_task()
         if self.factor is not None and task is not None:
-            self._begun[task] = self._begun.get(like, self._clock()) if like is not None else self._clock()
+            self._begun[task] = self._begun.get(like, self.clock()) if like is not None else self.clock()
             task.add_done_callback(self._forget)
 
     def _forget(self, task: Task[object]) -> None:
@@ -63,9 +63,9 @@ class Stragglers:
         Args:
             worker: Whose calls these are; "" for several workers'.
         """
-        pending, may_leave = set(tasks), math.ceil(len(tasks) / _SHARE)
+        pending, may_leave = set(tasks), math.ceil(len(tasks) / SHARE)
         while pending:
-            timeout = self._patience(worker, pending) if len(pending) <= may_leave else math.inf
+            timeout = self.patience(worker, pending) if len(pending) <= may_leave else math.inf
             if timeout <= 0:
                 return pending
             done, pending = await asyncio.wait(
@@ -77,18 +77,24 @@ class Stragglers:
                 task.result()
         return pending
 
-    def _patience(self, worker: str, pending: Collection[Task[object]]) -> float:
+    def patience(self, worker: str, pending: Collection[Task[object]]) -> float:
         """Seconds until all of these have taken too long; infinite while one has not begun."""
-        known = self._durations.get(worker, ())
-        if self.factor is None or len(known) < _FEWEST or not all(task in self._begun for task in pending):
+        if not all(task in self._begun for task in pending):
             return math.inf
-        return max(self._begun[task] for task in pending) + self._limit(worker) - self._clock()
+        return max(self._begun[task] for task in pending) + self.limit(worker) - self.clock()
 
-    def _limit(self, worker: str) -> float:
-        assert self.factor is not None  # else nothing is ever left behind
-        return max(_LEAST_S, self.factor * statistics.median(self._durations[worker]))
+    def limit(self, worker: str) -> float:
+        """Seconds that one call of this worker may take; infinite where that is not known."""
+        known = self._durations.get(worker, ())
+        if self.factor is None or len(known) < _FEWEST:
+            return math.inf
+        return max(_LEAST_S, self.factor * statistics.median(known))
+
+    def has_begun(self, task: Task[object]) -> bool:
+        """Whether a task that is not over has made its call."""
+        return task in self._begun
 
     def give_up_later(self, worker: str, task: Task[object]) -> None:
         """End a call that was left behind, once it has gone on for too long."""
-        later = asyncio.get_running_loop().call_later(_GIVEN_UP * self._limit(worker), task.cancel)
+        later = asyncio.get_running_loop().call_later(_GIVEN_UP * self.limit(worker), task.cancel)
         task.add_done_callback(lambda _: later.cancel())

@@ -74,6 +74,13 @@ class KeysOnly:
     def keep_texts(self, predictor: str, texts: Sequence[str]) -> None:
         pass
 
+    def setup(self) -> Mapping[str, Any] | None:
+        """What the setup came to in an earlier process (see ``SetupRollouts``)."""
+        return None
+
+    def keep_setup(self, found: Mapping[str, Any]) -> None:
+        pass
+
     def join_ledger(self, ledger: Ledger) -> None:
         """The run's ledger goes on from what earlier processes spent, and its attempts are recorded."""
 
@@ -94,6 +101,7 @@ class _Read:
     rollouts: int = 0
     failures: dict[tuple[str, int], str] = field(default_factory=dict)
     texts: dict[str, list[str]] = field(default_factory=dict)
+    setup: Mapping[str, Any] | None = None
     space: str | None = None
     spent: SpentSoFar = field(default_factory=SpentSoFar)
     elapsed_s: float = 0.0
@@ -182,6 +190,9 @@ class RunRecorder(KeysOnly):
     def failure(self, worker: str, task: int) -> str | None:
         return self._read.failures.get((worker, task))
 
+    def setup(self) -> Mapping[str, Any] | None:
+        return self._read.setup
+
     def texts(self, predictor: str) -> list[str] | None:
         return self._read.texts.get(predictor)
 
@@ -231,6 +242,9 @@ class RunRecorder(KeysOnly):
 
     def keep_texts(self, predictor: str, texts: Sequence[str]) -> None:
         self._write_server({"kind": "instructions", "predictor": predictor, "texts": list(texts)})
+
+    def keep_setup(self, found: Mapping[str, Any]) -> None:
+        self._write_server({"kind": "setup", **found})
 
     def begin_search(self, space: str, blocks: Sequence[Sequence[Any]]) -> None:
         """The prepared space: a hash of its contents, and per block its name and number of arms.
@@ -288,6 +302,8 @@ class RunRecorder(KeysOnly):
             read.failures[name, entry["task"]] = entry["reason"]
         elif kind == "instructions":
             read.texts[entry["predictor"]] = entry["texts"]
+        elif kind == "setup":
+            read.setup = entry
         elif kind == "space":
             read.space, read.search_began_s = entry["sha256"], entry["t"]
         elif kind == "finished":

@@ -16,6 +16,7 @@ from asyndbt_dspy.programs.evaluator import ProgramEvaluator, WorkerPart
 from asyndbt_dspy.programs.rollout import Rollout
 from asyndbt_dspy.programs.slots import build_space
 from asyndbt_dspy.programs.stragglers import Stragglers
+from asyndbt_dspy.setup_rollouts import Asked, SetupRollouts
 from asyndbt_dspy.testing.provider import Call, Fault, Provider
 
 
@@ -197,6 +198,64 @@ def test_a_compile_with_calls_that_never_return_ends_and_keeps_to_its_budget() -
     assert optimizer.result.seconds < 20.0
     assert program.signature.instructions == kit.MAGIC
     assert 120 < optimizer.result.metric_calls <= 200
+
+
+class Notes:
+    """A ``SetupBook`` in memory."""
+
+    def __init__(self) -> None:
+        self.kept: Any = None
+
+    def setup(self) -> Any:
+        return self.kept
+
+    def keep_setup(self, found: Any) -> None:
+        self.kept = found
+
+
+def setup_of(seconds: dict[str, list[float]], factor: float | None = 8.0) -> tuple[Any, Any]:
+    """The setup's rollouts of workers whose calls take so long, four in flight each; the runner."""
+    made, runner = evaluator([], factor)
+    made.parts = {name: WorkerPart(name, (), (), max_concurrency=4) for name in seconds}
+    asked = [
+        Asked(name, dspy.Predict("question -> answer"), dspy.Example(name=f"{name}{place}", seconds=one))
+        for name, all_of_it in seconds.items()
+        for place, one in enumerate(all_of_it)
+    ]
+    return (made, asked), runner
+
+
+def test_the_setup_does_not_wait_for_all_of_a_slow_worker_and_what_never_began_costs_nothing() -> None:
+    async def go() -> Any:
+        (made, asked), runner = setup_of({"a": [0.5] * 12, "b": [0.5] * 12, "slow": [5.0] * 12})
+        setup, loop = SetupRollouts(made, Notes()), asyncio.get_running_loop()
+        found = await setup.run("traces", asked)
+        return found, runner, loop.time(), setup.close()
+
+    (found, runner, at_s, calls), _ = virtually(go())
+    # The others are done at 1.5 s. Eight times their usual half second later four of the slow one's would be nearly back.
+    assert at_s == pytest.approx(5.5)
+    assert [one is not None for one in found] == [True] * 28 + [False] * 8
+    assert len(runner.made) == 32 == calls, "four are under way and paid for, four were never made"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "factor"),
+    [
+        ({"only": [0.5] * 60}, 8.0),
+        ({"a": [0.5] * 6, "b": [1.5] * 6}, 8.0),
+        ({"a": [0.5] * 4, "b": [0.5] * 4, "c": [0.5] * 4, "slow": [30.0] * 4}, None),
+    ],
+    ids=["one worker", "a little slower", "deterministic"],
+)
+def test_the_setup_waits_for_all_where_nobody_is_far_behind(
+    seconds: dict[str, list[float]], factor: float | None
+) -> None:
+    async def go() -> Any:
+        (made, asked), _ = setup_of(seconds, factor)
+        return await SetupRollouts(made, Notes()).run("traces", asked)
+
+    assert all(one is not None for one in virtually(go())[0])
 
 
 def test_a_factor_that_leaves_everything_behind_is_refused() -> None:

@@ -1,0 +1,131 @@
+"""The rollouts of a compile's setup, probes and traces: made for all workers at once, before there is anything to search.
+
+The search cannot begin before they are in, so nobody waits long for few of them: calls that hang are left behind, and of
+workers that are far behind the others only what came in by then is used. What was in is journalled: a resumed run
+has to come to the same instructions and demos, whatever is answered the second time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import dspy
+
+from asyndbt_dspy.errors import WorkerFailedError
+from asyndbt_dspy.programs.evaluator import ProgramEvaluator
+from asyndbt_dspy.programs.rollout import Rollout
+from asyndbt_dspy.programs.stragglers import SHARE
+
+Task = asyncio.Task[Rollout | None]
+
+
+class Asked(NamedTuple):
+    """One rollout to make; ``trace``: whether its trace is wanted."""
+
+    worker: str
+    program: dspy.Module
+    example: dspy.Example
+    trace: bool = False
+
+
+class SetupBook(Protocol):
+    """Remembers what the setup of a run came to."""
+
+    def setup(self) -> Mapping[str, Any] | None:
+        """``{"in_time": {stage: numbers}, "calls": n}`` of an earlier process, ``None`` where it did not come so far."""
+        ...
+
+    def keep_setup(self, found: Mapping[str, Any]) -> None: ...
+
+
+class SetupRollouts:
+    """Makes the setup's rollouts, stage by stage.
+
+    Args:
+        book: Knows which were in when an earlier process of the run went on. The others are not asked for again.
+    """
+
+    def __init__(self, evaluator: ProgramEvaluator, book: SetupBook) -> None:
+        self.evaluator = evaluator
+        self._book = book
+        self._known = book.setup()
+        self._in_time: dict[str, list[int]] = {}
+
+    async def run(self, stage: str, asked: Sequence[Asked]) -> list[Rollout | None]:
+        """All rollouts of a stage; ``None`` for stragglers, and where a worker failed: the search sets those aside itself.
+
+        Any other error (of the metric, say) ends the rest at once, before more is paid for.
+        """
+        numbers = list(range(len(asked)))
+        if self._known is not None:
+            numbers = self._known["in_time"].get(stage, [])
+            for number in set(range(len(asked))) - set(numbers):  # it counts, but came in too late
+                self.evaluator.recall(*asked[number])
+        tasks = {number: asyncio.ensure_future(self._tolerant(asked[number])) for number in numbers}
+        try:
+            left = await self._settle({task: asked[number].worker for number, task in tasks.items()})
+        except BaseException:
+            for task in tasks.values():
+                task.cancel()
+            await asyncio.gather(*tasks.values(), return_exceptions=True)
+            raise
+        for task in left:
+            if self.evaluator.stragglers.has_begun(task):
+                self.evaluator.leave_behind(task)
+            else:
+                task.cancel()
+        self._in_time[stage] = [number for number, task in tasks.items() if task not in left]
+        rollouts: list[Rollout | None] = [None] * len(asked)
+        for number in self._in_time[stage]:
+            rollouts[number] = tasks[number].result()
+        return rollouts
+
+    @property
+    def calls(self) -> int:
+        """Rollouts paid for so far; what was left behind may still complete."""
+        return sum(use.calls for use in self.evaluator.uses.values()) + self.evaluator.left_behind
+
+    def close(self) -> int:
+        """The setup is over; returns the calls that it counts for, in every process of the run alike."""
+        if self._known is not None:
+            return int(self._known["calls"])
+        calls = self.calls
+        self._book.keep_setup({"in_time": self._in_time, "calls": calls})
+        return calls
+
+    async def _tolerant(self, asked: Asked) -> Rollout | None:
+        worker, program, example, trace = asked
+        try:
+            return await self.evaluator.rollout(worker, program, example, trace=trace)
+        except WorkerFailedError:
+            return None
+
+    async def _settle(self, owners: Mapping[Task, str]) -> set[Task]:
+        """Wait, and return what is left behind: of a third of the rollouts at most.
+
+        Once no more than a third are under way and half of the workers are done, the others get as much time again.
+        """
+        stragglers = self.evaluator.stragglers
+        pending, begun, until = set(owners), stragglers.clock(), math.inf
+        may_leave, workers = math.ceil(len(owners) / SHARE), len(set(owners.values()))
+        while pending:
+            timeout = math.inf
+            if len(pending) <= may_leave and self._known is None:
+                slow = {owners[task] for task in pending}
+                if 2 * len(slow) <= workers and math.isinf(until):
+                    now = stragglers.clock()
+                    until = now + max(now - begun, stragglers.limit(""))
+                timeout = min(until - stragglers.clock(), stragglers.patience("", pending))
+            if timeout <= 0:
+                break
+            done, pending = await asyncio.wait(
+                pending,
+                timeout=None if math.isinf(timeout) else timeout,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            for task in done:
+                task.result()  # the first error ends it
+        return pending
