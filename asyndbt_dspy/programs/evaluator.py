@@ -22,6 +22,7 @@ from asyndbt_dspy.programs.paid_rollouts import PaidRollout, RolloutBook, Rollou
 from asyndbt_dspy.programs.rollout import Rollout, Runner
 from asyndbt_dspy.programs.slots import ProgramSpace
 from asyndbt_dspy.programs.stragglers import Stragglers
+from asyndbt_dspy.programs.time_limit import within
 from asyndbt_dspy.programs.usage import usage_of
 
 
@@ -379,7 +380,7 @@ class ProgramEvaluator:
         """One rollout within its time limit; what goes wrong on a private worker is told without its text."""
         run = self.runner.run(program, example, lm=part.lm, adapter=self.adapter, trace=trace)
         try:
-            return await asyncio.wait_for(run, self.rollout_timeout_s)
+            return await within(self.rollout_timeout_s, run)
         except asyncio.TimeoutError:
             late = f"no answer within {self.rollout_timeout_s:g} s"
             return Rollout(None, failure=FailureKind.TRANSIENT, error=late, seconds=self.rollout_timeout_s)

@@ -1,0 +1,48 @@
+"""A time limit that does not run while the process stands still.
+
+A process that was stopped (Ctrl-Z, a paused container, a machine that slept) wakes up with all its deadlines over at once.
+Its calls have done nothing wrong: each gets its time once more, instead of all workers being set aside for not answering.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+_STOOD_STILL_S = 1.0
+_SHARE = 0.1
+"""A timer that goes off later than both this many seconds and this part of its limit was not late by chance: nothing ran."""
+
+Found = TypeVar("Found")
+
+
+async def within(seconds: float, call: Coroutine[Any, Any, Found]) -> Found:
+    """What ``call`` returns.
+
+    Args:
+        seconds: > 0, of the event loop's clock while the process ran.
+
+    Raises:
+        asyncio.TimeoutError: it took longer; it was cancelled.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(call)
+    until = loop.time() + seconds
+    try:
+        while not task.done():
+            await asyncio.wait((task,), timeout=until - loop.time())
+            late = loop.time() - until
+            if late > max(_STOOD_STILL_S, _SHARE * seconds):
+                until = loop.time() + seconds
+            elif late >= 0.0:
+                break
+    except asyncio.CancelledError:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        raise
+    if not task.done():
+        task.cancel()
+        await asyncio.wait((task,))
+        if task.cancelled():
+            raise asyncio.TimeoutError
+    return task.result()

@@ -1,0 +1,80 @@
+"""Time in which the process stands still counts for no time limit."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from test_stragglers import Loop, virtually
+
+from asyndbt_dspy.programs.time_limit import within
+
+
+async def steps(*seconds: float) -> str:
+    for one in seconds:
+        await asyncio.sleep(one)
+    return "answer"
+
+
+def standing_still(at_s: float, for_s: float) -> None:
+    """The running loop does nothing for so long."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, Loop)
+
+    def stand() -> None:
+        loop.now += for_s
+
+    loop.call_later(at_s, stand)
+
+
+def outcome(*seconds: float, limit: float = 60.0, still: tuple[float, float] | None = None) -> Any:
+    async def go() -> Any:
+        if still is not None:
+            standing_still(*still)
+        try:
+            return await within(limit, steps(*seconds))
+        except asyncio.TimeoutError:
+            return "late"
+
+    return virtually(go())
+
+
+def test_an_answer_in_time_is_returned_and_a_late_one_is_cut_off_at_the_limit() -> None:
+    assert outcome(20.0, 30.0) == ("answer", 50.0)
+    assert outcome(20.0, 60.0) == ("late", 60.0)
+
+
+def test_a_process_that_stood_still_gives_its_calls_their_time_once_more() -> None:
+    assert outcome(20.0, 30.0, still=(10.0, 300.0)) == ("answer", 340.0)
+    assert outcome(20.0, 90.0, still=(10.0, 300.0)) == ("late", 370.0)
+
+
+def test_a_timer_that_is_a_little_late_is_no_such_thing() -> None:
+    assert outcome(20.0, 45.0, still=(58.0, 5.0))[0] == "late"
+
+
+def test_who_waits_may_be_cancelled_and_an_error_comes_through() -> None:
+    cancelled: list[bool] = []
+
+    async def endless() -> None:
+        try:
+            await asyncio.sleep(1e6)
+        except asyncio.CancelledError:
+            cancelled.append(True)
+            raise
+
+    async def go() -> None:
+        waiting = asyncio.ensure_future(within(60.0, endless()))
+        await asyncio.sleep(1.0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    async def wrong() -> None:
+        raise ValueError("no")
+
+    virtually(go())
+    assert cancelled == [True]
+    with pytest.raises(ValueError, match="no"):
+        virtually(within(60.0, wrong()))
