@@ -263,7 +263,8 @@ async def _probe(
     """
     programs = setup.evaluator.programs
     student = programs.build(programs.space.student)
-    names = [shard.worker.name for shard in shards[: optimizer.budget.metric_calls]]
+    most = setup.count("probes", optimizer.budget.metric_calls or len(shards))
+    names = [shard.worker.name for shard in shards[:most]]
     asked = [Asked(name, student, shard.estimate[0]) for name, shard in zip(names, shards, strict=False)]
     rollouts = await setup.run("probes", asked)
     preparation.check_lm(student, shards, rollouts)
@@ -284,6 +285,7 @@ async def _demos(
     if preparation.wants_bootstrap(student, teacher, options, found) or options.proposer is not None:
         calls = optimizer.budget.metric_calls or _BOOTSTRAP_CALLS
         spend = max(0, min(int(calls * _BOOTSTRAP_FRACTION), calls - setup.calls))
+        spend = setup.count("traces", spend)
         program = teacher or plain.build(plain.space.student)
         threshold = max(0.5, optimizer.failure_score)
         traced, rollouts = await preparation.bootstrap_items(

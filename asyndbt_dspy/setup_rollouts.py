@@ -35,7 +35,7 @@ class SetupBook(Protocol):
     """Remembers what the setup of a run came to."""
 
     def setup(self) -> Mapping[str, Any] | None:
-        """``{"in_time": {stage: numbers}, "calls": n}`` of an earlier process, ``None`` where it did not come so far."""
+        """``{"asked": {stage: count}, "in_time": {stage: numbers}, "calls": n}`` of an earlier process, else ``None``."""
         ...
 
     def keep_setup(self, found: Mapping[str, Any]) -> None: ...
@@ -52,7 +52,12 @@ class SetupRollouts:
         self.evaluator = evaluator
         self._book = book
         self._known = book.setup()
+        self._asked: dict[str, int] = {}
         self._in_time: dict[str, list[int]] = {}
+
+    def count(self, stage: str, most: int) -> int:
+        """Rollouts that a stage makes: ``most``, but as many as in an earlier process, also where the budget was raised since."""
+        return most if self._known is None else int(self._known["asked"].get(stage, 0))
 
     async def run(self, stage: str, asked: Sequence[Asked]) -> list[Rollout | None]:
         """All rollouts of a stage; ``None`` for stragglers, and where a worker failed: the search sets those aside itself.
@@ -77,6 +82,7 @@ class SetupRollouts:
                 self.evaluator.leave_behind(task)
             else:
                 task.cancel()
+        self._asked[stage] = len(asked)
         self._in_time[stage] = [number for number, task in tasks.items() if task not in left]
         rollouts: list[Rollout | None] = [None] * len(asked)
         for number in self._in_time[stage]:
@@ -93,7 +99,7 @@ class SetupRollouts:
         if self._known is not None:
             return int(self._known["calls"])
         calls = self.calls
-        self._book.keep_setup({"in_time": self._in_time, "calls": calls})
+        self._book.keep_setup({"asked": self._asked, "in_time": self._in_time, "calls": calls})
         return calls
 
     async def _tolerant(self, asked: Asked) -> Rollout | None:

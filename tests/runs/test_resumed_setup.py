@@ -96,3 +96,15 @@ def test_a_setup_that_was_not_over_is_made_anew_from_what_is_recorded(tmp_path: 
     assert before > 0 and program is not None
     assert silent_on in again.asked
     assert len(again.asked) == optimizer.result.metric_calls - before
+
+
+def test_a_raised_budget_takes_no_more_traces(tmp_path: Path) -> None:
+    first, _ = run(tmp_path, Engine())
+    (space,) = entries(tmp_path, "space")
+    before = {entry["key"] for entry in entries(tmp_path, "rollout")}
+    more, program = run(tmp_path, again := Engine(), budget=Budget(metric_calls=250))
+    assert program is not None
+    assert entries(tmp_path, "space") == [space]
+    assert first.result.metric_calls <= 150 < more.result.metric_calls <= 250
+    keys = [entry["key"] for entry in entries(tmp_path, "rollout")]
+    assert before <= set(keys) and len(again.asked) == len(keys) - len(before)
