@@ -45,7 +45,7 @@ class SetupRollouts:
     """Makes the setup's rollouts, stage by stage.
 
     Args:
-        book: Knows which were in when an earlier process of the run went on. The others are not asked for again.
+        book: Knows which were in when an earlier process of the run went on. Then nothing is asked for again.
     """
 
     def __init__(self, evaluator: ProgramEvaluator, book: SetupBook) -> None:
@@ -64,18 +64,17 @@ class SetupRollouts:
 
         Any other error (of the metric, say) ends the rest at once, before more is paid for.
         """
-        numbers = list(range(len(asked)))
         if self._known is not None:
-            numbers = self._known["in_time"].get(stage, [])
-            for number in set(range(len(asked))) - set(numbers):  # it counts, but came in too late
-                self.evaluator.recall(*asked[number])
-        tasks = {number: asyncio.ensure_future(self._tolerant(asked[number])) for number in numbers}
+            in_time = set(self._known["in_time"].get(stage, ()))
+            found = [self.evaluator.recall(*one) for one in asked]  # what came in too late counts as well
+            return [one if number in in_time else None for number, one in enumerate(found)]
+        tasks = [asyncio.ensure_future(self._tolerant(one)) for one in asked]
         try:
-            left = await self._settle({task: asked[number].worker for number, task in tasks.items()})
+            left = await self._settle({task: one.worker for task, one in zip(tasks, asked, strict=True)})
         except BaseException:
-            for task in tasks.values():
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks.values(), return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             raise
         for task in left:
             if self.evaluator.stragglers.has_begun(task):
@@ -83,11 +82,8 @@ class SetupRollouts:
             else:
                 task.cancel()
         self._asked[stage] = len(asked)
-        self._in_time[stage] = [number for number, task in tasks.items() if task not in left]
-        rollouts: list[Rollout | None] = [None] * len(asked)
-        for number in self._in_time[stage]:
-            rollouts[number] = tasks[number].result()
-        return rollouts
+        self._in_time[stage] = [number for number, task in enumerate(tasks) if task not in left]
+        return [None if task in left else task.result() for task in tasks]
 
     @property
     def calls(self) -> int:
@@ -119,7 +115,7 @@ class SetupRollouts:
         may_leave, workers = math.ceil(len(owners) / SHARE), len(set(owners.values()))
         while pending:
             timeout = math.inf
-            if len(pending) <= may_leave and self._known is None:
+            if len(pending) <= may_leave:
                 slow = {owners[task] for task in pending}
                 if 2 * len(slow) <= workers and math.isinf(until):
                     now = stragglers.clock()
