@@ -114,4 +114,5 @@ def test_a_raised_budget_takes_no_more_traces(tmp_path: Path) -> None:
     assert entries(tmp_path, "space") == [space]
     assert first.result.metric_calls <= 150 < more.result.metric_calls <= 250
     keys = [entry["key"] for entry in entries(tmp_path, "rollout")]
-    assert set(before) <= set(keys) and len(again.asked) == len(keys) - len(before)
+    # What one worker was paid for and another one takes is recorded once more, and asked of nobody.
+    assert set(before) <= set(keys) and 0 < len(again.asked) <= len(keys) - len(before)
