@@ -8,7 +8,6 @@ has to come to the same instructions and demos, whatever is answered the second 
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -17,9 +16,7 @@ import dspy
 from asyndbt_dspy.errors import WorkerFailedError
 from asyndbt_dspy.programs.evaluator import ProgramEvaluator
 from asyndbt_dspy.programs.rollout import Rollout
-from asyndbt_dspy.programs.stragglers import SHARE
-
-Task = asyncio.Task[Rollout | None]
+from asyndbt_dspy.programs.stragglers import cancelled
 
 
 class Asked(NamedTuple):
@@ -66,21 +63,22 @@ class SetupRollouts:
         """
         if self._known is not None:
             in_time = set(self._known["in_time"].get(stage, ()))
-            found = [self.evaluator.recall(*one) for one in asked]  # what came in too late counts as well
+            # What came in too late counts as well.
+            found = [self.evaluator.recall(*one[:3], trace=one.trace) for one in asked]
             return [one if number in in_time else None for number, one in enumerate(found)]
         tasks = [asyncio.ensure_future(self._tolerant(one)) for one in asked]
         try:
-            left = await self._settle({task: one.worker for task, one in zip(tasks, asked, strict=True)})
+            left = await self.evaluator.stragglers.settle_workers(
+                {task: one.worker for task, one in zip(tasks, asked, strict=True)}
+            )
         except BaseException:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await cancelled(tasks)
             raise
-        for task in left:
-            if self.evaluator.stragglers.has_begun(task):
-                self.evaluator.leave_behind(task)
+        for late in left:
+            if self.evaluator.stragglers.has_begun(late):
+                self.evaluator.leave_behind(late)
             else:
-                task.cancel()
+                late.cancel()
         self._asked[stage] = len(asked)
         self._in_time[stage] = [number for number, task in enumerate(tasks) if task not in left]
         return [None if task in left else task.result() for task in tasks]
@@ -104,30 +102,3 @@ class SetupRollouts:
             return await self.evaluator.rollout(worker, program, example, trace=trace)
         except WorkerFailedError:
             return None
-
-    async def _settle(self, owners: Mapping[Task, str]) -> set[Task]:
-        """Wait, and return what is left behind: of a third of the rollouts at most.
-
-        Once no more than a third are under way and half of the workers are done, the others get as much time again.
-        """
-        stragglers = self.evaluator.stragglers
-        pending, begun, until = set(owners), stragglers.clock(), math.inf
-        may_leave, workers = math.ceil(len(owners) / SHARE), len(set(owners.values()))
-        while pending:
-            timeout = math.inf
-            if len(pending) <= may_leave:
-                slow = {owners[task] for task in pending}
-                if 2 * len(slow) <= workers and math.isinf(until):
-                    now = stragglers.clock()
-                    until = now + max(now - begun, stragglers.limit(""))
-                timeout = min(until - stragglers.clock(), stragglers.patience("", pending))
-            if timeout <= 0:
-                break
-            done, pending = await asyncio.wait(
-                pending,
-                timeout=None if math.isinf(timeout) else timeout,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            for task in done:
-                task.result()  # the first error ends it
-        return pending

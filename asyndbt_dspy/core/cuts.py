@@ -80,6 +80,7 @@ def make_plane(
     Args:
         q: All workers' q in one vector, shape ``[Q_1 + .. + Q_R]``.
         q_owner: Worker number of each entry of ``q``.
+        multiplier, low: Of the plane that this one takes the place of.
     """
     part = layout.slices[block]
     a, b = np.zeros_like(signs[0]), np.zeros_like(signs[1])

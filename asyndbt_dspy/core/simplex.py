@@ -98,7 +98,7 @@ def project(points: FloatArray) -> FloatArray:
     Args:
         points: Finite values, shape ``[..., N]``, N >= 1.
     """
-    rising = points.copy()
+    rising = np.array(points, dtype=np.float64)
     rising.sort(axis=-1)
     means = np.add.accumulate(rising[..., ::-1], axis=-1)
     means -= 1.0

@@ -21,7 +21,7 @@ from asyndbt_dspy.lms.failures import FailureKind
 from asyndbt_dspy.programs.paid_rollouts import PaidRollout, RolloutBook, RolloutGate, RolloutKey
 from asyndbt_dspy.programs.rollout import Rollout, Runner
 from asyndbt_dspy.programs.slots import ProgramSpace
-from asyndbt_dspy.programs.stragglers import Stragglers
+from asyndbt_dspy.programs.stragglers import Stragglers, cancelled
 from asyndbt_dspy.programs.time_limit import within
 from asyndbt_dspy.programs.usage import usage_of
 
@@ -161,12 +161,12 @@ class ProgramEvaluator:
             if failure is not None:
                 raise WorkerFailedError(failure)
         except WorkerFailedError as error:
-            await _cancelled(tasks)
+            await cancelled(tasks)
             if self.book is not None and failure is None:
                 self.book.keep_failure(worker, task, str(error))
             raise
         except BaseException:
-            await _cancelled(tasks)
+            await cancelled(tasks)
             raise
         calls = self._counted(worker) - before
         for one, (candidate, example, _) in zip(tasks, pairs, strict=True):
@@ -308,7 +308,7 @@ class ProgramEvaluator:
         """
         part = self.parts[worker]
         name = self._name(worker, program, example)
-        recalled = self.recall(worker, program, example, trace=trace, earlier=earlier)
+        recalled = self._recalled(worker, name, program, example, trace, earlier)
         if recalled is not None:
             return recalled
         gate = self._gates.setdefault(worker, asyncio.Semaphore(part.max_concurrency))
@@ -338,15 +338,20 @@ class ProgramEvaluator:
         return rollout
 
     def recall(
-        self,
-        worker: str,
-        program: dspy.Module,
-        example: dspy.Example,
-        trace: bool = False,
-        earlier: Outcome | None = None,
+        self, worker: str, program: dspy.Module, example: dspy.Example, *, trace: bool = False
     ) -> Rollout | None:
         """What was paid for in an earlier process or run, counted as if it ran; ``None`` where nothing was."""
-        name = self._name(worker, program, example)
+        return self._recalled(worker, self._name(worker, program, example), program, example, trace, None)
+
+    def _recalled(
+        self,
+        worker: str,
+        name: RolloutKey | None,
+        program: dspy.Module,
+        example: dspy.Example,
+        trace: bool,
+        earlier: Outcome | None,
+    ) -> Rollout | None:
         paid = None
         if self.book is not None and name is not None:
             paid = self.book.take(worker, name, program, trace)
@@ -426,12 +431,6 @@ class ProgramEvaluator:
             raise WorkerFailedError(f"its LM failed {health.in_row} times in a row; {last}")
         if health.refused_in_row >= _REFUSALS * self.max_failures:
             raise WorkerFailedError(f"its LM refused {health.refused_in_row} examples in a row; {last}")
-
-
-async def _cancelled(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _nowhere(request: Evaluate) -> tuple[tuple[Outcome, ...], ...]:

@@ -11,14 +11,14 @@ import asyncio
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 _FEWEST = 5
 """Durations that must be known before one can be called long."""
 _MEMORY = 64
 _LEAST_S = 1.0
 """Nothing that takes less is worth leaving behind."""
-SHARE = 3
+_SHARE = 3
 """At most one call in so many of a unit, rounded up, is left behind: where more are slow, the endpoint is slow."""
 
 _GIVEN_UP = 3.0
@@ -37,7 +37,7 @@ class Stragglers:
 
     def __init__(self, factor: float | None, clock: Callable[[], float]) -> None:
         self.factor = factor
-        self.clock = clock
+        self._clock = clock
         self._durations: dict[str, deque[float]] = {}
         self._begun: dict[Task[object], float] = {}
 
@@ -45,7 +45,7 @@ class Stragglers:
         """The current task makes its call now, or waits for that of another task (``like``)."""
         task = asyncio.current_task()
         if self.factor is not None and task is not None:
-            self._begun[task] = self._begun.get(like, self.clock()) if like is not None else self.clock()
+            self._begun[task] = self._begun.get(like, self._clock()) if like is not None else self._clock()
             task.add_done_callback(self._forget)
 
     def _forget(self, task: Task[object]) -> None:
@@ -58,14 +58,33 @@ class Stragglers:
                 self._durations.setdefault(name, deque(maxlen=_MEMORY)).append(seconds)
 
     async def settle(self, worker: str, tasks: Collection[Task[object]]) -> set[Task[object]]:
-        """Wait for ``tasks``, and return those that are left behind. The first error is raised at once.
+        """Wait for a worker's ``tasks``, and return those that are left behind. The first error is raised at once."""
+        return await self._settle(tasks, lambda pending: self._patience(worker, pending))
 
-        Args:
-            worker: Whose calls these are; "" for several workers'.
+    async def settle_workers(self, owners: Mapping[Task[object], str]) -> set[Task[object]]:
+        """``settle`` for the calls of several workers, by their names.
+
+        Once half of the workers are done, the others get as much time again, or what one call may take, also for what they
+        have not begun.
         """
-        pending, may_leave = set(tasks), math.ceil(len(tasks) / SHARE)
+        begun, workers, until = self._clock(), len(set(owners.values())), math.inf
+
+        def patience(pending: Collection[Task[object]]) -> float:
+            nonlocal until
+            now = self._clock()
+            if math.isinf(until) and 2 * len({owners[task] for task in pending}) <= workers:
+                until = now + max(now - begun, self._limit(""))
+            return min(until - now, self._patience("", pending))
+
+        return await self._settle(owners, patience)
+
+    async def _settle(
+        self, tasks: Collection[Task[object]], patience: Callable[[Collection[Task[object]]], float]
+    ) -> set[Task[object]]:
+        """``patience``: how many seconds the last few calls may still take."""
+        pending, may_leave = set(tasks), math.ceil(len(tasks) / _SHARE)
         while pending:
-            timeout = self.patience(worker, pending) if len(pending) <= may_leave else math.inf
+            timeout = patience(pending) if len(pending) <= may_leave else math.inf
             if timeout <= 0:
                 return pending
             done, pending = await asyncio.wait(
@@ -77,13 +96,13 @@ class Stragglers:
                 task.result()
         return pending
 
-    def patience(self, worker: str, pending: Collection[Task[object]]) -> float:
+    def _patience(self, worker: str, pending: Collection[Task[object]]) -> float:
         """Seconds until all of these have taken too long; infinite while one has not begun."""
         if not all(task in self._begun for task in pending):
             return math.inf
-        return max(self._begun[task] for task in pending) + self.limit(worker) - self.clock()
+        return max(self._begun[task] for task in pending) + self._limit(worker) - self._clock()
 
-    def limit(self, worker: str) -> float:
+    def _limit(self, worker: str) -> float:
         """Seconds that one call of this worker may take; infinite where that is not known."""
         known = self._durations.get(worker, ())
         if self.factor is None or len(known) < _FEWEST:
@@ -96,5 +115,12 @@ class Stragglers:
 
     def give_up_later(self, worker: str, task: Task[object]) -> None:
         """End a call that was left behind, once it has gone on for too long."""
-        later = asyncio.get_running_loop().call_later(_GIVEN_UP * self.limit(worker), task.cancel)
+        later = asyncio.get_running_loop().call_later(_GIVEN_UP * self._limit(worker), task.cancel)
         task.add_done_callback(lambda _: later.cancel())
+
+
+async def cancelled(tasks: Collection[Task[object]]) -> None:
+    """End all of these, and wait until they have."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

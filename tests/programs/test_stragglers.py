@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
 from typing import Any
 
 import dspy
@@ -15,7 +14,7 @@ from asyndbt_dspy.core.messages import Evaluate, Outcome
 from asyndbt_dspy.programs.evaluator import ProgramEvaluator, WorkerPart
 from asyndbt_dspy.programs.rollout import Rollout
 from asyndbt_dspy.programs.slots import build_space
-from asyndbt_dspy.programs.stragglers import Stragglers
+from asyndbt_dspy.programs.stragglers import Stragglers, cancelled
 from asyndbt_dspy.setup_rollouts import Asked, SetupRollouts
 from asyndbt_dspy.testing.provider import Call, Fault, Provider
 
@@ -45,12 +44,6 @@ def virtually(coroutine: Any) -> tuple[Any, float]:
     finally:
         loop.run_until_complete(cancelled(asyncio.all_tasks(loop)))
         loop.close()
-
-
-async def cancelled(tasks: Collection[asyncio.Task[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class Slow:
