@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from asyndbt_dspy.lms.failures import FailureKind
 from asyndbt_dspy.programs import demos, proposals, slots
 from asyndbt_dspy.programs.endings import demo_endings
 from asyndbt_dspy.programs.evaluator import WorkerPart
+from asyndbt_dspy.programs.labels import example_labels
+from asyndbt_dspy.programs.program_space import Source
 from asyndbt_dspy.programs.rollout import Rollout
 from asyndbt_dspy.programs.slots import DemoItem, ProgramSpace
 from asyndbt_dspy.setup_rollouts import Asked, SetupRollouts
@@ -27,6 +30,8 @@ from asyndbt_dspy.sharding import Shard, race_examples
 logger = logging.getLogger(__name__)
 
 Mode = Literal["both", "instructions", "demos"]
+
+_PREFERRED: tuple[Source, ...] = ("bootstrapped", "corrected", "labelled")
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ async def bootstrap_items(
     calls: int,
     threshold: float,
 ) -> tuple[list[DemoItem], list[tuple[str, dspy.Example, Rollout]]]:
-    """Run ``program`` on pool examples, ``calls`` in all; traces of good runs become demos.
+    """Run ``program`` on pool examples, ``calls`` in all, evenly over the classes; their traces become demos.
 
     Returns:
         The demos, and all runs as (worker, example, rollout): the proposer reads failures from those that may be shared.
@@ -153,7 +158,7 @@ async def bootstrap_items(
     places = [
         (shard, number)
         for place, shard in enumerate(shards)
-        for number in range(min(each + (place < more), len(shard.pool)))
+        for number in _by_class(program, shard.pool, first=place * each)[: each + (place < more)]
     ]
     asked = [Asked(shard.worker.name, program, shard.pool[number], trace=True) for shard, number in places]
     items: list[DemoItem] = []
@@ -185,6 +190,21 @@ async def bootstrap_items(
     return items, rollouts
 
 
+def _by_class(program: dspy.Module, pool: Sequence[dspy.Example], first: int) -> list[int]:
+    """Places in ``pool``, class by class in turn: a class that no trace is of has no demo.
+
+    Args:
+        first: Whose turn it is first, by number: workers with few traces each begin with different classes.
+    """
+    by_label: dict[str, list[int]] = {}
+    for number, label in enumerate(example_labels(program, pool)):
+        by_label.setdefault(label or "", []).append(number)
+    labels = sorted(by_label)
+    start = first % max(1, len(labels))
+    turns = itertools.zip_longest(*(by_label[label] for label in labels[start:] + labels[:start]))
+    return [number for turn in turns for number in turn if number is not None]
+
+
 def check_lm(student: dspy.Module, shards: Sequence[Shard], probes: Sequence[Rollout | None]) -> None:
     """Say that there is no LM, where that is why every first rollout failed: DSPy raises a plain ``ValueError`` then."""
     nowhere = dspy.settings.lm is None and all(shard.worker.first_lm is None for shard in shards)
@@ -198,7 +218,10 @@ def check_lm(student: dspy.Module, shards: Sequence[Shard], probes: Sequence[Rol
 
 
 def choose_demos(items: Sequence[DemoItem], options: SearchSpaceOptions, seed: int) -> list[DemoItem]:
-    """At most ``demo_candidates`` demos per worker, predictor and class, drawn at random; traces before labels."""
+    """At most ``demo_candidates`` demos per worker, predictor and class, drawn at random.
+
+    Good traces come before corrected ones, and those before labelled examples.
+    """
     groups: dict[tuple[str, str, str | None], list[DemoItem]] = {}
     for item in items:
         groups.setdefault((item.home, item.predictor, item.stratum), []).append(item)
@@ -208,7 +231,7 @@ def choose_demos(items: Sequence[DemoItem], options: SearchSpaceOptions, seed: i
         limit = options.demo_candidates * (
             1 if members[0].stratum is not None else max(1, options.demo_slots)
         )
-        ranked = sorted((members[int(one)] for one in order), key=lambda item: item.source != "bootstrapped")
+        ranked = sorted((members[int(one)] for one in order), key=lambda item: _PREFERRED.index(item.source))
         chosen += ranked[:limit]
     return chosen
 

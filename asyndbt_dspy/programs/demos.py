@@ -1,4 +1,4 @@
-"""Demo arms: labelled examples of a shard, and traces of runs that went well."""
+"""Demo arms: labelled examples of a shard, and traces of runs: of good ones as they are, of others with the example's labels."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import dspy
 from dspy.adapters.utils import annotation_allows_none, serialize_for_json
 from pydantic_core import PydanticUndefined
 
 from asyndbt_dspy.programs.labels import enumeration
+from asyndbt_dspy.programs.program_space import Source
 from asyndbt_dspy.programs.slots import DemoItem
 
 logger = logging.getLogger(__name__)
@@ -87,17 +88,22 @@ def bootstrapped_demos(
     count_tokens: TokenCounter | None = None,
     on_too_long: Callable[[int], None] | None = None,
 ) -> list[DemoItem]:
-    """Demos made of one run's trace, if the run went well.
+    """Demos made of one run's trace.
+
+    A run that went well is shown as it was. Of one that went wrong, what led to the answer is kept and the answer replaced by
+    the example's labels ("corrected"): the last call of the trace with these outputs becomes a demo, if the example has all
+    of them. A student that is right on one class alone would else have demos of this class alone wherever a predictor reads what
+    another one wrote. Where the example holds the inputs too it is a labelled demo already, and no corrected one is made.
 
     Args:
         trace: The run's trace, ``Rollout.trace``.
-        example: The example that the program was run on; what is shown is what the program did with it.
+        example: The example that the program was run on.
         score: The run's score, ``None`` if it is missing.
         program: The very program object that ran; its predictors are found in the trace by identity.
         worker: Home of the demos.
         example_index: Index of ``example`` in the worker's shard.
         shared: False for private workers.
-        threshold: The lowest score of a run that is worth showing.
+        threshold: The lowest score of a run that is worth showing as it was.
         max_demo_tokens: Cap per demo.
         count_tokens: The LM's own tokenizer; without it the length is estimated.
         on_too_long: Called with the length of each demo left out for it (to warn once about many runs);
@@ -105,19 +111,33 @@ def bootstrapped_demos(
 
     Returns:
         One item per call of a predictor that gave a complete answer (every step of a ``ReAct`` loop, and its
-        extraction), without repeats; keys ``"b:<worker>:<predictor>:<example index>:<number>"``. Empty for
-        runs below the threshold.
+        extraction), without repeats; keys ``"b:<worker>:<predictor>:<example index>:<number>"``. Of a run below the threshold
+        what can be corrected, keys ``"c:…"``. Empty without a score.
     """
-    if score is None or score < threshold:
+    if score is None:
         return []
+    went_well = score >= threshold
     names = {id(predictor): name for name, predictor in program.named_predictors()}
-    collected = _Collected(worker, shared, "bootstrapped", max_demo_tokens, count_tokens)
-    for number, (predictor, inputs, prediction) in enumerate(trace):
+    source: Source = "bootstrapped" if went_well else "corrected"
+    collected = _Collected(worker, shared, source, max_demo_tokens, count_tokens)
+    answered: set[str] = set()
+    found: list[tuple[str, str, type[dspy.Signature], dspy.Example]] = []
+    for number, (predictor, inputs, prediction) in reversed(list(enumerate(trace))):
         name = names.get(id(predictor))
-        demo = None if name is None else _bootstrapped(predictor.signature, inputs, prediction)
-        if name is not None and demo is not None:
-            key = f"b:{worker}:{name}:{example_index}:{number}"
-            collected.add(key, name, predictor.signature, demo, example_index)
+        if name is None:
+            continue
+        signature = predictor.signature
+        if went_well:
+            demo = _bootstrapped(signature, inputs, prediction)
+        else:
+            # What a later call answers again was a step on the way; the labels are of the program's answer.
+            demo = None if answered & set(signature.output_fields) else _corrected(signature, inputs, example)
+            answered.update(signature.output_fields)
+        if demo is not None:
+            key = f"{source[0]}:{worker}:{name}:{example_index}:{number}"
+            found.append((key, name, signature, demo))
+    for key, name, signature, demo in reversed(found):
+        collected.add(key, name, signature, demo, example_index)
     if on_too_long is None:
         collected.warn()
     else:
@@ -132,7 +152,7 @@ class _Collected:
 
     worker: str
     shared: bool
-    source: Literal["labelled", "bootstrapped"]
+    source: Source
     max_demo_tokens: int
     count_tokens: TokenCounter | None
     items: list[DemoItem] = field(default_factory=list)
@@ -205,6 +225,18 @@ def _bootstrapped(
     shown = {name: inputs[name] for name in signature.input_fields if name in inputs}
     shown.update({name: prediction[name] for name in signature.output_fields})
     return dspy.Example(augmented=True, **shown)
+
+
+def _corrected(
+    signature: type[dspy.Signature], inputs: Mapping[str, Any], example: dspy.Example
+) -> dspy.Example | None:
+    """The inputs that the program made, answered with the labels; ``None`` where labels lack or the example says it all."""
+    if _labelled(signature, example) is not None:
+        return None
+    labels = {name: example[name] for name in signature.output_fields if name in example}
+    made = {name: inputs[name] for name in signature.input_fields if name in inputs}
+    demo = _labelled(signature, dspy.Example(**made, **labels))
+    return None if demo is None else dspy.Example(augmented=True, **demo)
 
 
 def _is_reasoning(name: str, annotation: Any) -> bool:

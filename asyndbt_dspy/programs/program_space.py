@@ -20,6 +20,8 @@ WITHHELD = "(withheld: a demo of a private worker)"
 BUILT_PROGRAMS_KEPT = 32
 """How many programs ``ProgramSpace.build`` keeps for reuse: about the candidates in flight at one time."""
 
+Source = Literal["labelled", "bootstrapped", "corrected"]
+
 
 @dataclass(frozen=True)
 class DemoItem:
@@ -30,10 +32,10 @@ class DemoItem:
         home: Name of the worker whose shard it came from.
         shared: False for workers with ``share_demos=False``.
         predictor: Name in ``named_predictors()``.
-        demo: Fields of the predictor's signature; ``augmented=True`` on bootstrapped ones.
+        demo: Fields of the predictor's signature; ``augmented=True`` on those of a trace.
         stratum: The class it shows, where the predictor's last enumerated output has one, else ``None``.
         tokens: Estimated length in tokens, at least 0.
-        source: Whether it is a labelled example or a trace of a run.
+        source: Whether it is a labelled example, a trace of a run, or a trace with the example's labels as answer.
         example_index: Index of the example in its worker's shard, where known. A program that shows an
             example must not be scored on it: see ``ProgramSpace.shown_examples``.
     """
@@ -45,7 +47,7 @@ class DemoItem:
     demo: dspy.Example
     stratum: str | None
     tokens: int
-    source: Literal["labelled", "bootstrapped"]
+    source: Source
     example_index: int | None = None
 
 

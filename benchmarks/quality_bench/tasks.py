@@ -108,6 +108,40 @@ class WishIntent(dspy.Signature):
     label: Intent = dspy.OutputField()
 
 
+class QuestionFocus(dspy.Signature):
+    """Name in a few words the thing that the question asks for."""
+
+    question: str = dspy.InputField()
+    focus: str = dspy.OutputField(desc="a few words")
+
+
+class FocusType(dspy.Signature):
+    """Classify the type of answer that the question asks for."""
+
+    question: str = dspy.InputField()
+    focus: str = dspy.InputField(desc="the thing that the question asks for")
+    label: Literal["abbreviation", "description", "entity", "human", "location", "number"] = (
+        dspy.OutputField()
+    )
+
+
+class FocusThenClassify(dspy.Module):
+    """Two predictors: what a question asks for, then its type. Not in the grid: constants may be chosen on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.focus = dspy.Predict(QuestionFocus)
+        self.classify = dspy.Predict(FocusType)
+
+    def forward(self, question: str) -> dspy.Prediction:
+        found = self.focus(question=question)
+        return self.classify(question=question, focus=found.focus)
+
+    async def aforward(self, question: str) -> dspy.Prediction:
+        found = await self.focus.acall(question=question)
+        return await self.classify.acall(question=question, focus=found.focus)
+
+
 class ExtractThenClassify(dspy.Module):
     """Two predictors: keywords of a news item, then its topic."""
 
@@ -154,6 +188,7 @@ class Task:
         predictors: LM calls of one rollout.
         manual: Instructions as a careful person writes them, for the baseline ``manual_prompt``.
         tuning: Whether our constants were chosen on it; the others are run after they are frozen.
+        in_grid: Whether it is run and reported by default.
     """
 
     name: str
@@ -164,6 +199,7 @@ class Task:
     manual: str
     predictors: int = 1
     tuning: bool = False
+    in_grid: bool = True
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -174,6 +210,11 @@ _MANUAL_NEWS = (
     "Read the news item and choose its topic. World: politics, conflicts, diplomacy and disasters anywhere. "
     "Sports: games, teams, athletes and results. Business: companies, markets, oil and the economy. "
     "Sci/Tech: science, computers, the internet, space and gadgets."
+)
+_MANUAL_QUESTIONS = (
+    "Say what kind of thing would answer the question: who asks for a human, where for a location, when, how "
+    "many and how much for a number, what does X stand for for an abbreviation, why, how and what is for a "
+    "description, and which thing, animal, product or work for an entity."
 )
 _MANUAL_BANK = (
     "A customer writes to a bank. Choose the intent that fits the message best: where a new card is (card arrival), "
@@ -201,9 +242,7 @@ TASKS: dict[str, Task] = {
             Trec,
             ("question",),
             lambda: dspy.Predict(Trec),
-            "Say what kind of thing would answer the question: who asks for a human, where for a location, when, how "
-            "many and how much for a number, what does X stand for for an abbreviation, why, how and what is for a "
-            "description, and which thing, animal, product or work for an entity.",
+            _MANUAL_QUESTIONS,
             tuning=True,
         ),
         Task(
@@ -258,6 +297,17 @@ TASKS: dict[str, Task] = {
             RestateThenClassify,
             _MANUAL_BANK,
             predictors=2,
+        ),
+        Task(
+            "trec_two_step",
+            "trec",
+            FocusType,
+            ("question",),
+            FocusThenClassify,
+            _MANUAL_QUESTIONS,
+            predictors=2,
+            tuning=True,
+            in_grid=False,
         ),
     )
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import dspy
 import kit
@@ -146,15 +147,44 @@ def test_traces_of_a_teacher_become_demos() -> None:
         predictor.signature = predictor.signature.with_instructions(kit.MAGIC)
     before = kit.state_of(teacher)
     optimizer = kit.optimizer(mode="demos")
-    with dspy.context(lm=kit.color_lm(predictors=2)):
-        optimized = optimizer.compile(student, trainset=kit.examples(72), teacher=teacher)
+    with dspy.context(lm=(own := kit.color_lm(predictors=2))):
+        optimizer.compile(student, trainset=kit.examples(72), teacher=teacher)
     assert kit.calls_of(wise) > 0
-    demos = [demo for _, predictor in optimized.named_predictors() for demo in predictor.demos]
-    assert any(demo.get("augmented") for demo in demos)
-    assert any("clear" in demo.get("message", "") + demo.get("topic", "") for demo in demos), (
-        "written by the teacher"
-    )
+    demos = [one for asked in kit.requests_of(own) for one in asked if one["role"] == "assistant"]
+    assert any("clear" in one["content"] for one in demos), "no student was shown what the teacher wrote"
     assert kit.state_of(teacher) == before
+
+
+def test_a_student_that_knows_one_class_gets_demos_of_all() -> None:
+    """No example holds what the last predictor reads, so its demos are traces: of answers that were wrong with the label."""
+
+    class Choose(dspy.Signature):
+        """Choose by the topic."""
+
+        topic: str = dspy.InputField()
+        label: Literal["red", "green", "blue"] = dspy.OutputField()
+
+    class Passing(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.topic = dspy.Predict(kit.Topic)
+            self.choose = dspy.Predict(Choose)
+
+        def forward(self, message: str) -> dspy.Prediction:
+            return self.choose(topic=self.topic(message=message).topic)
+
+    def script(messages: list[dict[str, str]]) -> str:
+        number, knows = kit.number_in(messages), len(kit.labels_shown(messages)) == 3
+        return kit.answer(messages, topic=f"item {number}", label=kit.right_label(number) if knows else "red")
+
+    student = Passing()
+    with dspy.context(lm=kit.make_lm(script)):
+        optimized = kit.optimizer(mode="demos").compile(student, trainset=kit.examples(72))
+        assert kit.score(student, TEST) < 0.5
+        assert kit.score(optimized, TEST) == 1.0
+    for demo in optimized.choose.demos:
+        number = int(demo.topic.removeprefix("item "))
+        assert demo.label == kit.right_label(number)
 
 
 def test_a_proposer_writes_instruction_arms_from_observed_failures() -> None:

@@ -178,3 +178,61 @@ def test_long_bootstrapped_demos_are_reported(plain: dspy.Module, caplog: pytest
     assert len(lengths) == 1 and lengths[0] > 50 and not caplog.records
     assert bootstrapped_demos(trace, dspy.Example(), 1.0, **arguments) == []
     assert "1 bootstrapped demos" in caplog.records[0].getMessage()
+
+
+class Restate(dspy.Signature):
+    """Say it in other words."""
+
+    message: str = dspy.InputField()
+    wish: str = dspy.OutputField()
+
+
+class Classify(dspy.Signature):
+    """Choose a queue."""
+
+    wish: str = dspy.InputField()
+    label: Literal["billing", "access"] = dspy.OutputField()
+
+
+class TwoSteps(dspy.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.restate = dspy.Predict(Restate)
+        self.classify = dspy.ChainOfThought(Classify)
+
+    def forward(self, message: str) -> dspy.Prediction:
+        return self.classify(wish=self.restate(message=message).wish)
+
+
+WRONG = [{"wish": "money back"}, {"reasoning": "a guess", "label": "access"}]
+
+
+def test_a_wrong_answer_is_shown_with_the_label_in_its_place() -> None:
+    program = TwoSteps()
+    example, rollout = traced(program, WRONG, score=0.0)
+    (item,) = bootstrapped_demos(
+        rollout.trace, example, 0.0, program=program, worker="eu", example_index=4, shared=False
+    )
+    # What the first predictor wrote is as it was, so nothing says that it is worth showing; the guess is not explained.
+    assert item.demo.toDict() == {"augmented": True, "wish": "money back", "label": "billing"}
+    assert (item.predictor, item.stratum, item.source) == ("classify.predict", "billing", "corrected")
+    assert (item.key, item.example_index, item.shared) == ("c:eu:classify.predict:4:1", 4, False)
+
+
+def test_only_the_last_answer_is_corrected() -> None:
+    """The labels are of what the program returned, not of a step on the way that happens to have the same field."""
+    program = TwoSteps()
+    step = (program.classify.predict, {"wish": "first"}, dspy.Prediction(reasoning="r", label="access"))
+    last = (program.classify.predict, {"wish": "second"}, None)  # its answer was not even parsed
+    example = dspy.Example(message=MESSAGE, label="billing")
+    items = bootstrapped_demos([step, last], example, 0.0, program=program, worker="eu", example_index=0)
+    assert [item.demo.wish for item in items] == ["second"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"label": None}, {"label": "billing", "wish": "given"}])
+def test_nothing_is_corrected_without_a_label_or_where_the_example_is_a_demo(fields: dict[str, Any]) -> None:
+    program = TwoSteps()
+    _, rollout = traced(program, WRONG, score=0.0)
+    example = dspy.Example(message=MESSAGE, **fields)
+    found = bootstrapped_demos(rollout.trace, example, 0.0, program=program, worker="eu", example_index=0)
+    assert found == []
