@@ -155,11 +155,10 @@ async def bootstrap_items(
         The demos, and all runs as (worker, example, rollout): the proposer reads failures from those that may be shared.
     """
     each, more = divmod(calls, len(shards))
-    places = [
-        (shard, number)
-        for place, shard in enumerate(shards)
-        for number in _by_class(program, shard.pool, first=place * each)[: each + (place < more)]
-    ]
+    places: list[tuple[Shard, int]] = []
+    for place, shard in enumerate(shards):
+        count, before = each + (place < more), place * each + min(place, more)
+        places += [(shard, number) for number in _by_class(program, shard.pool, before)[:count]]
     asked = [Asked(shard.worker.name, program, shard.pool[number], trace=True) for shard, number in places]
     items: list[DemoItem] = []
     too_long: list[int] = []

@@ -223,7 +223,9 @@ def test_the_setup_does_not_wait_for_all_of_a_slow_worker_and_what_never_began_c
         (made, asked), runner = setup_of({"a": [0.5] * 12, "b": [0.5] * 12, "slow": [5.0] * 12})
         setup, loop = SetupRollouts(made, Notes()), asyncio.get_running_loop()
         found = await setup.run("traces", asked)
-        return found, runner, loop.time(), setup.close()
+        at_s, calls = loop.time(), setup.close()
+        await asyncio.sleep(60.0)  # whatever was left and not dropped would be made by then
+        return found, runner, at_s, calls
 
     (found, runner, at_s, calls), _ = virtually(go())
     # The others are done at 1.5 s. Eight times their usual half second later four of the slow one's would be nearly back.
@@ -232,14 +234,34 @@ def test_the_setup_does_not_wait_for_all_of_a_slow_worker_and_what_never_began_c
     assert len(runner.made) == 32 == calls, "four are under way and paid for, four were never made"
 
 
+def test_a_call_of_the_setup_that_hangs_is_left_when_it_took_too_long_and_not_later() -> None:
+    async def go() -> Any:
+        (made, asked), _ = setup_of({"a": [1e6] + [0.5] * 39, "b": [0.5] * 40, "c": [0.5] * 40})
+        found = await SetupRollouts(made, Notes()).run("traces", asked)
+        return found, asyncio.get_running_loop().time()
+
+    (found, at_s), _ = virtually(go())
+    # Half of the workers are done at 5 s, and the others might have until 10 s. The last answer is in at 6.5 s.
+    assert at_s == pytest.approx(6.5)
+    assert [place for place, one in enumerate(found) if one is None] == [0]
+
+
+def test_a_setup_that_was_over_counts_for_as_many_calls_when_the_run_goes_on() -> None:
+    (made, _), _ = setup_of({"a": [0.5] * 12})
+    notes = Notes()
+    notes.keep_setup({"asked": {"traces": 12}, "in_time": {"traces": [0]}, "calls": 12})
+    assert SetupRollouts(made, notes).close() == 12
+
+
 @pytest.mark.parametrize(
     ("seconds", "factor"),
     [
         ({"only": [0.5] * 60}, 8.0),
         ({"a": [0.5] * 6, "b": [1.5] * 6}, 8.0),
+        ({"a": [0.5] * 80, "b": [0.5] * 80, "slower": [0.9] * 80}, 8.0),  # done at 10 and at 18 s
         ({"a": [0.5] * 4, "b": [0.5] * 4, "c": [0.5] * 4, "slow": [30.0] * 4}, None),
     ],
-    ids=["one worker", "a little slower", "deterministic"],
+    ids=["one worker", "a little slower", "as much time again", "deterministic"],
 )
 def test_the_setup_waits_for_all_where_nobody_is_far_behind(
     seconds: dict[str, list[float]], factor: float | None

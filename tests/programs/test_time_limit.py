@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import dspy
 import pytest
-from test_stragglers import Loop, virtually
+from test_stragglers import Loop, evaluator, virtually
 
+from asyndbt_dspy.programs.rollout import Rollout
 from asyndbt_dspy.programs.time_limit import within
 
 
@@ -50,6 +52,22 @@ def test_a_process_that_stood_still_gives_its_calls_their_time_once_more() -> No
     assert outcome(20.0, 90.0, still=(10.0, 300.0)) == ("late", 370.0)
 
 
+def test_a_worker_is_not_set_aside_for_time_in_which_nothing_ran() -> None:
+    async def go() -> Any:
+        made, runner = evaluator([])
+        made.rollout_timeout_s = 60.0
+
+        async def two_calls(*_: Any, **__: Any) -> Rollout:
+            await steps(20.0, 30.0)
+            return Rollout(1.0)
+
+        runner.run = two_calls  # type: ignore[method-assign]
+        standing_still(10.0, 300.0)
+        return await made.rollout("w", dspy.Predict("question -> answer"), dspy.Example())
+
+    assert virtually(go())[0].score == 1.0
+
+
 def test_a_timer_that_is_a_little_late_is_no_such_thing() -> None:
     assert outcome(20.0, 45.0, still=(58.0, 5.0))[0] == "late"
 
@@ -70,11 +88,11 @@ def test_who_waits_may_be_cancelled_and_an_error_comes_through() -> None:
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
+        assert cancelled == [True]
 
     async def wrong() -> None:
         raise ValueError("no")
 
     virtually(go())
-    assert cancelled == [True]
     with pytest.raises(ValueError, match="no"):
         virtually(within(60.0, wrong()))
