@@ -18,8 +18,9 @@ from asyndbt_dspy.core.server import ServerState
 from asyndbt_dspy.core.validation import check_config
 from asyndbt_dspy.core.worker import WorkerState
 from asyndbt_dspy.engines.meter import RunMeter
-from asyndbt_dspy.engines.protocols import Engine, Recorded, RemoteRollouts, ResumableEngine
+from asyndbt_dspy.engines.protocols import Engine, ListeningEngine, Recorded, RemoteRollouts, ResumableEngine
 from asyndbt_dspy.errors import BudgetExceededError
+from asyndbt_dspy.later_instructions import LaterInstructions
 from asyndbt_dspy.lms.identity import is_deterministic
 from asyndbt_dspy.metering import PROPOSER, Metering, confirm, estimate
 from asyndbt_dspy.programs import checks
@@ -232,7 +233,12 @@ async def _arrange(
         )
         for index, shard in enumerate(shards)
     ]
-    return Run(optimizer, programs, shards, evaluator, server, states, spent, started, stop, book, metering)
+    later = LaterInstructions(
+        programs, server, shards, options, optimizer.seed, book, waits=optimizer.deterministic
+    )
+    return Run(
+        optimizer, programs, shards, evaluator, server, states, spent, started, stop, book, metering, later
+    )
 
 
 def _recover_s(optimizer: AsynDBT) -> float:
@@ -312,8 +318,10 @@ class Run:
         stop: StopRequest,
         book: KeysOnly,
         metering: Metering,
+        later: LaterInstructions,
     ) -> None:
         self.optimizer = optimizer
+        self.later = later
         self.programs = programs
         self.shards = shards
         self.evaluator = evaluator
@@ -334,21 +342,26 @@ class Run:
         if self.bar is not None:
             observers.append(self.bar)
         engine = self.optimizer.make_engine(time.perf_counter() - self.started)
-        observers.append(self._open_what_was_kept)
+        observers += [self._open_what_was_kept, self.later.observe]
+        if isinstance(engine, ListeningEngine):
+            engine.between = self.later.between
         self.evaluator.on_refused = lambda error: self._end_of_budget(engine, error)
         if self.metering.refused is not None:  # the setup took it all
             self._end_of_budget(engine, self.metering.refused)
         if self.recorder is not None:
             self.recorder.begin_search(*space_digest(self.programs))
             observers.append(self.recorder.events)
+            self.later.fill_known()
             self._resume(engine, self.recorder)
         stopping = asyncio.ensure_future(self._stop_when_asked(engine))
         try:
             with dspy.context(lm=self.metering.lm(dspy.settings.lm)):
-                await engine.run(self.server, self.workers, self.evaluator, observers)
+                await engine.run(self.server, self.workers, self.later.watched(self.evaluator), observers)
         finally:
             stopping.cancel()
-            await asyncio.gather(stopping, return_exceptions=True)
+            if isinstance(engine, ListeningEngine):
+                engine.between = None
+            await asyncio.gather(stopping, self.later.close(), return_exceptions=True)
         if self.recorder is not None and not self.stop.was_asked:
             self.recorder.finish(self.server.finish_reason, self.server.winner)
 

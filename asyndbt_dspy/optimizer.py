@@ -21,7 +21,7 @@ from asyndbt_dspy.compilation import prepare
 from asyndbt_dspy.core.budget import Budget
 from asyndbt_dspy.core.config import PRESETS, AlgorithmConfig
 from asyndbt_dspy.engines.local import LocalEngine
-from asyndbt_dspy.engines.protocols import Engine, Recorded, RemoteRollouts
+from asyndbt_dspy.engines.protocols import Engine, ListeningEngine, Recorded, RemoteRollouts
 from asyndbt_dspy.engines.simulated import SimulatedEngine, work_delays
 from asyndbt_dspy.errors import ConfigurationError, NoLiveWorkersError
 from asyndbt_dspy.lms.estimates import Estimate
@@ -62,6 +62,8 @@ class AsynDBT(Teleprompter):
         proposer: LM that writes instruction arms from the program, the data and observed failures; without one, shipped
             guidance sentences are tried.
         tips: Hints for the proposer.
+        later_instructions: Instruction arms per predictor that the proposer writes a third of the search in, from what the best
+            candidates so far got wrong; they join then and are tried like any other. 0 without a proposer.
         instruction_candidates, demos_per_class, demo_slots, demo_candidates, demo_order, demo_ending, max_demo_tokens, bootstrap,
             fragments: See ``preparation.SearchSpaceOptions``.
         shard_key: ``example -> key``: examples of one key stay on one worker (``workers`` a number).
@@ -110,6 +112,7 @@ class AsynDBT(Teleprompter):
         proposer: Any = None,
         tips: Sequence[str] = (),
         instruction_candidates: int = 5,
+        later_instructions: int = 0,
         demos_per_class: int | None = None,
         demo_slots: int = 4,
         demo_candidates: int | None = None,
@@ -177,6 +180,7 @@ class AsynDBT(Teleprompter):
             proposer=proposer,
             tips=tuple(tips),
             instruction_candidates=instruction_candidates,
+            later_instructions=later_instructions,
             demos_per_class=demos_per_class,
             demo_slots=demo_slots,
             demo_candidates=demo_candidates or (50 if paper else 12),
@@ -193,6 +197,15 @@ class AsynDBT(Teleprompter):
             raise ConfigurationError(
                 "deterministic=True needs a bound that depends on neither time nor prices, and the budget has no "
                 f"metric_calls: {self.budget}; give Budget(metric_calls=…)"
+            )
+        if later_instructions < 0 or (later_instructions and proposer is None):
+            raise ConfigurationError(
+                f"later_instructions={later_instructions} must be >= 0, and needs the proposer=… that writes them"
+            )
+        if later_instructions and not isinstance(self.make_engine(), ListeningEngine):
+            raise ConfigurationError(
+                f"later_instructions={later_instructions} needs an engine with the attribute `between` "
+                f"(engines.ListeningEngine); {type(engine).__name__} has none"
             )
         if preset == "cendbt" and (workers if isinstance(workers, int) else len(workers)) != 1:
             raise ConfigurationError("preset='cendbt' is centralised: set workers=1")

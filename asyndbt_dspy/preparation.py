@@ -44,6 +44,8 @@ class SearchSpaceOptions:
         proposer: LM that writes instructions; ``None``: the shipped guidance sentences.
         tips: Hints for the proposer.
         instruction_candidates: Instruction arms per predictor besides the student's own.
+        later_instructions: Instruction arms per predictor that the proposer writes during the search (see
+            ``later_instructions``).
         demos_per_class: Demo slots per class of an enumerated output; ``None``: about ``demo_slots`` in all.
         demo_slots: Demo slots of a predictor without classes.
         demo_candidates: Demos per worker and class (or per worker and free slot).
@@ -61,6 +63,7 @@ class SearchSpaceOptions:
     proposer: Any = None
     tips: Sequence[str] = ()
     instruction_candidates: int = 5
+    later_instructions: int = 0
     demos_per_class: int | None = None
     demo_slots: int = 4
     demo_candidates: int = 12
@@ -308,7 +311,16 @@ def make_space(
         fragments=fragments,
         search_order=options.demo_order,
         endings=endings,
+        later=later_arms(student, options),
     )
+
+
+def later_arms(student: dspy.Module, options: SearchSpaceOptions) -> dict[str, int]:
+    """Per predictor the instruction arms that join during the run: none where the user gave the texts."""
+    if options.mode == "demos" or not options.later_instructions:
+        return {}
+    names = (name for name, _ in student.named_predictors() if name not in (options.instructions or {}))
+    return dict.fromkeys(names, options.later_instructions)
 
 
 def _output_field(student: dspy.Module) -> str:

@@ -4,7 +4,7 @@ Directions::
 
     server -> worker   StepRequest, RoundRequest, RaceRequest, Stop
     worker -> server   StepReply, RoundReply, RaceReply
-    engine -> server   WorkerLost, StopSearch              (events of the outside world)
+    engine -> server   WorkerLost, StopSearch, ArmsJoined  (events of the outside world)
     engine -> worker   Scored                              (what an Evaluate instruction came to)
     machine -> engine  Send, Wait, Finish, Evaluate        (instructions; never ``None``)
 
@@ -26,7 +26,7 @@ from asyndbt_dspy.core.simplex import FloatArray
 from asyndbt_dspy.core.space import Candidate
 from asyndbt_dspy.errors import ProtocolError
 
-FORMAT = 3
+FORMAT = 4
 """Version of the codec. A decoder reads its own and older formats; what an older one can say is still said in it."""
 
 
@@ -45,6 +45,7 @@ class StepRequest:
         staleness: Updates of z by which this worker's previous message was late.
         repeat: 0 for the first step from this version's z, then 1, 2, ….
         minibatch: Examples per draw; 0 for as many as ``AlgorithmConfig`` says.
+        open: Per lower-level block how many arms have joined; empty: as at the start.
     """
 
     worker: str
@@ -57,6 +58,7 @@ class StepRequest:
     staleness: int = 0
     repeat: int = field(default=0, metadata={"since": 2})
     minibatch: int = field(default=0, metadata={"since": 3})
+    open: tuple[int, ...] = field(default=(), metadata={"since": 4})
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,17 @@ class StopSearch:
 
 
 @dataclass(frozen=True)
+class ArmsJoined:
+    """Arms that were kept for later may be drawn from now on (``late_arms``).
+
+    Attributes:
+        open: Per lower-level block how many arms, counted from arm 0, have joined by now.
+    """
+
+    open: tuple[int, ...] = field(metadata={"since": 4})
+
+
+@dataclass(frozen=True)
 class Outcome:
     """One rollout's result as the algorithm sees it; ``score`` is ``None`` where it is missing.
 
@@ -237,7 +250,7 @@ class Finish:
 
 ToWorker = StepRequest | RoundRequest | RaceRequest | Stop
 ToServer = StepReply | RoundReply | RaceReply
-ServerEvent = StepReply | RoundReply | RaceReply | WorkerLost | StopSearch
+ServerEvent = StepReply | RoundReply | RaceReply | WorkerLost | StopSearch | ArmsJoined
 WorkerEvent = StepRequest | RoundRequest | RaceRequest | Stop | Scored
 Instruction = Send | Wait | Finish | Evaluate
 
@@ -253,6 +266,7 @@ _CODEC = {
         Stop,
         WorkerLost,
         StopSearch,
+        ArmsJoined,
         Outcome,
         Scored,
         Evaluate,

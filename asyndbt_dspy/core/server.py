@@ -9,6 +9,7 @@ rounds     RoundReply                      all live workers in -> next round, af
 race       StepReply                       only its cost counts; its worker joins the race
 race       RaceReply                       to the race; last heat closed -> Finish
 any        WorkerLost                      the worker's p, theta, a[v], d[v] leave every sum
+any        ArmsJoined                      requests from now on say so; in the race nothing
 search     StopSearch                      -> race (or Finish)
 rounds     StopSearch                      the running round ends, then -> race (or Finish at once)
 race       StopSearch                      with ``race=False`` -> Finish, else nothing
@@ -31,9 +32,11 @@ from asyndbt_dspy.core.consensus import update_consensus, update_duals
 from asyndbt_dspy.core.decoding import decode, finalists, merge_factors, safest
 from asyndbt_dspy.core.effects import EffectKeys
 from asyndbt_dspy.core.final import kept_back, learned, open_race
+from asyndbt_dspy.core.late_arms import LateArms
 from asyndbt_dspy.core.lateness import Distances
 from asyndbt_dspy.core.lower_level import LowerEstimate, Surrogate, buffered_estimate
 from asyndbt_dspy.core.messages import (
+    ArmsJoined,
     Finish,
     Instruction,
     RaceReply,
@@ -117,6 +120,7 @@ class ServerState:
         self.race: RaceState | None = None
         self.finish_reason = ""
         self.winner: Candidate = space.student
+        self.arms = LateArms(space)
         self.staleness = [0] * count
         self.distances = Distances(count, self.z, config.stale_step and config.keep_busy)
         self.paces, self.synchrony = Paces(count, config), Synchrony(config)
@@ -153,6 +157,8 @@ class ServerState:
             raise ProtocolError(f"got {type(event).__name__} before start()")
         if isinstance(event, StopSearch):
             return self._stop_search(event)
+        if isinstance(event, ArmsJoined):
+            return self.arms.take(event, self.phase)
         if not isinstance(event, (StepReply, RoundReply, RaceReply, WorkerLost)):
             raise ProtocolError(
                 f"the server takes no {type(event).__name__}; it may have been addressed to a worker"
@@ -314,18 +320,8 @@ class ServerState:
 
     def _add_planes(self, phi: LowerEstimate) -> None:
         self.estimate = phi
-        self.planes = cuts.refresh(
-            self.layout,
-            self.config,
-            self.planes,
-            self.version - 1,
-            self.p,
-            self.z,
-            phi,
-            self.q,
-            self.q_owner,
-            self.live,
-        )
+        points = self.p, self.z, phi, self.q, self.q_owner, self.live
+        self.planes = cuts.refresh(self.layout, self.config, self.planes, self.version - 1, *points)
 
     # ------------------------------------------------- rounds (the barrier form)
 
@@ -414,6 +410,7 @@ class ServerState:
             staleness=self.staleness[number],
             repeat=self.roster.repeats[number],
             minibatch=self.roster.minibatch[number] % self.config.minibatch,
+            open=self.arms.said,
         )
 
     def _lose(self, number: int) -> list[Instruction]:

@@ -53,6 +53,7 @@ class Block:
             (whether demos end like the turn that is to be answered) upper level.
         arms: At least one; arm 0 leaves the student as it is.
         stratum: The class that a demo slot draws from, ``None`` for a free slot.
+        late: So many arms, the last ones, join during the run (``late_arms``); 0 of an upper-level block.
     """
 
     name: str
@@ -60,12 +61,16 @@ class Block:
     kind: BlockKind
     arms: tuple[Arm, ...]
     stratum: str | None = None
+    late: int = 0
 
     def __post_init__(self) -> None:
         if not self.arms:
             raise ConfigurationError(
                 f"block {self.name!r} has 0 arms; it needs at least arm 0 (the student's own)"
             )
+        most = len(self.arms) - 1 if self.is_lower else 0
+        if not 0 <= self.late <= most:
+            raise ConfigurationError(f"block {self.name!r} has {self.late} late arms; it must be 0..{most}")
 
     @property
     def is_lower(self) -> bool:
@@ -177,6 +182,7 @@ class Space:
                     "predictor": block.predictor,
                     "kind": block.kind,
                     "stratum": block.stratum,
+                    "late": block.late,
                     "arms": [[arm.key, arm.home, arm.shared, list(arm.order)] for arm in block.arms],
                 }
                 for block in self.blocks
@@ -192,6 +198,7 @@ class Space:
                     predictor=block["predictor"],
                     kind=block["kind"],
                     stratum=block["stratum"],
+                    late=block.get("late", 0),
                     arms=tuple(
                         Arm(key, home, shared, tuple(*order)) for key, home, shared, *order in block["arms"]
                     ),

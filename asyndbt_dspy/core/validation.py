@@ -171,6 +171,8 @@ def _check_variables(worker: WorkerState, request: StepRequest | RoundRequest) -
     _check_count(request, "staleness", request.staleness)
     _check_count(request, "repeat", request.repeat)
     _check_count(request, "minibatch", request.minibatch, worker.config.minibatch)
+    if request.open != ():
+        worker.arms.check(_sender(request), request.open)
     _check_array(request, "duals", request.duals, (lower.length,))
     _check_array(request, "plane_push", request.plane_push, (lower.length,))
     _check_array(request, "plane_push_upper", request.plane_push_upper, (upper.length,))

@@ -23,6 +23,7 @@ import numpy as np
 
 from asyndbt_dspy.core.config import AlgorithmConfig
 from asyndbt_dspy.core.estimators import cross_entropy_loss, loss_of, margin_loss, soft_score
+from asyndbt_dspy.core.late_arms import LateArms
 from asyndbt_dspy.core.lower_level import worker_round
 from asyndbt_dspy.core.messages import (
     Evaluate,
@@ -104,6 +105,7 @@ class WorkerState:
         self.shared_effects = self.policy.share().shape[1]
         self.p = spaces.lower.uniform()
         self.q = spaces.upper.uniform()
+        self.arms = LateArms(spaces.space)
         self.step = 0
         self.task = 0
         self.last_order: tuple[float, ...] = (0, -1, 0, 0)
@@ -159,6 +161,11 @@ class WorkerState:
             p = request.start
         else:
             self.policy.merge(request.effects)
+            if request.open and request.open != self.arms.open:
+                before = self.arms.open
+                self.arms.join(request.open)
+                p = self.p = self.arms.admit(self.p, before)
+        p = self.arms.read(p)
         size = getattr(request, "minibatch", 0) or self.config.minibatch
         self._batch = self.policy.draw(p, self.q, self._rng(self.step), size)
         return [self._evaluate(self._batch.candidates, self._batch.examples, held_out=False)]
@@ -214,7 +221,7 @@ class WorkerState:
     def _step_reply(self, request: StepRequest, batch: Batch, event: Scored) -> StepReply:
         config = self.config
         losses = self._losses(event)
-        estimate = self.policy.update(self.p, self.q, batch, losses)
+        estimate = self.policy.update(self.arms.read(self.p), self.q, batch, losses)
         shrink = (1.0 + request.staleness) ** -0.5 if config.stale_step else 1.0
         pull = request.duals + request.plane_push + config.penalty * np.sign(self.p - request.consensus)
         p = self._moved(self.spaces.lower, self.p, estimate.lower + pull, config.lower_step * shrink, level=0)
@@ -233,7 +240,9 @@ class WorkerState:
             curvature=surrogate.curvature,
             cross=surrogate.cross if config.hypergradient else None,
             effects=self.policy.share(),
-            nominations=tuple(one for one in self.policy.nominate(p, q) if shared(one.candidate)),
+            nominations=tuple(
+                one for one in self.policy.nominate(self.arms.read(p), q) if shared(one.candidate)
+            ),
             calls=event.calls,
             missing=sum(one.score is None for row in event.outcomes for one in row),
             loss=float(answered.mean()) if answered.size else float("nan"),
@@ -250,7 +259,7 @@ class WorkerState:
         return project_blocks(layout, vector - step_size * bracket)
 
     def _round_reply(self, request: RoundRequest, batch: Batch, event: Scored) -> RoundReply:
-        estimate = self.policy.update(request.start, self.q, batch, self._losses(event))
+        estimate = self.policy.update(self.arms.read(request.start), self.q, batch, self._losses(event))
         gradient = estimate.surrogate.at(request.start)
         columns = (one[:, None] for one in (request.start, request.consensus, request.rho, gradient))
         p = worker_round(self.spaces.lower, self.config, *columns)[:, 0]

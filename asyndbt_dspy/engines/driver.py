@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from asyndbt_dspy.core.messages import (
+    ArmsJoined,
     Evaluate,
     Finish,
     Instruction,
@@ -74,7 +75,7 @@ class Driver:
         try:
             instructions = self.server.receive(event)
         except ProtocolError as error:
-            if isinstance(event, (StopSearch, WorkerLost)):
+            if isinstance(event, (StopSearch, WorkerLost, ArmsJoined)):
                 raise
             return self.lose(event.worker, f"its message was refused: {error}")
         self._record(SERVER, event)
@@ -90,6 +91,9 @@ class Driver:
 
     def stop_search(self, reason: str, race: bool) -> list[Evaluate]:
         return [] if self.finished else self.to_server(StopSearch(reason, race))
+
+    def join_arms(self, event: ArmsJoined) -> list[Evaluate]:
+        return [] if self.finished else self.to_server(event)
 
     def _deliver(self, instructions: Sequence[Instruction]) -> list[Evaluate]:
         evaluations: list[Evaluate] = []

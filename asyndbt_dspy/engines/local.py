@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from asyndbt_dspy.core.messages import Evaluate, Scored, StopSearch, WorkerLost
+from asyndbt_dspy.core.messages import ArmsJoined, Evaluate, Scored, StopSearch, WorkerLost
 from asyndbt_dspy.core.server import ServerState
 from asyndbt_dspy.core.worker import WorkerState
 from asyndbt_dspy.engines.driver import Driver
-from asyndbt_dspy.engines.protocols import Clock, Evaluator, Observer, Recorded, WorkerFailedError
+from asyndbt_dspy.engines.protocols import Between, Clock, Evaluator, Observer, Recorded, WorkerFailedError
 from asyndbt_dspy.errors import ConfigurationError, ProtocolError
 
 
@@ -43,13 +43,14 @@ class LocalEngine:
         self._wake: asyncio.Future[None] | None = None
         self._earlier: Iterable[Recorded] = ()
         self._elapsed_s = 0.0
+        self.between: Between | None = None
 
     def resume(self, earlier: Iterable[Recorded], elapsed_s: float = 0.0) -> None:
         """The next ``run`` first takes events that an earlier process took, in their order.
 
         Args:
-            earlier: Events from outside (``Scored``, ``WorkerLost``, ``StopSearch``); asked for one by one, each after
-                everything that followed from the one before has happened again.
+            earlier: Events from outside (``Scored``, ``WorkerLost``, ``StopSearch``, ``ArmsJoined``); asked for one by one,
+                each after everything that followed from the one before has happened again.
             elapsed_s: Seconds that the earlier process spent.
         """
         self._earlier, self._elapsed_s = earlier, elapsed_s
@@ -95,6 +96,10 @@ class LocalEngine:
                     stop, self._stop = self._stop, None
                     begin(driver.stop_search(*stop))
                     continue
+                joined = None if self.between is None else await self.between()
+                if joined is not None:
+                    begin(driver.join_arms(joined))
+                    continue
                 done = await self._wait(tasks, deadline)
                 # Ties of the clock break by worker index, so that equal timings give equal runs.
                 for task in sorted(done, key=lambda one: driver.workers[tasks[one][0].worker].index):
@@ -116,6 +121,9 @@ class LocalEngine:
             event = one.event
             if isinstance(event, StopSearch):
                 begin(driver.stop_search(event.reason, event.race))
+                continue
+            if isinstance(event, ArmsJoined):
+                begin(driver.join_arms(event))
                 continue
             assert isinstance(event, (Scored, WorkerLost))
             task = next(

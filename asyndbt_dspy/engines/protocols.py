@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from asyndbt_dspy.core.messages import Evaluate, Scored, ServerEvent, WorkerEvent
+from asyndbt_dspy.core.messages import ArmsJoined, Evaluate, Scored, ServerEvent, WorkerEvent
 from asyndbt_dspy.core.server import ServerState
 from asyndbt_dspy.core.worker import WorkerState
 from asyndbt_dspy.errors import WorkerFailedError
 
 __all__ = [
     "SERVER",
+    "Between",
     "Clock",
     "Engine",
     "Evaluator",
+    "ListeningEngine",
     "Observer",
     "Recorded",
     "RemoteRollouts",
@@ -86,6 +88,21 @@ class ResumableEngine(Protocol):
         Each is asked for after everything that followed from the one before has happened again.
         """
         ...
+
+
+Between = Callable[[], Awaitable[ArmsJoined | None]]
+"""What happened outside and the server is to take now, if anything did."""
+
+
+@runtime_checkable
+class ListeningEngine(Protocol):
+    """An engine that asks between two events whether something happened outside; what needs it works with no other.
+
+    Attributes:
+        between: Awaited between events; the next event is not taken before it returns. ``None``: nothing to ask.
+    """
+
+    between: Between | None
 
 
 @runtime_checkable

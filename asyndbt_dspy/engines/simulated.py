@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from asyndbt_dspy.core.messages import Evaluate, Scored, StopSearch
+from asyndbt_dspy.core.messages import ArmsJoined, Evaluate, Scored, StopSearch
 from asyndbt_dspy.core.server import ServerState
 from asyndbt_dspy.core.worker import WorkerState
 from asyndbt_dspy.engines.driver import Driver
-from asyndbt_dspy.engines.protocols import Evaluator, Observer, Recorded, WorkerFailedError
+from asyndbt_dspy.engines.protocols import Between, Evaluator, Observer, Recorded, WorkerFailedError
 from asyndbt_dspy.errors import ConfigurationError, ProtocolError
 
 Delays = Callable[[Evaluate], float]
@@ -74,9 +74,10 @@ class SimulatedEngine:
         self._stop: tuple[str, bool] | None = None
         self._halted: asyncio.Future[None] | None = None
         self._earlier: Iterable[Recorded] = ()
+        self.between: Between | None = None
 
     def resume(self, earlier: Iterable[Recorded], elapsed_s: float = 0.0) -> None:
-        """As of ``ResumableEngine``. The virtual clock repeats the order of evaluations; only ``StopSearch`` is taken over."""
+        """As of ``ResumableEngine``. The virtual clock repeats the order of evaluations; the other events are taken over."""
         self._earlier = earlier
 
     def stop_search(self, reason: str, race: bool = True) -> None:
@@ -106,6 +107,10 @@ class SimulatedEngine:
                     stop, self._stop = self._stop, None
                     self._push(schedule, driver.stop_search(*stop))
                     continue
+                joined = None if self.between is None else await self.between()
+                if joined is not None:
+                    self._push(schedule, driver.join_arms(joined))
+                    continue
                 self._push(schedule, await self._next(schedule, driver))
         finally:
             self._halted.cancel()
@@ -115,6 +120,9 @@ class SimulatedEngine:
     async def _repeat(self, schedule: _Schedule, driver: Driver, event: object) -> None:
         if isinstance(event, StopSearch):
             self._push(schedule, driver.stop_search(event.reason, event.race))
+            return
+        if isinstance(event, ArmsJoined):
+            self._push(schedule, driver.join_arms(event))
             return
         while schedule.next_worker() in driver.lost:
             await self._next(schedule, driver)

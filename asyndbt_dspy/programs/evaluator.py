@@ -111,6 +111,7 @@ class ProgramEvaluator:
         adapter: DSPy's prompt format; ``None``: the surrounding one.
         straggler_factor: See ``Stragglers``.
         repeats: A rollout that is asked for again is made again: scores are noisy.
+        on_answer: Told of each rollout of a candidate.
         book: Remembers rollouts; ``None``: a rollout is known by its candidate alone.
     """
 
@@ -125,6 +126,7 @@ class ProgramEvaluator:
     uses: dict[str, WorkerUse] = field(default_factory=dict)
     cache: dict[CacheKey, Outcome] = field(default_factory=dict)
     on_rollout: Callable[[str, Rollout], None] | None = None
+    on_answer: Callable[[CacheKey, Rollout], None] | None = None
     on_refused: Callable[[BudgetExceededError], None] | None = None
     book: RolloutBook | None = None
     gate: RolloutGate = field(default_factory=RolloutGate)
@@ -240,6 +242,7 @@ class ProgramEvaluator:
         name = self._name(worker, program, example)
         if name is None or not name.is_repeatable:
             found = await self.rollout(worker, program, example, earlier=earlier)
+            self._tell(key, found)
             return (
                 _as_outcome(found) if self.repeats and found.score is not None else self.remember(key, found)
             )
@@ -251,9 +254,15 @@ class ProgramEvaluator:
             outcome = twin if isinstance(twin, Outcome) else await asyncio.shield(twin)
             return self._keep_outcome(key, outcome, is_answer=outcome.score is not None)
         with self._as_twin(worker, name) as waiting:
-            outcome = self.remember(key, await self.rollout(worker, program, example, earlier=earlier))
+            found = await self.rollout(worker, program, example, earlier=earlier)
+            self._tell(key, found)
+            outcome = self.remember(key, found)
             waiting.set_result(outcome)
         return outcome
+
+    def _tell(self, key: CacheKey, rollout: Rollout) -> None:
+        if self.on_answer is not None:
+            self.on_answer(key, rollout)
 
     @contextlib.contextmanager
     def _as_twin(self, worker: str, name: RolloutKey) -> Iterator[asyncio.Future[Outcome]]:

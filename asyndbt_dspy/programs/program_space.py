@@ -101,7 +101,7 @@ class ProgramSpace:
         # Our own copy: the user may go on to change the student while an optimization of it runs.
         self._shared = shared_parts(student)
         self._student = copy_program(student, self._shared)
-        self._contents = tuple(tuple(block) for block in contents)
+        self._contents = tuple(list(block) for block in contents)
         self._built: OrderedDict[Candidate, dspy.Module] = OrderedDict()
         self._lock = threading.Lock()
         self._blocks_of: dict[str, list[int]] = {}
@@ -165,6 +165,20 @@ class ProgramSpace:
             raise ConfigurationError(f"pool must be 'own' or 'all', got {pool!r}")
         return tuple(_allowed_arms(block, worker, pool) for block in self.space.upper)
 
+    def fill(self, block_index: int, arm: int, text: str) -> None:
+        """Give an arm that joins during the run its text, before any candidate has it.
+
+        Raises:
+            ConfigurationError: the arm is no late one of an instruction block, or has another text already.
+        """
+        block = self.space.blocks[block_index]
+        known = self._contents[block_index][arm] if 0 <= arm < len(block.arms) else ""
+        if arm < len(block.arms) - block.late or known not in (None, text):
+            raise ConfigurationError(
+                f"arm {arm} of block {block.name!r} is not one of its {block.late} late arms without a text"
+            )
+        self._contents[block_index][arm] = text
+
     def content(self, block_index: int, arm: int) -> Content:
         """What an arm stands for, a private worker's demos included: not for messages or logs."""
         return self._contents[block_index][arm]
@@ -225,7 +239,7 @@ class ProgramSpace:
         for index in self._blocks_of.get(name, ()):
             block, arm = self.space.blocks[index], candidate[index]
             content = self._contents[index][arm]
-            if block.kind == "instructions" and arm > 0:
+            if block.kind == "instructions" and arm > 0 and content is not None:
                 text = str(content)
             elif block.kind == "fragment" and content is not None:
                 words.append(str(content))

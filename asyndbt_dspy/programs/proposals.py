@@ -87,6 +87,7 @@ async def propose_instructions(
     tips: Sequence[str] = TIPS,
     count: int = 4,
     seed: int = 0,
+    known: Sequence[str] | None = None,
 ) -> list[str]:
     """Ask a proposer LM for instructions of one predictor, ``count`` times with different aims and examples.
 
@@ -104,6 +105,7 @@ async def propose_instructions(
         tips: Aims; the proposals take turns. The shipped ones where empty.
         count: Number of calls, and of texts returned, at most.
         seed: Chooses the examples and failures that are shown.
+        known: Texts that are tried already: repeats of them are dropped as well, and nothing is filled up.
 
     Returns:
         At most ``count`` texts, all different, none of them the student's own.
@@ -134,7 +136,7 @@ async def propose_instructions(
     with dspy.context(lm=lm, trace=[]):
         calls = (_ask(request, seed * count + number) for number, request in enumerate(requests))
         answers = await asyncio.gather(*calls)
-    return _chosen(answers, predictor, signature, count)
+    return _chosen(answers, predictor, signature, count, known)
 
 
 async def _ask(request: dict[str, str], rollout_id: int) -> str | Exception:
@@ -151,11 +153,15 @@ async def _ask(request: dict[str, str], rollout_id: int) -> str | Exception:
 
 
 def _chosen(
-    answers: Sequence[str | Exception], predictor: str, signature: type[dspy.Signature], count: int
+    answers: Sequence[str | Exception],
+    predictor: str,
+    signature: type[dspy.Signature],
+    count: int,
+    known: Sequence[str] | None,
 ) -> list[str]:
     student_text = signature.instructions
     chosen: list[str] = []
-    taken = {_normalized(student_text)}
+    taken = {*map(_normalized, [student_text, *(known or ())])}
     reasons: Counter[str] = Counter()
     for answer in answers:
         if isinstance(answer, Exception):
@@ -172,14 +178,15 @@ def _chosen(
         chosen.append(text)
     if reasons:
         logger.warning(
-            "Predictor %r: %d of %d proposed instructions cannot be used (%s); shipped guidance "
-            "takes their place.",
+            "Predictor %r: %d of %d proposed instructions cannot be used (%s)%s.",
             predictor,
             count - len(chosen),
             count,
             "; ".join(f"{number} x {reason}" for reason, number in reasons.items()),
+            "; shipped guidance takes their place" if known is None else "",
         )
-    return [*chosen, *guidance_instructions(student_text)][:count]
+    filling = guidance_instructions(student_text) if known is None else []
+    return [*chosen, *filling][:count]
 
 
 def _objection(text: str, student_text: str, signature: type[dspy.Signature], taken: set[str]) -> str:

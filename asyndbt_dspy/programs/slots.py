@@ -53,6 +53,7 @@ def build_space(
     fragments: FragmentSlots | None = None,
     search_order: bool = False,
     endings: Mapping[str, DemoEnding] | None = None,
+    later: Mapping[str, int] | None = None,
 ) -> ProgramSpace:
     """The blocks and arms of ``student``: lower-level blocks of all predictors first, then their demo slots.
 
@@ -67,16 +68,18 @@ def build_space(
         fragments: Word slots of the paper, ``None`` for none.
         search_order: Whether the order of the demo slots is a choice too (see ``demo_orders``).
         endings: Per predictor, how its demos may end besides as the adapter shows them (see ``endings``).
+        later: Per predictor, how many instruction arms join during the run; they have no text yet.
 
     Raises:
         ConfigurationError: a name that is no predictor of the student, or two different demos of one key.
     """
     predictors = dict(student.named_predictors())
-    instructions, slots, endings = instructions or {}, slots or {}, endings or {}
+    instructions, slots, endings, later = instructions or {}, slots or {}, endings or {}, later or {}
     named = (
         *instructions,
         *slots,
         *endings,
+        *later,
         *(item.predictor for item in demos),
         *((fragments and fragments.predictors) or ()),
     )
@@ -85,7 +88,8 @@ def build_space(
     lower: list[tuple[Block, list[Content]]] = []
     upper: list[tuple[Block, list[Content]]] = []
     for name, predictor in predictors.items():
-        lower.append(_instruction_block(name, predictor.signature.instructions, instructions.get(name, ())))
+        texts, late = instructions.get(name, ()), later.get(name, 0)
+        lower.append(_instruction_block(name, predictor.signature.instructions, texts, late))
         if fragments is not None and (fragments.predictors is None or name in fragments.predictors):
             lower.extend(_fragment_blocks(name, fragments))
         own = _unrepeated(item for item in demos if item.predictor == name)
@@ -138,13 +142,16 @@ def demo_slots(
     return found
 
 
-def _instruction_block(name: str, student_text: str, texts: Sequence[str]) -> tuple[Block, list[Content]]:
+def _instruction_block(
+    name: str, student_text: str, texts: Sequence[str], late: int
+) -> tuple[Block, list[Content]]:
     distinct = [student_text]
     for text in map(inspect.cleandoc, texts):
         if text.strip() and text.strip() not in (known.strip() for known in distinct):
             distinct.append(text)
-    arms = (Arm(""), *(Arm(f"i:{name}:{number}") for number in range(1, len(distinct))))
-    return Block(f"{name}/instructions", name, "instructions", arms), list(distinct)
+    arms = (Arm(""), *(Arm(f"i:{name}:{number}") for number in range(1, len(distinct) + late)))
+    block = Block(f"{name}/instructions", name, "instructions", arms, late=late)
+    return block, [*distinct, *[None] * late]
 
 
 def _fragment_blocks(name: str, fragments: FragmentSlots) -> list[tuple[Block, list[Content]]]:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from asyndbt_dspy.core.messages import Scored, StopSearch, WorkerLost, decode, encode
+from asyndbt_dspy.core.messages import ArmsJoined, Scored, StopSearch, WorkerLost, decode, encode
 from asyndbt_dspy.engines.protocols import Recorded
 from asyndbt_dspy.errors import JournalError
 
-_OUTSIDE = (Scored, WorkerLost, StopSearch)
+_OUTSIDE = (Scored, WorkerLost, StopSearch, ArmsJoined)
 """Events that no machine causes. With them the machines repeat all others."""
 
 

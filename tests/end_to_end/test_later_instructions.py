@@ -1,0 +1,190 @@
+"""Instructions that the proposer writes during the search, from what the best candidates got wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import dspy
+import kit
+import pytest
+
+from asyndbt_dspy import Budget, ConfigurationError, Worker
+
+TRAIN = kit.examples(72)
+AT_FIRST = 3
+"""Proposals of the setup."""
+
+
+@pytest.fixture(autouse=True)
+def json_prompts() -> Any:
+    with dspy.context(adapter=dspy.JSONAdapter(), lm=None):
+        yield
+
+
+class Proposer:
+    """Writes texts that do not help, and the one that does only once it is asked again."""
+
+    def __init__(self, at_first: int = AT_FIRST, later: str = kit.MAGIC) -> None:
+        self.asked: list[str] = []
+        self.at_first = at_first
+        self.later = later
+
+    def __call__(self, messages: list[dict[str, str]]) -> str:
+        self.asked.append(messages[-1]["content"])
+        number = len(self.asked)
+        text = f"Try number {number}." if number <= self.at_first else self.later
+        return kit.answer(messages, new_instructions=text)
+
+
+def metric(gold: Any, prediction: Any) -> dspy.Prediction:
+    right = gold.label == prediction.label
+    return dspy.Prediction(
+        score=float(right), feedback="" if right else f"hint: {gold.message} is {gold.label}"
+    )
+
+
+def optimizer(script: Proposer, **options: Any) -> Any:
+    settings = {
+        "metric": metric,
+        "mode": "instructions",
+        "proposer": kit.make_lm(script, "proposer"),
+        "instruction_candidates": AT_FIRST,
+        "later_instructions": 1,
+        "budget": Budget(metric_calls=240),
+    }
+    return kit.optimizer(**{**settings, **options})
+
+
+def compiled(made: Any, lm: dspy.LM | None = None, **data: Any) -> Any:
+    with dspy.context(lm=lm or kit.color_lm()):
+        return made.compile(dspy.Predict(kit.Sort), **(data or {"trainset": TRAIN}))
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_what_is_written_during_the_search_joins_and_wins(deterministic: bool) -> None:
+    script = Proposer()
+    made = optimizer(script, deterministic=deterministic)
+    assert compiled(made).signature.instructions == kit.MAGIC
+    assert len(script.asked) == AT_FIRST + 1
+    asked = script.asked[-1]
+    assert "hint: item" in asked, "the metric's feedback on what the search got wrong"
+    joined = next(n for n, one in enumerate(made.recorded) if type(one.event).__name__ == "ArmsJoined")
+    before = sum(one.event.calls for one in made.recorded[:joined] if type(one.event).__name__ == "StepReply")
+    assert 40 <= before <= 90, "a third of the search's calls, and what was under way"
+
+
+def test_the_best_candidate_is_improved_and_not_the_student() -> None:
+    """Demos are searched too, and with those of two classes the scripted LM is right on half of the items."""
+
+    class Halves(Proposer):
+        def __call__(self, messages: list[dict[str, str]]) -> str:
+            first = kit.MAGIC if not self.asked else "Try again."
+            self.asked.append(messages[-1]["content"])
+            return kit.answer(messages, new_instructions=first)
+
+    script = Halves()
+    made = optimizer(script, instruction_candidates=1, later_instructions=1)
+    program = compiled(made)
+    assert program.signature.instructions == kit.MAGIC
+    assert kit.MAGIC not in script.asked[0] and kit.MAGIC in script.asked[1]
+
+
+def test_repeats_of_what_is_there_do_not_join() -> None:
+    script = Proposer(later="Try number 2.")
+    made = optimizer(script)
+    compiled(made)
+    assert len(script.asked) == AT_FIRST + 1
+    assert not any(type(one.event).__name__ == "ArmsJoined" for one in made.recorded)
+
+
+def test_a_proposer_that_is_never_done_holds_up_nobody() -> None:
+    class Silent(kit.AsyncScriptedEngine):
+        calls = 0
+
+        async def complete(self, request: Any) -> Any:
+            Silent.calls += 1
+            if Silent.calls > AT_FIRST:
+                await asyncio.Event().wait()
+            return await super().complete(request)
+
+    script = Proposer()
+    lm = dspy.LM(
+        "scripted/silent",
+        engine=kit.ScriptedEngine(script, True),
+        async_engine=Silent(script, True),
+        cache=False,
+        num_retries=0,
+    )
+    made = optimizer(script, proposer=lm, deterministic=False)
+    compiled(made)
+    assert Silent.calls == AT_FIRST + 1
+    assert made.result.metric_calls > 100
+
+
+def test_what_private_workers_saw_is_shown_to_nobody() -> None:
+    script = Proposer()
+    workers = [
+        Worker("open", kit.examples(40)),
+        Worker("closed", kit.examples(40, start=1000), share_demos=False),
+    ]
+    compiled(optimizer(script, workers=workers), trainset=None)
+    assert len(script.asked) == AT_FIRST + 1
+    assert "item " in script.asked[-1]
+    assert not any(
+        "item 10" in asked.replace("item 10 ", "").replace('item 10"', "") for asked in script.asked
+    )
+
+
+def test_a_refused_proposer_leaves_the_search_as_it_was() -> None:
+    script = Proposer()
+    made = optimizer(script, budget=Budget(metric_calls=240, lm_calls=60))
+    compiled(made)
+    assert made.result.metric_calls <= 60
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_run_that_died_goes_on_with_what_was_written(tmp_path: Path, deterministic: bool) -> None:
+    from crashes import entries, killed_after, lines_written, steady
+
+    def run(folder: Path, script: Proposer) -> Any:
+        made = optimizer(script, run_dir=folder, resume=True, deterministic=deterministic)
+        return made, compiled(made)
+
+    whole, program = run(tmp_path / "whole", Proposer())
+    written = lines_written(tmp_path / "whole")
+    joins = next(
+        place
+        for place, entry in enumerate(entries(tmp_path / "whole", "event"))
+        if entry["event"]["type"] == "ArmsJoined"
+    )
+    assert joins > 10
+    for lines in range(written // 8, written, written // 8):
+        folder, script = tmp_path / str(lines), Proposer()
+        with killed_after(lines), contextlib.suppress(BaseException):
+            run(folder, script)
+        again, same = run(folder, script)
+        assert len(script.asked) <= AT_FIRST + 1 + 1, "at most what was not yet written down is asked again"
+        [event] = [one for one in entries(folder, "event") if one["event"]["type"] == "ArmsJoined"]
+        assert event["event"]["open"] == [AT_FIRST + 2]
+        assert same.signature.instructions == kit.MAGIC
+        if deterministic:
+            assert steady(again.result) == steady(whole.result)
+            assert kit.state_of(same) == kit.state_of(program)
+
+
+def test_settings_that_cannot_work_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"later_instructions=2 .* needs the proposer"):
+        kit.optimizer(later_instructions=2)
+    with pytest.raises(ConfigurationError, match=r"later_instructions=-1 must be >= 0"):
+        optimizer(Proposer(), later_instructions=-1)
+
+    class Plain:
+        async def run(self, *_: Any) -> None: ...
+
+        def stop_search(self, reason: str, race: bool = True) -> None: ...
+
+    with pytest.raises(ConfigurationError, match="Plain has none"):
+        optimizer(Proposer(), engine=Plain(), deterministic=False)
