@@ -10,9 +10,20 @@ import numpy as np
 import pytest
 
 from asyndbt_dspy.core.config import DEFAULT
+from asyndbt_dspy.core.final import learned
 from asyndbt_dspy.core.late_arms import LateArms
-from asyndbt_dspy.core.messages import ArmsJoined, Evaluate, Outcome, Scored, Send, StepRequest, Wait
-from asyndbt_dspy.core.policies import WorkerSpace
+from asyndbt_dspy.core.lower_level import Surrogate
+from asyndbt_dspy.core.messages import (
+    ArmsJoined,
+    Evaluate,
+    Outcome,
+    RoundRequest,
+    Scored,
+    Send,
+    StepRequest,
+    Wait,
+)
+from asyndbt_dspy.core.policies import Batch, Estimate, WorkerSpace
 from asyndbt_dspy.core.server import Member, ServerState
 from asyndbt_dspy.core.space import Arm, Block, Space
 from asyndbt_dspy.core.worker import WorkerState
@@ -148,3 +159,71 @@ def test_in_the_race_nothing_joins() -> None:
     [waits] = run.server.receive(ArmsJoined((5, 3)))
     assert isinstance(waits, Wait) and "over" in waits.reason
     assert run.server.arms.open == (3, 3)
+
+
+class Watching:
+    """A policy that notes the p that it is given, and has no opinion."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, np.ndarray] = {}
+
+    def draw(self, p: Any, q: Any, rng: Any, minibatch: int) -> Batch:
+        self.seen["draw"] = p
+        none = np.zeros((0, 0), dtype=np.int64)
+        return Batch(((0, 0, 0),), ((0,),), none, none, frozenset({0}), frozenset({0}))
+
+    def update(self, p: Any, q: Any, batch: Any, losses: Any) -> Estimate:
+        self.seen["update"] = p
+        return Estimate(np.zeros(8), np.zeros(2), Surrogate(np.zeros(8), p))
+
+    def share(self) -> Any:
+        return np.zeros((2, 0))
+
+    def merge(self, outside: Any) -> None: ...
+
+    def nominate(self, p: Any, q: Any) -> tuple[Any, ...]:
+        self.seen["nominate"] = p
+        return ()
+
+
+def scored(worker: WorkerState, request: Any) -> Any:
+    [evaluate] = worker.receive(request)
+    assert isinstance(evaluate, Evaluate)
+    [reply] = worker.receive(Scored("w", evaluate.task, ((Outcome(1.0),),), 1))
+    assert isinstance(reply, Send)
+    return reply.message
+
+
+def step(version: int, *opened: int) -> StepRequest:
+    zero, z = np.zeros(8), np.array([0.2] * 5 + [1 / 3] * 3)
+    return StepRequest("w", version, z, zero, zero, np.zeros(2), np.zeros((2, 0)), open=tuple(opened))
+
+
+def test_a_policy_never_sees_probability_of_what_has_not_joined() -> None:
+    policy = Watching()
+    config = dataclasses.replace(DEFAULT, penalty=0.0, floor=0.0, normalise=False)
+    worker = WorkerState("w", 0, WorkerSpace(SPACE, ((0, 1),)), config, examples=4, policy=policy)
+    reply = scored(worker, step(0))
+    for kind in ("draw", "update", "nominate"):
+        assert policy.seen[kind][:5].tolist() == pytest.approx([0.6, 0.2, 0.2, 0, 0]), kind
+    assert reply.lower[:5].tolist() == pytest.approx([0.2] * 5), "what travels keeps its shape and its sum"
+    request = RoundRequest("w", 1, 0, step(1).consensus, step(1).consensus, np.zeros(8))
+    scored(worker, request)
+    assert policy.seen["update"][:5].tolist() == pytest.approx([0.6, 0.2, 0.2, 0, 0])
+    reply = scored(worker, step(1, 5, 3))
+    assert policy.seen["draw"][:5].tolist() == pytest.approx([0.3, 0.1, 0.1, 0.25, 0.25])
+    assert reply.lower[:5].tolist() == pytest.approx([0.3, 0.1, 0.1, 0.25, 0.25])
+    scored(worker, step(2, 5, 3))
+    assert policy.seen["draw"][:5].tolist() == pytest.approx([0.3, 0.1, 0.1, 0.25, 0.25]), "once"
+    for wrong in ((6, 3), (4, 3), (5,)):
+        with pytest.raises(ProtocolError, match="opens"):
+            worker.receive(step(3, *wrong))
+
+
+def test_what_never_joined_is_no_consensus() -> None:
+    run = Run()
+    run.server.z = np.array([0.1, 0.3, 0.1, 0.1, 0.4, 0.2, 0.3, 0.5])
+    assert learned(run.server)[3] == (0, 2), "the closed arm's part is arm 0's"
+    run.server.start()
+    run.server.receive(ArmsJoined((5, 3)))
+    assert learned(run.server)[3] == (4, 2)

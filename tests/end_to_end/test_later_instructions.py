@@ -12,6 +12,7 @@ import kit
 import pytest
 
 from asyndbt_dspy import Budget, ConfigurationError, Worker
+from asyndbt_dspy.programs.slots import build_space
 
 TRAIN = kit.examples(72)
 AT_FIRST = 3
@@ -76,6 +77,30 @@ def test_what_is_written_during_the_search_joins_and_wins(deterministic: bool) -
     assert 40 <= before <= 90, "a third of the search's calls, and what was under way"
 
 
+def test_a_slow_proposer_changes_nothing_where_the_run_is_to_be_repeatable() -> None:
+    class Slow(kit.AsyncScriptedEngine):
+        async def complete(self, request: Any) -> Any:
+            for _ in range(300):
+                await asyncio.sleep(0)
+            return await super().complete(request)
+
+    made = []
+    for engine in (kit.AsyncScriptedEngine, Slow):
+        script = Proposer()
+        lm = dspy.LM(
+            "scripted/proposer",
+            engine=kit.ScriptedEngine(script, True),
+            async_engine=engine(script, True),
+            cache=False,
+            num_retries=0,
+        )
+        made.append(optimizer(script, proposer=lm))
+        compiled(made[-1])
+    kinds = [[(one.machine, type(one.event).__name__) for one in each.recorded] for each in made]
+    assert ("server", "ArmsJoined") in kinds[0]
+    assert kinds[0] == kinds[1]
+
+
 def test_the_best_candidate_is_improved_and_not_the_student() -> None:
     """Demos are searched too, and with those of two classes the scripted LM is right on half of the items."""
 
@@ -132,7 +157,9 @@ def test_what_private_workers_saw_is_shown_to_nobody() -> None:
     ]
     compiled(optimizer(script, workers=workers), trainset=None)
     assert len(script.asked) == AT_FIRST + 1
-    assert "item " in script.asked[-1]
+    for asked in script.asked:
+        examples, failures = asked.split("[[ ## failures ## ]]")
+        assert "item " in examples and "item " in failures and "score 1" not in failures
     assert not any(
         "item 10" in asked.replace("item 10 ", "").replace('item 10"', "") for asked in script.asked
     )
@@ -173,6 +200,55 @@ def test_a_run_that_died_goes_on_with_what_was_written(tmp_path: Path, determini
         if deterministic:
             assert steady(again.result) == steady(whole.result)
             assert kit.state_of(same) == kit.state_of(program)
+
+
+def test_what_was_written_before_the_death_is_not_asked_for_again(tmp_path: Path) -> None:
+    """The process dies between the line with the texts and the one that says that they joined."""
+    from crashes import entries, killed_after, lines_written
+
+    def died(lines: int) -> tuple[Path, Proposer]:
+        folder, script = tmp_path / str(lines), Proposer()
+        with killed_after(lines), contextlib.suppress(BaseException):
+            compiled(optimizer(script, run_dir=folder, resume=True))
+        return folder, script
+
+    compiled(optimizer(Proposer(), run_dir=tmp_path / "whole", resume=True))
+    few, many = 0, lines_written(tmp_path / "whole")
+    deaths: dict[int, tuple[Path, Proposer]] = {}
+    while many - few > 1:
+        lines = (few + many) // 2
+        deaths[lines] = folder, _ = died(lines)
+        later = [one for one in entries(folder, "instructions") if one["predictor"].endswith("(later)")]
+        few, many = (few, lines) if later else (lines, many)
+    folder, script = deaths[many]
+    assert not [one for one in entries(folder, "event") if one["event"]["type"] == "ArmsJoined"]
+    asked = len(script.asked)
+    program = compiled(optimizer(script, run_dir=folder, resume=True))
+    assert program.signature.instructions == kit.MAGIC
+    assert len(script.asked) == asked == AT_FIRST + 1
+
+
+def test_a_predictor_with_texts_of_the_user_gets_no_others() -> None:
+    script = Proposer(at_first=AT_FIRST)
+    student = kit.TwoSteps()
+    made = optimizer(script, instructions={"sort": ["Be quick."]})
+    with dspy.context(lm=kit.color_lm(predictors=2)):
+        made.compile(student, trainset=TRAIN)
+    [event] = [one.event for one in made.recorded if type(one.event).__name__ == "ArmsJoined"]
+    assert event.open == (1 + AT_FIRST + 1, 2)
+    assert len(script.asked) == AT_FIRST + 1
+
+
+def test_an_arm_without_a_text_is_the_student_and_is_filled_once() -> None:
+    programs = build_space(dspy.Predict(kit.Sort), instructions={"self": ["Be quick."]}, later={"self": 2})
+    assert [len(block.arms) for block in programs.space.blocks] == [4]
+    assert programs.build((3,), fresh=True).signature.instructions == "Sort the message."
+    programs.fill(0, 2, kit.MAGIC)
+    programs.fill(0, 2, kit.MAGIC)
+    assert programs.build((2,)).signature.instructions == kit.MAGIC
+    for arm, text in ((1, "Other."), (2, "Other."), (4, "Other."), (0, "Other.")):
+        with pytest.raises(ConfigurationError, match="is not one of its 2 late arms"):
+            programs.fill(0, arm, text)
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
