@@ -288,17 +288,17 @@ async def _demos(
     options, plain = optimizer.options, setup.evaluator.programs
     found = [] if options.mode == "instructions" else preparation.labelled_items(student, shards, options)
     rollouts: list[tuple[str, dspy.Example, Rollout]] = []
-    if preparation.wants_bootstrap(student, teacher, options, found) or options.proposer is not None:
+    wanted = preparation.wants_bootstrap(student, teacher, options, found)
+    if wanted or options.proposer is not None:
         calls = optimizer.budget.metric_calls or _BOOTSTRAP_CALLS
         spend = max(0, min(int(calls * _BOOTSTRAP_FRACTION), calls - setup.calls))
         spend = setup.count("traces", spend)
         program = teacher or plain.build(plain.space.student)
         threshold = max(0.5, optimizer.failure_score)
         traced, rollouts = await preparation.bootstrap_items(
-            setup, program, shards, options, spend, threshold
+            setup, program, student, shards, options, spend, threshold
         )
-        known = {name for name, _ in student.named_predictors()}  # a teacher may have other predictors
-        found = [*(item for item in traced if item.predictor in known), *found]
+        found = [*traced, *found] if wanted else found
     return preparation.choose_demos(found, options, optimizer.seed), rollouts
 
 

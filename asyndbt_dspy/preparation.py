@@ -147,12 +147,17 @@ def wants_bootstrap(
 async def bootstrap_items(
     setup: SetupRollouts,
     program: dspy.Module,
+    student: dspy.Module,
     shards: Sequence[Shard],
     options: SearchSpaceOptions,
     calls: int,
     threshold: float,
 ) -> tuple[list[DemoItem], list[tuple[str, dspy.Example, Rollout]]]:
     """Run ``program`` on pool examples, ``calls`` in all, evenly over the classes; their traces become demos.
+
+    Args:
+        program: The student as it is built here, or a teacher.
+        student: Whose predictors show the demos, and whose output says the class of an example.
 
     Returns:
         The demos, and all runs as (worker, example, rollout): the proposer reads failures from those that may be shared.
@@ -161,7 +166,7 @@ async def bootstrap_items(
     places: list[tuple[Shard, int]] = []
     for place, shard in enumerate(shards):
         count, before = each + (place < more), place * each + min(place, more)
-        places += [(shard, number) for number in _by_class(program, shard.pool, before)[:count]]
+        places += [(shard, number) for number in _by_class(student, shard.pool, before)[:count]]
     asked = [Asked(shard.worker.name, program, shard.pool[number], trace=True) for shard, number in places]
     items: list[DemoItem] = []
     too_long: list[int] = []
@@ -171,10 +176,10 @@ async def bootstrap_items(
             continue
         rollouts.append((shard.worker.name, shard.pool[number], rollout))
         items += demos.bootstrapped_demos(
-            rollout.trace or (),
+            rollout,
             shard.pool[number],
-            rollout.score,
             program=program,
+            student=student,
             worker=shard.worker.name,
             example_index=number,
             shared=shard.worker.share_demos,
@@ -192,14 +197,14 @@ async def bootstrap_items(
     return items, rollouts
 
 
-def _by_class(program: dspy.Module, pool: Sequence[dspy.Example], first: int) -> list[int]:
+def _by_class(student: dspy.Module, pool: Sequence[dspy.Example], first: int) -> list[int]:
     """Places in ``pool``, class by class in turn: a class that no trace is of has no demo.
 
     Args:
         first: Whose turn it is first, by number: workers with few traces each begin with different classes.
     """
     by_label: dict[str, list[int]] = {}
-    for number, label in enumerate(example_labels(program, pool)):
+    for number, label in enumerate(example_labels(student, pool)):
         by_label.setdefault(label or "", []).append(number)
     labels = sorted(by_label)
     start = first % max(1, len(labels))
@@ -229,6 +234,7 @@ def choose_demos(items: Sequence[DemoItem], options: SearchSpaceOptions, seed: i
         groups.setdefault((item.home, item.predictor, item.stratum), []).append(item)
     chosen: list[DemoItem] = []
     for number, members in enumerate(groups.values()):
+        members = _unequal(members)
         order = np.random.default_rng([seed, 13, number]).permutation(len(members))
         limit = options.demo_candidates * (
             1 if members[0].stratum is not None else max(1, options.demo_slots)
@@ -236,6 +242,21 @@ def choose_demos(items: Sequence[DemoItem], options: SearchSpaceOptions, seed: i
         ranked = sorted((members[int(one)] for one in order), key=lambda item: _PREFERRED.index(item.source))
         chosen += ranked[:limit]
     return chosen
+
+
+def _unequal(items: Sequence[DemoItem]) -> list[DemoItem]:
+    """The items without repeats: a predictor that reads few different values has many equal traces."""
+    found: dict[str, list[DemoItem]] = {}
+    for item in sorted(items, key=lambda item: _PREFERRED.index(item.source)):
+        alike = found.setdefault(repr(_fields(item)), [])  # values need not be hashable; equality decides
+        if all(_fields(item) != _fields(other) for other in alike):
+            alike.append(item)
+    kept = {id(item) for alike in found.values() for item in alike}
+    return [item for item in items if id(item) in kept]
+
+
+def _fields(item: DemoItem) -> dict[str, Any]:
+    return {name: value for name, value in item.demo.items() if name != "augmented"}
 
 
 async def instruction_arms(

@@ -54,23 +54,40 @@ class SetupRollouts:
 
     def count(self, stage: str, most: int) -> int:
         """Rollouts that a stage makes: ``most``, but as many as in an earlier process, also where the budget was raised since."""
-        return most if self._known is None else int(self._known["asked"].get(stage, 0))
+        if self._known is not None:
+            return int(self._known["asked"].get(stage, 0))
+        self._asked[stage] = most
+        return most
 
     async def run(self, stage: str, asked: Sequence[Asked]) -> list[Rollout | None]:
         """All rollouts of a stage; ``None`` for stragglers, and where a worker failed: the search sets those aside itself.
 
         Any other error (of the metric, say) ends the rest at once, before more is paid for.
         """
-        if self._known is not None:
-            in_time = set(self._known["in_time"].get(stage, ()))
-            # What came in too late counts as well.
-            found = [self.evaluator.recall(*one[:3], trace=one.trace) for one in asked]
-            return [one if number in in_time else None for number, one in enumerate(found)]
+        if self._known is None:
+            found = await self._make(asked)
+            self._in_time[stage] = [number for number, one in enumerate(found) if one is not None]
+            return found
+        in_time = set(self._known["in_time"].get(stage, ()))
+        # What came in too late counts as well.
+        known = [self.evaluator.recall(*one[:3], trace=one.trace) for one in asked]
+        # What no journal can hold (a trace with values that JSON does not carry) is made again.
+        lost = [number for number, one in enumerate(known) if one is None and number in in_time]
+        again = dict(zip(lost, await self._make([asked[one] for one in lost], waits=True), strict=True))
+        return [again.get(number, one) if number in in_time else None for number, one in enumerate(known)]
+
+    async def _make(self, asked: Sequence[Asked], *, waits: bool = False) -> list[Rollout | None]:
+        """``waits``: for every one of them, however late."""
         tasks = [asyncio.ensure_future(self._tolerant(one)) for one in asked]
+        left: set[asyncio.Task[Any]] = set()
         try:
-            left = await self.evaluator.stragglers.settle_workers(
-                {task: one.worker for task, one in zip(tasks, asked, strict=True)}
-            )
+            if waits:
+                await asyncio.gather(*tasks)
+            else:
+                owners: dict[asyncio.Task[Any], str] = {
+                    task: one.worker for task, one in zip(tasks, asked, strict=True)
+                }
+                left = await self.evaluator.stragglers.settle_workers(owners)
         except BaseException:
             await cancelled(tasks)
             raise
@@ -79,8 +96,6 @@ class SetupRollouts:
                 self.evaluator.leave_behind(late)
             else:
                 late.cancel()
-        self._asked[stage] = len(asked)
-        self._in_time[stage] = [number for number, task in enumerate(tasks) if task not in left]
         return [None if task in left else task.result() for task in tasks]
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from asyndbt_dspy.programs.labels import enumeration
 from asyndbt_dspy.programs.program_space import Source
+from asyndbt_dspy.programs.rollout import Rollout
 from asyndbt_dspy.programs.slots import DemoItem
 
 logger = logging.getLogger(__name__)
@@ -22,8 +24,6 @@ DEFAULT_MAX_DEMO_TOKENS = 400
 """A demo is paid for in every later call, and long ones bloat prompts (the cap is per demo)."""
 
 TokenCounter = Callable[[str], int]
-Trace = Sequence[tuple[dspy.Predict, Mapping[str, Any], Any]]
-"""What DSPy records of a run: (predictor, inputs, prediction), one entry per call of a predictor."""
 
 
 def estimate_tokens(text: str) -> int:
@@ -75,13 +75,13 @@ def labelled_demos(
 
 
 def bootstrapped_demos(
-    trace: Trace,
+    rollout: Rollout,
     example: dspy.Example,
-    score: float | None,
     *,
     program: dspy.Module,
     worker: str,
     example_index: int,
+    student: dspy.Module | None = None,
     shared: bool = True,
     threshold: float = 0.5,
     max_demo_tokens: int = DEFAULT_MAX_DEMO_TOKENS,
@@ -91,17 +91,17 @@ def bootstrapped_demos(
     """Demos made of one run's trace.
 
     A run that went well is shown as it was. Of one that went wrong, what led to the answer is kept and the answer replaced by
-    the example's labels ("corrected"): the last call of the trace with these outputs becomes a demo, if the example has all
-    of them. A student that is right on one class alone would else have demos of this class alone wherever a predictor reads what
-    another one wrote. Where the example holds the inputs too it is a labelled demo already, and no corrected one is made.
+    the example's labels ("corrected"; see ``_answers``). A student that is right on one class alone would else have demos of
+    this class alone wherever a predictor reads what another one wrote. Where the example holds the inputs too it is a labelled
+    demo already, and no corrected one is made.
 
     Args:
-        trace: The run's trace, ``Rollout.trace``.
+        rollout: A run with its trace.
         example: The example that the program was run on.
-        score: The run's score, ``None`` if it is missing.
         program: The very program object that ran; its predictors are found in the trace by identity.
         worker: Home of the demos.
         example_index: Index of ``example`` in the worker's shard.
+        student: Whose predictors are to show the demos, by their names, where ``program`` is its teacher.
         shared: False for private workers.
         threshold: The lowest score of a run that is worth showing as it was.
         max_demo_tokens: Cap per demo.
@@ -112,38 +112,64 @@ def bootstrapped_demos(
     Returns:
         One item per call of a predictor that gave a complete answer (every step of a ``ReAct`` loop, and its
         extraction), without repeats; keys ``"b:<worker>:<predictor>:<example index>:<number>"``. Of a run below the threshold
-        what can be corrected, keys ``"c:…"``. Empty without a score.
+        what can be corrected, keys ``"c:…"``. Empty for a run without a score, and for one that failed.
     """
-    if score is None:
+    if rollout.score is None or rollout.failure is not None or not rollout.trace:
         return []
-    went_well = score >= threshold
-    names = {id(predictor): name for name, predictor in program.named_predictors()}
+    signatures = {name: one.signature for name, one in (student or program).named_predictors()}
+    names = {id(one): name for name, one in program.named_predictors() if name in signatures}
+    went_well = rollout.score >= threshold
+    answers = frozenset() if went_well else _answers(rollout)
     source: Source = "bootstrapped" if went_well else "corrected"
     collected = _Collected(worker, shared, source, max_demo_tokens, count_tokens)
-    answered: set[str] = set()
-    found: list[tuple[str, str, type[dspy.Signature], dspy.Example]] = []
-    for number, (predictor, inputs, prediction) in reversed(list(enumerate(trace))):
+    for number, (predictor, inputs, prediction) in enumerate(rollout.trace):
         name = names.get(id(predictor))
         if name is None:
             continue
-        signature = predictor.signature
+        signature, demo = signatures[name], None
         if went_well:
             demo = _bootstrapped(signature, inputs, prediction)
-        else:
-            # What a later call answers again was a step on the way; the labels are of the program's answer.
-            demo = None if answered & set(signature.output_fields) else _corrected(signature, inputs, example)
-            answered.update(signature.output_fields)
+        elif number in answers:
+            demo = _corrected(signature, inputs, example)
         if demo is not None:
             key = f"{source[0]}:{worker}:{name}:{example_index}:{number}"
-            found.append((key, name, signature, demo))
-    for key, name, signature, demo in reversed(found):
-        collected.add(key, name, signature, demo, example_index)
+            collected.add(key, name, signature, demo, example_index)
     if on_too_long is None:
         collected.warn()
     else:
         for tokens in collected.left_out:
             on_too_long(tokens)
     return collected.items
+
+
+def _answers(rollout: Rollout) -> frozenset[int]:
+    """Numbers of the calls in a trace whose answers, reasoning apart, are what the program returned under these names.
+
+    The labels are of those, and of nothing on the way: of the calls that answer a field the last one counts, and none of a
+    predictor that was called more than once (on parts of the input, to vote, to reason step by step).
+    """
+    returned = rollout.prediction
+    if not isinstance(returned, dspy.Example | Mapping):
+        return frozenset()
+    times = Counter(id(predictor) for predictor, _, _ in rollout.trace or ())
+    found: set[int] = set()
+    answered: set[str] = set()
+    for number, (predictor, _, prediction) in reversed(list(enumerate(rollout.trace or ()))):
+        if predictor is None or not isinstance(prediction, dspy.Prediction):
+            continue
+        fields = predictor.signature.output_fields
+        outputs = {name for name, one in fields.items() if not _is_reasoning(name, one.annotation)}
+        # A resumed run reads what was returned as JSON.
+        same = all(
+            name in returned
+            and name in prediction
+            and serialize_for_json(returned[name]) == serialize_for_json(prediction[name])
+            for name in outputs
+        )
+        if same and not answered & outputs and times[id(predictor)] == 1:
+            found.add(number)
+        answered |= outputs
+    return frozenset(found)
 
 
 @dataclass
@@ -217,13 +243,16 @@ def _labelled(signature: type[dspy.Signature], example: dspy.Example) -> dspy.Ex
 def _bootstrapped(
     signature: type[dspy.Signature], inputs: Mapping[str, Any], prediction: Any
 ) -> dspy.Example | None:
-    """The demo, or ``None`` where the answer lacks an output (a partly parsed one)."""
+    """The demo, or ``None`` where the answer lacks an output (a partly parsed one, or a teacher's with other fields)."""
     if not isinstance(prediction, dspy.Prediction):
         return None
-    if any(name not in prediction for name in signature.output_fields):
+    if any(
+        name not in prediction and not _is_reasoning(name, one.annotation)
+        for name, one in signature.output_fields.items()
+    ):
         return None
     shown = {name: inputs[name] for name in signature.input_fields if name in inputs}
-    shown.update({name: prediction[name] for name in signature.output_fields})
+    shown.update({name: prediction[name] for name in signature.output_fields if name in prediction})
     return dspy.Example(augmented=True, **shown)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -229,7 +230,7 @@ class ProgramEvaluator:
         under_way = self._left.get(key)
         if under_way is not None:
             self.stragglers.begin(like=under_way)
-            return await asyncio.shield(under_way)
+            return await _shared(under_way)
         part = self.parts[worker]
         if (
             part.shows_estimates
@@ -251,7 +252,7 @@ class ProgramEvaluator:
         if twin is not None:
             self.use(worker).reused += 1
             self.stragglers.begin()
-            outcome = twin if isinstance(twin, Outcome) else await asyncio.shield(twin)
+            outcome = twin if isinstance(twin, Outcome) else await _shared(twin)
             return self._keep_outcome(key, outcome, is_answer=outcome.score is not None)
         with self._as_twin(worker, name) as waiting:
             found = await self.rollout(worker, program, example, earlier=earlier)
@@ -445,6 +446,17 @@ class ProgramEvaluator:
 def _nowhere(request: Evaluate) -> tuple[tuple[Outcome, ...], ...]:
     """Rollouts that were cut short when their worker failed."""
     return tuple((Outcome(None),) * len(examples) for examples in request.examples)
+
+
+async def _shared(other: asyncio.Future[Outcome]) -> Outcome:
+    """What somebody else's call comes to; missing if that is given up meanwhile."""
+    try:
+        return await asyncio.shield(other)
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if not other.cancelled() or (sys.version_info >= (3, 11) and task is not None and task.cancelling()):
+            raise
+        return Outcome(None)
 
 
 def _as_outcome(rollout: Rollout) -> Outcome:

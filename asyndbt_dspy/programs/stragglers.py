@@ -13,6 +13,8 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 
+from asyndbt_dspy.programs.time_limit import was_still
+
 _FEWEST = 5
 """Durations that must be known before one can be called long."""
 _MEMORY = 64
@@ -23,6 +25,8 @@ _SHARE = 3
 
 _GIVEN_UP = 3.0
 """Times its limit that a call may go on after it was left behind."""
+_LOOK_S = 5.0
+"""How often is looked whether the process stood still: calls have done nothing wrong meanwhile (see ``time_limit``)."""
 
 Task = asyncio.Task
 
@@ -38,6 +42,8 @@ class Stragglers:
     def __init__(self, factor: float | None, clock: Callable[[], float]) -> None:
         self.factor = factor
         self._clock = clock
+        self._stood_s = 0.0
+        self._counted_to = -math.inf
         self._durations: dict[str, deque[float]] = {}
         self._begun: dict[Task[object], float] = {}
 
@@ -45,7 +51,7 @@ class Stragglers:
         """The current task makes its call now, or waits for that of another task (``like``)."""
         task = asyncio.current_task()
         if self.factor is not None and task is not None:
-            self._begun[task] = self._begun.get(like, self._clock()) if like is not None else self._clock()
+            self._begun[task] = self._begun.get(like, self._now()) if like is not None else self._now()
             task.add_done_callback(self._forget)
 
     def _forget(self, task: Task[object]) -> None:
@@ -67,40 +73,53 @@ class Stragglers:
         Once half of the workers are done, the others get as much time again, or what one call may take, also for what they
         have not begun.
         """
-        begun, workers, until = self._clock(), len(set(owners.values())), math.inf
+        begun, workers, until = self._now(), len(set(owners.values())), math.inf
 
         def patience(pending: Collection[Task[object]]) -> float:
             nonlocal until
-            now = self._clock()
+            now = self._now()
             if math.isinf(until) and 2 * len({owners[task] for task in pending}) <= workers:
                 until = now + max(now - begun, self._limit(""))
             return min(until - now, self._patience("", pending))
 
-        return await self._settle(owners, patience)
+        return await self._settle(owners, patience, share=2)
 
     async def _settle(
-        self, tasks: Collection[Task[object]], patience: Callable[[Collection[Task[object]]], float]
+        self,
+        tasks: Collection[Task[object]],
+        patience: Callable[[Collection[Task[object]]], float],
+        share: int = _SHARE,
     ) -> set[Task[object]]:
-        """``patience``: how many seconds the last few calls may still take."""
-        pending, may_leave = set(tasks), math.ceil(len(tasks) / _SHARE)
+        """``patience``: how many seconds the last few calls (one in ``share`` at most) may still take."""
+        pending, may_leave = set(tasks), math.ceil(len(tasks) / share)
         while pending:
             timeout = patience(pending) if len(pending) <= may_leave else math.inf
             if timeout <= 0:
                 return pending
-            done, pending = await asyncio.wait(
-                pending,
-                timeout=None if math.isinf(timeout) else timeout,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
+            timeout = min(timeout, _LOOK_S)
+            due = self._clock() + timeout
+            done, pending = await asyncio.wait(pending, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            self._note_pause(due, timeout)
             for task in done:
                 task.result()
         return pending
+
+    def _note_pause(self, due: float, timeout: float) -> None:
+        """A wait that ended far too late does not count, as nobody knows when it stood still; for all waiting units once."""
+        now = self._clock()
+        if was_still(now - due, timeout):
+            self._stood_s += now - max(due - timeout, self._counted_to)
+            self._counted_to = now
+
+    def _now(self) -> float:
+        """Seconds in which the process ran."""
+        return self._clock() - self._stood_s
 
     def _patience(self, worker: str, pending: Collection[Task[object]]) -> float:
         """Seconds until all of these have taken too long; infinite while one has not begun."""
         if not all(task in self._begun for task in pending):
             return math.inf
-        return max(self._begun[task] for task in pending) + self._limit(worker) - self._clock()
+        return max(self._begun[task] for task in pending) + self._limit(worker) - self._now()
 
     def _limit(self, worker: str) -> float:
         """Seconds that one call of this worker may take; infinite where that is not known."""

@@ -17,6 +17,11 @@ _SHARE = 0.1
 Found = TypeVar("Found")
 
 
+def was_still(late_s: float, limit_s: float) -> bool:
+    """Whether a timer of ``limit_s`` that went off so many seconds too late means that the process stood still."""
+    return late_s > max(_STOOD_STILL_S, _SHARE * limit_s)
+
+
 async def within(seconds: float, call: Coroutine[Any, Any, Found]) -> Found:
     """What ``call`` returns.
 
@@ -32,7 +37,7 @@ async def within(seconds: float, call: Coroutine[Any, Any, Found]) -> Found:
         while not task.done():
             await asyncio.wait((task,), timeout=until - loop.time())
             late = loop.time() - until
-            if late > max(_STOOD_STILL_S, _SHARE * seconds):
+            if was_still(late, seconds):
                 until = loop.time() + seconds
             elif late >= 0.0:
                 break

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import dspy
 import kit
@@ -185,6 +185,16 @@ def test_a_student_that_knows_one_class_gets_demos_of_all() -> None:
     for demo in optimized.choose.demos:
         number = int(demo.topic.removeprefix("item "))
         assert demo.label == kit.right_label(number)
+
+
+@pytest.mark.parametrize("options", [{"bootstrap": False}, {"mode": "instructions"}])
+def test_traces_that_only_the_proposer_needs_are_no_demos(options: dict[str, Any]) -> None:
+    proposer = kit.make_lm(lambda messages: kit.answer(messages, new_instructions=kit.MAGIC), "proposer")
+    lm = kit.color_lm(predictors=2)
+    with dspy.context(lm=lm):
+        kit.optimizer(proposer=proposer, **options).compile(kit.TwoSteps(), trainset=kit.examples(72))
+    shown = [one for asked in kit.requests_of(lm) for one in asked if one["role"] == "assistant"]
+    assert not any("topic" in one["content"] for one in shown)
 
 
 def test_a_proposer_writes_instruction_arms_from_observed_failures() -> None:

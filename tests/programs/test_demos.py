@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
 from typing import Any, Literal
 
 import dspy
 import pytest
 from dspy.utils.dummies import DummyLM
 
+from asyndbt_dspy.lms.failures import FailureKind
 from asyndbt_dspy.programs.demos import bootstrapped_demos, demo_tokens, estimate_tokens, labelled_demos
-from asyndbt_dspy.programs.rollout import RolloutRunner
+from asyndbt_dspy.programs.rollout import Rollout, RolloutRunner
 from asyndbt_dspy.programs.slots import build_space, demo_slots
 
 MESSAGE = "My card was charged twice"
@@ -112,9 +114,7 @@ def test_bootstrapped_demos_of_every_kind(kind: Any) -> None:
     program = build_space(student).build([0] * len(student.named_predictors()))
     example, rollout = traced(program, kind.answers)
     assert rollout.failure is None, rollout.error
-    items = bootstrapped_demos(
-        rollout.trace, example, rollout.score, program=program, worker="eu", example_index=3
-    )
+    items = bootstrapped_demos(rollout, example, program=program, worker="eu", example_index=3)
     assert {item.predictor for item in items} == {name for name, _ in student.named_predictors()}
     signatures = {name: predictor.signature for name, predictor in student.named_predictors()}
     for item in items:
@@ -134,7 +134,7 @@ def test_bootstrapped_demos_of_every_kind(kind: Any) -> None:
 def test_each_react_step_is_a_demo_of_its_tool(kinds: Any) -> None:
     program = kinds["react"].make()
     example, rollout = traced(program, kinds["react"].answers)
-    items = bootstrapped_demos(rollout.trace, example, 1.0, program=program, worker="eu", example_index=0)
+    items = bootstrapped_demos(rollout, example, program=program, worker="eu", example_index=0)
     assert [(item.predictor, item.stratum) for item in items] == [
         ("react", "lookup"),
         ("react", "finish"),
@@ -145,14 +145,13 @@ def test_each_react_step_is_a_demo_of_its_tool(kinds: Any) -> None:
 
 def test_bad_or_missing_runs_give_no_demos(plain: dspy.Module) -> None:
     example, rollout = traced(plain, [{"label": "billing"}])
+    arguments: dict[str, Any] = {"program": plain, "worker": "eu", "example_index": 0}
     for score in (None, 0.0, 0.49):
-        assert not bootstrapped_demos(
-            rollout.trace, example, score, program=plain, worker="eu", example_index=0
-        )
-    kept = bootstrapped_demos(
-        rollout.trace, example, 0.3, program=plain, worker="eu", example_index=0, threshold=0.3
-    )
-    assert len(kept) == 1
+        assert not bootstrapped_demos(replace(rollout, score=score), example, **arguments)
+    assert len(bootstrapped_demos(replace(rollout, score=0.3), example, **arguments, threshold=0.3)) == 1
+    # A failure score may be as high as that of a good run.
+    failed = replace(rollout, score=0.6, failure=FailureKind.PROGRAM)
+    assert not bootstrapped_demos(failed, example, **arguments)
 
 
 def test_partial_answers_and_foreign_predictors_are_skipped(plain: dspy.Module, kinds: Any) -> None:
@@ -164,7 +163,8 @@ def test_partial_answers_and_foreign_predictors_are_skipped(plain: dspy.Module, 
         (plain.classify, {"message": "whole", "extra": 1}, dspy.Prediction(label="other")),
         (plain.classify, {"message": "whole"}, dspy.Prediction(label="other")),
     ]
-    items = bootstrapped_demos(trace, dspy.Example(), 1.0, program=plain, worker="eu", example_index=0)
+    rollout = Rollout(1.0, trace=trace)
+    items = bootstrapped_demos(rollout, dspy.Example(), program=plain, worker="eu", example_index=0)
     assert [item.demo.toDict() for item in items] == [
         {"augmented": True, "message": "whole", "label": "other"}
     ]
@@ -174,9 +174,10 @@ def test_long_bootstrapped_demos_are_reported(plain: dspy.Module, caplog: pytest
     trace = [(plain.classify, {"message": "word " * 300}, dspy.Prediction(label="other"))]
     lengths: list[int] = []
     arguments: dict[str, Any] = {"program": plain, "worker": "eu", "example_index": 0, "max_demo_tokens": 50}
-    assert bootstrapped_demos(trace, dspy.Example(), 1.0, on_too_long=lengths.append, **arguments) == []
+    rollout = Rollout(1.0, trace=trace)
+    assert bootstrapped_demos(rollout, dspy.Example(), on_too_long=lengths.append, **arguments) == []
     assert len(lengths) == 1 and lengths[0] > 50 and not caplog.records
-    assert bootstrapped_demos(trace, dspy.Example(), 1.0, **arguments) == []
+    assert bootstrapped_demos(rollout, dspy.Example(), **arguments) == []
     assert "1 bootstrapped demos" in caplog.records[0].getMessage()
 
 
@@ -207,11 +208,24 @@ class TwoSteps(dspy.Module):
 WRONG = [{"wish": "money back"}, {"reasoning": "a guess", "label": "access"}]
 
 
+def demos_of(
+    program: dspy.Module, answers: list[dict[str, Any]], student: dspy.Module | None = None, **labels: Any
+) -> dict[str, dict[str, Any]]:
+    """Fields by key of the demos of a run that scored 0."""
+    _, rollout = traced(program, answers, score=0.0)
+    example = dspy.Example(message=MESSAGE, **labels)
+    items = bootstrapped_demos(
+        rollout, example, program=program, student=student, worker="eu", example_index=0
+    )
+    assert all(item.source == "corrected" for item in items)
+    return {item.key: {name: one for name, one in item.demo.items() if name != "augmented"} for item in items}
+
+
 def test_a_wrong_answer_is_shown_with_the_label_in_its_place() -> None:
     program = TwoSteps()
     example, rollout = traced(program, WRONG, score=0.0)
     (item,) = bootstrapped_demos(
-        rollout.trace, example, 0.0, program=program, worker="eu", example_index=4, shared=False
+        rollout, example, program=program, worker="eu", example_index=4, shared=False
     )
     # What the first predictor wrote is as it was, so nothing says that it is worth showing; the guess is not explained.
     assert item.demo.toDict() == {"augmented": True, "wish": "money back", "label": "billing"}
@@ -219,20 +233,119 @@ def test_a_wrong_answer_is_shown_with_the_label_in_its_place() -> None:
     assert (item.key, item.example_index, item.shared) == ("c:eu:classify.predict:4:1", 4, False)
 
 
-def test_only_the_last_answer_is_corrected() -> None:
-    """The labels are of what the program returned, not of a step on the way that happens to have the same field."""
-    program = TwoSteps()
-    step = (program.classify.predict, {"wish": "first"}, dspy.Prediction(reasoning="r", label="access"))
-    last = (program.classify.predict, {"wish": "second"}, None)  # its answer was not even parsed
-    example = dspy.Example(message=MESSAGE, label="billing")
-    items = bootstrapped_demos([step, last], example, 0.0, program=program, worker="eu", example_index=0)
-    assert [item.demo.wish for item in items] == ["second"]
-
-
 @pytest.mark.parametrize("fields", [{}, {"label": None}, {"label": "billing", "wish": "given"}])
 def test_nothing_is_corrected_without_a_label_or_where_the_example_is_a_demo(fields: dict[str, Any]) -> None:
-    program = TwoSteps()
-    _, rollout = traced(program, WRONG, score=0.0)
-    example = dspy.Example(message=MESSAGE, **fields)
-    found = bootstrapped_demos(rollout.trace, example, 0.0, program=program, worker="eu", example_index=0)
-    assert found == []
+    assert demos_of(TwoSteps(), WRONG, **fields) == {}
+
+
+def test_each_answer_that_the_program_returned_is_corrected() -> None:
+    """Two predictors with reasoning, each with a label of its own."""
+
+    class Both(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.restate = dspy.Predict(Restate)
+            self.topic = dspy.ChainOfThought("wish -> topic")
+            self.classify = dspy.ChainOfThought("wish, topic -> label")
+
+        def forward(self, message: str) -> dspy.Prediction:
+            wish = self.restate(message=message).wish
+            topic = self.topic(wish=wish).topic
+            return dspy.Prediction(topic=topic, label=self.classify(wish=wish, topic=topic).label)
+
+    answers = [{"wish": "w"}, {"reasoning": "r", "topic": "t"}, {"reasoning": "r", "label": "access"}]
+    assert demos_of(Both(), answers, topic="money", label="billing") == {
+        "c:eu:topic.predict:0:1": {"wish": "w", "topic": "money"},
+        "c:eu:classify.predict:0:2": {"wish": "w", "topic": "t", "label": "billing"},
+    }
+
+
+def test_a_step_on_the_way_is_not_corrected() -> None:
+    """The labels are of what the program returned, not of what happens to have the same field."""
+
+    class Draft(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.restate = dspy.Predict(Restate)
+            self.draft = dspy.Predict("wish -> label")
+            self.refine = dspy.Predict("wish, draft -> label")
+
+        def forward(self, message: str) -> dspy.Prediction:
+            wish = self.restate(message=message).wish
+            return self.refine(wish=wish, draft=self.draft(wish=wish).label)
+
+    same = [{"wish": "w"}, {"label": "access"}, {"label": "access"}]
+    assert list(demos_of(Draft(), same, label="billing")) == ["c:eu:refine:0:2"]
+
+    class Changed(Draft):
+        def forward(self, message: str) -> dspy.Prediction:
+            return dspy.Prediction(label=f"{super().forward(message).label}!")
+
+    assert demos_of(Changed(), same, label="billing") == {}
+
+
+def test_votes_are_not_corrected() -> None:
+    class Votes(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.restate = dspy.Predict(Restate)
+            self.vote = dspy.Predict("wish, part -> label")
+
+        def forward(self, message: str) -> dspy.Prediction:
+            wish = self.restate(message=message).wish
+            return [self.vote(wish=wish, part=one) for one in ("a", "b")][-1]
+
+    answers = [{"wish": "w"}, {"label": "access"}, {"label": "access"}]
+    assert demos_of(Votes(), answers, label="billing") == {}
+
+
+def test_a_run_whose_last_answer_cannot_be_read_is_not_corrected() -> None:
+    """DSPy's trace ends before the call that failed: its last entry is a step on the way."""
+
+    class Hops(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = dspy.Predict("message -> wish")
+            self.second = dspy.Predict("wish -> label")
+            self.third = dspy.Predict("wish, hint -> label: int")
+
+        def forward(self, message: str) -> dspy.Prediction:
+            wish = self.first(message=message).wish
+            return self.third(wish=wish, hint=self.second(wish=wish).label)
+
+    _, rollout = traced(Hops(), [{"wish": "w"}, {"label": "x"}, {"label": "no number"}], score=0.0)
+    assert rollout.failure is FailureKind.PROGRAM and rollout.prediction is None and len(rollout.trace) == 2
+    assert demos_of(Hops(), [{"wish": "w"}, {"label": "x"}, {"label": "no number"}], label=1) == {}
+
+
+def test_a_teacher_s_traces_are_demos_of_the_student_s_fields() -> None:
+    class Plain(dspy.Module):
+        def __init__(self, wanted: str) -> None:
+            super().__init__()
+            self.restate = dspy.Predict(Restate)
+            self.classify = dspy.Predict(wanted)
+
+        def forward(self, message: str) -> dspy.Prediction:
+            return self.classify(wish=self.restate(message=message).wish)
+
+    teacher, student = Plain("wish -> why, label"), Plain("wish -> label")
+    answers = [{"wish": "w"}, {"why": "y", "label": "access"}]
+    labels = {"label": "billing", "why": "z"}
+    assert demos_of(teacher, answers, student, **labels) == {
+        "c:eu:classify:0:1": {"wish": "w", "label": "billing"}
+    }
+    # The student asks for what neither the teacher nor the example tells.
+    assert (
+        demos_of(
+            Plain("wish -> label"),
+            [{"wish": "w"}, {"label": "access"}],
+            Plain("wish -> team, label"),
+            label="b",
+        )
+        == {}
+    )
+    example, rollout = traced(teacher, answers)
+    items = bootstrapped_demos(
+        rollout, example, program=teacher, student=student, worker="eu", example_index=0
+    )
+    assert items[-1].demo.toDict() == {"augmented": True, "wish": "w", "label": "access"}

@@ -12,9 +12,11 @@ import pytest
 from asyndbt_dspy import AsynDBT, Budget, ConfigurationError, Worker
 from asyndbt_dspy.core.messages import Evaluate, Outcome
 from asyndbt_dspy.programs.evaluator import ProgramEvaluator, WorkerPart
+from asyndbt_dspy.programs.paid_rollouts import RolloutKey
 from asyndbt_dspy.programs.rollout import Rollout
 from asyndbt_dspy.programs.slots import build_space
 from asyndbt_dspy.programs.stragglers import Stragglers, cancelled
+from asyndbt_dspy.recording.recorder import KeysOnly
 from asyndbt_dspy.setup_rollouts import Asked, SetupRollouts
 from asyndbt_dspy.testing.provider import Call, Fault, Provider
 
@@ -74,6 +76,16 @@ def evaluator(seconds: list[float], factor: float | None = 8.0) -> tuple[Program
     )
     found.stragglers = Stragglers(factor, lambda: asyncio.get_running_loop().time())
     return found, runner
+
+
+class Named(KeysOnly):
+    """A book by which a rollout is its example."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+
+    def key(self, lm: Any, program: Any, example: dspy.Example) -> RolloutKey:
+        return RolloutKey(example.name.encode(), True)
 
 
 def asked(task: int, *examples: int) -> Evaluate:
@@ -154,6 +166,78 @@ def test_all_are_waited_for_where_nothing_is_known_or_it_is_turned_off(
     found, seconds = virtually(go())
     assert found.outcomes[0][-1].score == 1.0
     assert seconds >= 60.0
+
+
+@pytest.mark.parametrize("is_twin", [False, True])
+def test_who_waits_for_a_call_that_is_given_up_goes_on_without_it(is_twin: bool) -> None:
+    async def go() -> Any:
+        one, _ = evaluator([*USUAL, 1e5, 3.0, 3.0, 3.0])
+        if is_twin:  # another candidate that is the same program
+            one.book = Named()
+        await one.evaluate(asked(1, *range(9)))
+        await asyncio.sleep(11.0)  # 16 s; what was left behind at 5 s is given up at 17 s
+        if is_twin:
+            one._left.clear()
+        found = await one.evaluate(asked(2, 8, 9, 10, 11))
+        return found, asyncio.get_running_loop().time()
+
+    (found, at_s), _ = virtually(go())
+    assert [outcome.score for outcome in found.outcomes[0]] == [None, 1.0, 1.0, 1.0]
+    assert at_s == pytest.approx(19.0)
+
+
+def test_who_is_cancelled_while_waiting_is_cancelled() -> None:
+    async def go() -> None:
+        one, _ = evaluator([*USUAL, 1e5])
+        await one.evaluate(asked(1, *range(9)))
+        waiting = asyncio.ensure_future(one.evaluate(asked(2, 8)))
+        await asyncio.sleep(1.0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    virtually(go())
+
+
+def test_a_process_that_stood_still_leaves_nothing_behind() -> None:
+    def stand(for_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, Loop)
+        loop.now += for_s
+
+    async def unit() -> Any:
+        one, _ = evaluator([*USUAL, 1.5, 1.5, 1.5])
+        asyncio.get_running_loop().call_later(1.8, stand, 300.0)
+        found = await one.evaluate(asked(1, *range(11)))
+        # What hangs afterwards is still found out.
+        one.parts["w"].estimate.append(dspy.Example(name="late", seconds=1e6))
+        before = asyncio.get_running_loop().time()
+        late = await one.evaluate(asked(2, 11))
+        return found, late, asyncio.get_running_loop().time() - before
+
+    (found, late, took_s), _ = virtually(unit())
+    assert [outcome.score for outcome in found.outcomes[0]] == [1.0] * 11
+    assert late.outcomes[0][0].score is None and took_s == pytest.approx(5.0), (
+        "its four seconds, and looked at every five"
+    )
+
+    async def setup() -> Any:
+        (made, wanted), _ = setup_of({"a": [0.5] * 8, "b": [0.5] * 8, "c": [0.9] * 8})
+        asyncio.get_running_loop().call_later(1.5, stand, 300.0)
+        return await SetupRollouts(made, Notes()).run("traces", wanted)
+
+    assert all(one is not None for one in virtually(setup())[0])
+
+
+def test_of_two_workers_one_may_be_gone() -> None:
+    async def go() -> Any:
+        (made, wanted), _ = setup_of({"a": [0.5] * 8, "gone": [1e6] * 8})
+        found = await SetupRollouts(made, Notes()).run("traces", wanted)
+        return found, asyncio.get_running_loop().time()
+
+    (found, at_s), _ = virtually(go())
+    assert [one is not None for one in found] == [True] * 8 + [False] * 8
+    assert at_s == pytest.approx(5.0), "done at 1 s, and eight times half a second more"
 
 
 def test_short_calls_are_worth_a_second() -> None:

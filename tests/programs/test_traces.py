@@ -30,8 +30,8 @@ class Asks:
         return [None] * len(asked)
 
 
-def letters(pools: list[str], calls: int) -> list[tuple[str, str]]:
-    """(worker, class) of each trace, by the classes of the workers' pools."""
+def letters(pools: list[str], calls: int, program: dspy.Module | None = None) -> list[tuple[str, str]]:
+    """(worker, class) of each trace, by the classes of the workers' pools; ``program``: a teacher."""
 
     class Letter(dspy.Signature):
         message: str = dspy.InputField()
@@ -45,8 +45,9 @@ def letters(pools: list[str], calls: int) -> list[tuple[str, str]]:
         )
         shards.append(Shard(Worker(f"w{number}", kit.examples(2)), examples, examples, ()))
     setup = Asks()
-    program, options = dspy.Predict(Letter), SearchSpaceOptions()
-    found = asyncio.run(bootstrap_items(setup, program, shards, options, calls, 0.5))  # type: ignore[arg-type]
+    student, options = dspy.Predict(Letter), SearchSpaceOptions()
+    work = bootstrap_items(setup, program or student, student, shards, options, calls, 0.5)  # type: ignore[arg-type]
+    found = asyncio.run(work)
     assert found == ([], [])
     assert len({one.example.message for one in setup.asked}) == len(setup.asked), "no example twice"
     return [(one.worker, one.example.label) for one in setup.asked]
@@ -58,6 +59,11 @@ def test_traces_are_taken_of_every_class_as_often() -> None:
     asked = letters([pool] * 3, 20)
     assert Counter(label for _, label in asked) == dict.fromkeys(LETTERS, 2)
     assert Counter(worker for worker, _ in asked) == {"w0": 7, "w1": 7, "w2": 6}
+
+
+def test_the_student_says_what_the_classes_are_and_not_its_teacher() -> None:
+    asked = letters(["a" * 10 + "b" * 10], 8, program=dspy.Predict("message -> label"))
+    assert Counter(label for _, label in asked) == {"a": 4, "b": 4}
 
 
 @pytest.mark.parametrize(("pools", "calls"), [(["aab", "b"], 4), (["", "ab"], 9)])
@@ -80,10 +86,26 @@ def test_a_good_trace_is_preferred_and_then_a_corrected_one(
     there: tuple[Source, ...], chosen: Source
 ) -> None:
     items = [
-        DemoItem(f"{source}{number}", "w", True, "p", dspy.Example(), "a", 1, source)
+        DemoItem(f"{source}{number}", "w", True, "p", dspy.Example(x=f"{source}{number}"), "a", 1, source)
         for number in range(4)
         for source in there
     ]
     assert [one.source for one in choose_demos(items, SearchSpaceOptions(demo_candidates=3), 0)] == [
         chosen
     ] * 3
+
+
+def test_equal_traces_are_offered_once_and_the_better_one() -> None:
+    def item(key: str, source: Source, **fields: Any) -> DemoItem:
+        augmented = {} if source == "labelled" else {"augmented": True}
+        return DemoItem(key, "w", True, "p", dspy.Example(**augmented, **fields), "a", 1, source)
+
+    items = [
+        item("c1", "corrected", topic="t", label="a"),
+        item("b1", "bootstrapped", topic="t", label="a"),
+        item("c2", "corrected", topic=["u"], label="a"),
+        item("c3", "corrected", topic=["u"], label="a"),
+        item("d1", "labelled", topic="t", label="a"),
+    ]
+    chosen = choose_demos(items, SearchSpaceOptions(), 0)
+    assert [one.key for one in chosen] == ["b1", "c2"]

@@ -68,7 +68,8 @@ def compiled(
     optimizer = kit.optimizer(**settings)
     program = None
     with dspy.context(lm=lm):
-        program = optimizer.compile(student, trainset=kit.examples(60))
+        own = isinstance(settings["workers"], list)
+        program = optimizer.compile(student, trainset=None if own else kit.examples(60))
     return optimizer, program
 
 

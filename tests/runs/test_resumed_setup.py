@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import dspy
 import kit
 import pytest
 from crashes import compiled, entries, killed_after, steady
 
-from asyndbt_dspy import Budget
+from asyndbt_dspy import Budget, Worker
 from asyndbt_dspy.lms.scripted import AsyncScriptedEngine, ScriptedEngine
 from asyndbt_dspy.programs import stragglers
 
@@ -116,3 +116,77 @@ def test_a_raised_budget_takes_no_more_traces(tmp_path: Path) -> None:
     keys = [entry["key"] for entry in entries(tmp_path, "rollout")]
     # What one worker was paid for and another one takes is recorded once more, and asked of nobody.
     assert set(before) <= set(keys) and 0 < len(again.asked) <= len(keys) - len(before)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_setup_of_unequal_shards_is_the_same_when_the_run_goes_on(
+    tmp_path: Path, deterministic: bool
+) -> None:
+    """The traces' calls are dealt out to pools of which one is used up before its share is."""
+    workers = [Worker("small", kit.examples(20)), Worker("large", kit.examples(80, start=1000))]
+    options = {"workers": workers, "budget": Budget(metric_calls=400), "deterministic": deterministic}
+    run(tmp_path, Engine(), **options)
+    (setup,) = entries(tmp_path, "setup")
+    made = len(setup["in_time"]["traces"])
+    assert made < setup["asked"]["traces"] == 48, "12 % of 400"
+    _, program = run(tmp_path, again := Engine(), **options)
+    assert program is not None and again.asked == []
+
+
+def test_a_trace_that_no_journal_can_hold_is_made_again(tmp_path: Path) -> None:
+    class Choose(dspy.Signature):
+        """Choose by the facts."""
+
+        facts: list[str] = dspy.InputField()
+        label: Literal["red", "green", "blue"] = dspy.OutputField()
+
+    class Tuples(dspy.Module):
+        """Passes a tuple where a list is declared."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.topic = dspy.Predict(kit.Topic)
+            self.choose = dspy.Predict(Choose)
+
+        def forward(self, message: str) -> dspy.Prediction:
+            return self.choose(facts=(self.topic(message=message).topic, message))
+
+    asked: list[str] = []
+
+    def script(messages: list[dict[str, str]]) -> str:
+        asked.append(messages[-1]["content"])
+        return kit.answer(messages, topic="t", label="red")
+
+    options: dict[str, Any] = {"budget": Budget(metric_calls=150)}
+    first, program = compiled(tmp_path, script, Tuples(), **options)
+    (setup,) = entries(tmp_path, "setup")
+    before = len(asked)
+    again, same = compiled(tmp_path, script, Tuples(), **options)
+    assert kit.state_of(same) == kit.state_of(program)
+    assert steady(again.result) == steady(first.result)
+    assert len(asked) - before == 2 * len(setup["in_time"]["traces"]), "two predictors each"
+
+
+def test_a_worker_that_failed_in_the_setup_is_not_asked_for_the_same_again(tmp_path: Path) -> None:
+    class Broken(Engine):
+        async def complete(self, request: Any) -> Any:
+            self.asked.append(0)
+            raise ConnectionError("nobody there")
+
+    def workers(broken: Engine) -> list[Worker]:
+        lm = dspy.LM(
+            "scripted/broken",
+            engine=ScriptedEngine(kit.stairs(1), True),
+            async_engine=broken,
+            cache=False,
+            num_retries=0,
+            temperature=0.0,
+        )
+        return [Worker("good", kit.examples(40)), Worker("bad", kit.examples(40, start=1000), lm=lm)]
+
+    options: dict[str, Any] = {"deterministic": True, "max_failures": 3}
+    first, program = run(tmp_path, Engine(), workers=workers(Broken()), **options)
+    assert first.result.workers[1].set_aside
+    again, same = run(tmp_path, quiet := Engine(), workers=workers(broken := Broken()), **options)
+    assert (quiet.asked, broken.asked) == ([], [])
+    assert steady(again.result) == steady(first.result) and kit.state_of(same) == kit.state_of(program)
