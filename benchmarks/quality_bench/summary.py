@@ -223,13 +223,18 @@ def _line(table: Table, name: str, own: Sequence[Cell], rank: float | None) -> L
 
 
 def _harm(table: Table, name: str, own: Sequence[Cell]) -> float | None:
-    """Runs whose program is more than two paired standard errors below the student, in percent."""
+    """Runs whose program is more than two paired standard errors below the student, in percent.
+
+    The student itself is no worse than itself, however two scorings of it differ (see *Reproducing a row* in the docs).
+    """
     known = []
     for cell in own:
         if "student" in table.rows[cell] and name != "student":
             student = table.rates(cell, "student")
+            unchanged = {row["program"] for row in table.rows[cell]["student"]}
             known += [
-                verdict([float(letter) for letter in row["test_bits"]], student) < 0
+                row["program"] not in unchanged
+                and verdict([float(letter) for letter in row["test_bits"]], student) < 0
                 for row in table.rows[cell][name]
             ]
     return 100 * sum(known) / len(known) if known else None

@@ -20,7 +20,7 @@ def made_row(optimizer: str, bits: str, **changes: Any) -> dict[str, Any]:
         "metric_calls": 300,
         "seconds": 1.0,
         "test_bits": bits,
-        "program": "abc",
+        "program": optimizer,
         "state": {},
         "settings": {},
         "incumbents": [],

@@ -56,7 +56,8 @@ def test_harm_counts_runs_far_below_the_student() -> None:
         made_row("asyndbt", "1" * 100),
         made_row("asyndbt", "1" * 90 + "0" * 10, seed=1),
         made_row("asyndbt", "1" * 99 + "0", seed=2),
-        made_row("asyndbt", "1" * 100, seed=3),
+        # Scored on another machine, the student itself may come to other answers.
+        made_row("asyndbt", "1" * 90 + "0" * 10, seed=3, program="student"),
     ]
     [line, _] = sorted(summary.summarise(rows, 300).lines, key=lambda one: one.optimizer)
     assert (line.optimizer, line.harm, line.runs) == ("asyndbt", 25.0, 4)
@@ -234,7 +235,7 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
 
 def test_the_others_settings_are_committed_for_every_task_and_budget() -> None:
     sizes = {"sst2": 20, "cola": 20, "qnli": 20, "ag_news": 40, "trec": 60, "banking77": 100}
-    for task in tasks.TASKS.values():
+    for task in (one for one in tasks.TASKS.values() if one.in_grid):
         shape = settings.Shape(sizes[task.folder], task.predictors)
         for budget in (300, 1200):
             for name in settings.SEARCHERS:
