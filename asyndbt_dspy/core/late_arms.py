@@ -19,6 +19,7 @@ from asyndbt_dspy.core.space import Space
 from asyndbt_dspy.errors import ProtocolError
 
 _SHARE = 0.5
+"""Part of a block's probability that goes to what joins."""
 
 
 class LateArms:

@@ -269,14 +269,19 @@ class TurnsEngine:
         return await self.inner.complete(request)
 
 
+def lm_over(script: Script, async_engine: Any, name: str = "m") -> dspy.LM:
+    """An LM that answers by ``script``, and in coroutines by an async engine of the test's own."""
+    return dspy.LM(
+        f"scripted/{name}",
+        engine=ScriptedEngine(script, True),
+        async_engine=async_engine,
+        cache=False,
+        num_retries=0,
+        temperature=0.0,
+    )
+
+
 def shuffled_lm(seed: int, name: str = "colors", most: int = 40) -> dspy.LM:
     """The color LM, its answers in an order that depends on ``seed``."""
     recorder = Recorder(stairs(1))
-    engine = TurnsEngine(AsyncScriptedEngine(recorder, True), seed, most)
-    return dspy.LM(
-        f"scripted/{name}",
-        engine=ScriptedEngine(recorder, True),
-        async_engine=engine,
-        cache=False,
-        num_retries=0,
-    )
+    return lm_over(recorder, TurnsEngine(AsyncScriptedEngine(recorder, True), seed, most), name)

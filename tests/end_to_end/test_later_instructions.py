@@ -87,14 +87,7 @@ def test_a_slow_proposer_changes_nothing_where_the_run_is_to_be_repeatable() -> 
     made = []
     for engine in (kit.AsyncScriptedEngine, Slow):
         script = Proposer()
-        lm = dspy.LM(
-            "scripted/proposer",
-            engine=kit.ScriptedEngine(script, True),
-            async_engine=engine(script, True),
-            cache=False,
-            num_retries=0,
-        )
-        made.append(optimizer(script, proposer=lm))
+        made.append(optimizer(script, proposer=kit.lm_over(script, engine(script, True))))
         compiled(made[-1])
     kinds = [[(one.machine, type(one.event).__name__) for one in each.recorded] for each in made]
     assert ("server", "ArmsJoined") in kinds[0]
@@ -102,8 +95,6 @@ def test_a_slow_proposer_changes_nothing_where_the_run_is_to_be_repeatable() -> 
 
 
 def test_the_best_candidate_is_improved_and_not_the_student() -> None:
-    """Demos are searched too, and with those of two classes the scripted LM is right on half of the items."""
-
     class Halves(Proposer):
         def __call__(self, messages: list[dict[str, str]]) -> str:
             first = kit.MAGIC if not self.asked else "Try again."
@@ -136,14 +127,7 @@ def test_a_proposer_that_is_never_done_holds_up_nobody() -> None:
             return await super().complete(request)
 
     script = Proposer()
-    lm = dspy.LM(
-        "scripted/silent",
-        engine=kit.ScriptedEngine(script, True),
-        async_engine=Silent(script, True),
-        cache=False,
-        num_retries=0,
-    )
-    made = optimizer(script, proposer=lm, deterministic=False)
+    made = optimizer(script, proposer=kit.lm_over(script, Silent(script, True)), deterministic=False)
     compiled(made)
     assert Silent.calls == AT_FIRST + 1
     assert made.result.metric_calls > 100

@@ -14,7 +14,7 @@ import pytest
 from crashes import compiled, entries, killed_after, steady
 
 from asyndbt_dspy import Budget, Worker
-from asyndbt_dspy.lms.scripted import AsyncScriptedEngine, ScriptedEngine
+from asyndbt_dspy.lms.scripted import AsyncScriptedEngine
 from asyndbt_dspy.programs import stragglers
 
 _TRACES = 18
@@ -52,14 +52,7 @@ class Engine(AsyncScriptedEngine):
 
 
 def run(folder: Path, engine: Engine, **options: Any) -> tuple[Any, Any]:
-    lm = dspy.LM(
-        "scripted/m",
-        engine=ScriptedEngine(kit.stairs(1), True),
-        async_engine=engine,
-        cache=False,
-        num_retries=0,
-        temperature=0.0,
-    )
+    lm = kit.lm_over(kit.stairs(1), engine)
     options = {"deterministic": False, "bootstrap": True, "budget": Budget(metric_calls=150)} | options
     return compiled(folder, None, lm=lm, **options)
 
@@ -174,14 +167,7 @@ def test_a_worker_that_failed_in_the_setup_is_not_asked_for_the_same_again(tmp_p
             raise ConnectionError("nobody there")
 
     def workers(broken: Engine) -> list[Worker]:
-        lm = dspy.LM(
-            "scripted/broken",
-            engine=ScriptedEngine(kit.stairs(1), True),
-            async_engine=broken,
-            cache=False,
-            num_retries=0,
-            temperature=0.0,
-        )
+        lm = kit.lm_over(kit.stairs(1), broken, "broken")
         return [Worker("good", kit.examples(40)), Worker("bad", kit.examples(40, start=1000), lm=lm)]
 
     options: dict[str, Any] = {"deterministic": True, "max_failures": 3}
