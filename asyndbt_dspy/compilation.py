@@ -208,7 +208,7 @@ async def _arrange(
         )
         texts = await preparation.instruction_arms(student, shards, options, rollouts, optimizer.seed, book)
     except BaseException:
-        evaluator.close()
+        await evaluator.aclose()
         raise
     programs = preparation.make_space(metered_student, shards, optimizer.options, texts, items)
     evaluator.programs = programs
@@ -393,13 +393,15 @@ class Run:
             self.recorder.events.close()
         engine.stop_search(self.stop.reason, race=False)
 
-    def close(self) -> None:
+    async def aclose(self) -> None:
         if self.bar is not None:
             self.bar.close()
-        self.evaluator.close()
-        self.metering.ledger.close()
-        if self.recorder is not None:
-            self.recorder.close()
+        try:
+            await self.evaluator.aclose()
+        finally:
+            self.metering.ledger.close()
+            if self.recorder is not None:
+                self.recorder.close()
 
     def reasons(self) -> str:
         errors = {name: use.last_error for name, use in self.evaluator.uses.items() if use.last_error}

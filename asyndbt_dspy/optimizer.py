@@ -304,7 +304,7 @@ class AsynDBT(Teleprompter):
             try:
                 await run.search()
             finally:
-                run.close()
+                await run.aclose()
         finally:
             timer.cancel()
             self._stops.remove(stop)

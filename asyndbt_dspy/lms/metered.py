@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 _SEND_GRACE_S = 0.5
 """An attempt that is cancelled sooner is let run so long: then it was sent, and is an attempt for both sides."""
+_SEND_TURNS = 20
+"""So often the event loop must have come round to it too: where the loop stood still, time alone sends nothing."""
+_TURN_S = 0.005
 _CANCEL_WAIT_S = 1.0
 
 
@@ -213,9 +216,10 @@ class _AsyncEngine(_Metered):
 
 
 async def _sent(attempt: Awaitable[Response]) -> Response:
-    """Await an attempt. One that is cancelled right at its start is let go out first, so that both sides count it.
+    """Await an attempt. One that is cancelled right at its start, or on a loop that hardly runs, is let go out first.
 
-    Without that, nobody could tell whether it had been sent. What is cut off all the same is counted and charged.
+    Then both sides count it. Without that, nobody could tell whether it had been sent. What is cut off all the same is
+    counted and charged.
     """
     task = asyncio.ensure_future(attempt)
     started_s = time.monotonic()
@@ -233,9 +237,11 @@ async def _sent(attempt: Awaitable[Response]) -> Response:
 
 async def _let_go_out(task: asyncio.Task[Response], end_s: float) -> None:
     """Wait for the attempt until ``end_s``, however often we are cancelled meanwhile: it is a fraction of a second."""
-    while not task.done() and (left_s := end_s - time.monotonic()) > 0:
+    turns = 0
+    while not task.done() and (turns < _SEND_TURNS or time.monotonic() < end_s):
         with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait([task], timeout=left_s)
+            await asyncio.wait([task], timeout=_TURN_S)
+        turns += 1
 
 
 def _for_dspy(error: BaseException) -> BaseException:

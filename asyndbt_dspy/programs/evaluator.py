@@ -207,11 +207,12 @@ class ProgramEvaluator:
         """Rollouts under way that no unit waits for."""
         return len(self._left_tasks)
 
-    def close(self) -> None:
-        """End what was left behind, and the runner's threads."""
-        for task in self._left_tasks:
-            task.cancel()
-        self.runner.close()
+    async def aclose(self) -> None:
+        """End what was left behind, wait until the ledger knows of it, and end the runner's threads."""
+        try:
+            await cancelled(list(self._left_tasks))
+        finally:
+            self.runner.close()
 
     def use(self, worker: str) -> WorkerUse:
         return self.uses.setdefault(worker, WorkerUse())

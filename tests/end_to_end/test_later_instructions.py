@@ -186,30 +186,26 @@ def test_a_run_that_died_goes_on_with_what_was_written(tmp_path: Path, determini
             assert kit.state_of(same) == kit.state_of(program)
 
 
-def test_what_was_written_before_the_death_is_not_asked_for_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_what_was_written_before_the_death_is_not_asked_for_again(
+    deterministic: bool, tmp_path: Path
+) -> None:
     """The process dies between the line with the texts and the one that says that they joined."""
-    from crashes import entries, killed_after, lines_written
+    from crashes import entries, killed_before
 
-    def died(lines: int) -> tuple[Path, Proposer]:
-        folder, script = tmp_path / str(lines), Proposer()
-        with killed_after(lines), contextlib.suppress(BaseException):
-            compiled(optimizer(script, run_dir=folder, resume=True))
-        return folder, script
+    def joins(entry: dict[str, Any]) -> bool:
+        return entry["kind"] == "event" and entry["event"]["type"] == "ArmsJoined"
 
-    compiled(optimizer(Proposer(), run_dir=tmp_path / "whole", resume=True))
-    few, many = 0, lines_written(tmp_path / "whole")
-    deaths: dict[int, tuple[Path, Proposer]] = {}
-    while many - few > 1:
-        lines = (few + many) // 2
-        deaths[lines] = folder, _ = died(lines)
-        later = [one for one in entries(folder, "instructions") if one["predictor"].endswith("(later)")]
-        few, many = (few, lines) if later else (lines, many)
-    folder, script = deaths[many]
-    assert not [one for one in entries(folder, "event") if one["event"]["type"] == "ArmsJoined"]
-    asked = len(script.asked)
-    program = compiled(optimizer(script, run_dir=folder, resume=True))
+    script, options = Proposer(), {"run_dir": tmp_path, "resume": True, "deterministic": deterministic}
+    with killed_before(joins) as deaths, contextlib.suppress(BaseException):
+        compiled(optimizer(script, **options))
+    assert deaths, "it died at that line"
+    assert [one for one in entries(tmp_path, "instructions") if one["predictor"].endswith("(later)")]
+    assert not [one for one in entries(tmp_path, "event") if joins(one)]
+    assert len(script.asked) == AT_FIRST + 1
+    program = compiled(optimizer(script, **options))
     assert program.signature.instructions == kit.MAGIC
-    assert len(script.asked) == asked == AT_FIRST + 1
+    assert len(script.asked) == AT_FIRST + 1
 
 
 def test_a_predictor_with_texts_of_the_user_gets_no_others() -> None:

@@ -184,6 +184,39 @@ def test_a_cancelled_call_is_counted_by_both_sides_and_charged(engine: str) -> N
         assert ledger.spent.reserved_tokens == 0
 
 
+def test_what_is_cancelled_on_a_loop_that_stood_still_still_goes_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All its time went by while the loop did not run: it needs turns of the loop, not seconds."""
+    monkeypatch.setattr("asyndbt_dspy.lms.metered._SEND_GRACE_S", 0.0)
+    sent: list[str] = []
+
+    class Unused:
+        def complete(self, request: Any) -> Any:
+            raise NotImplementedError
+
+    class Slow:
+        async def complete(self, request: Any) -> Any:
+            for _ in range(12):  # to connect, to shake hands, to write
+                await asyncio.sleep(0.001)
+            sent.append(request.messages[-1].text)
+            await asyncio.Event().wait()
+
+    ledger = Ledger()
+    lm = metered(
+        dspy.LM("slow", engine=Unused(), async_engine=Slow(), cache=False), ledger=ledger, worker="a"
+    )
+
+    async def run() -> None:
+        task = asyncio.ensure_future(lm.acall("question"))
+        while not ledger.line("a").attempts:
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(run())
+    assert sent == ["question"]
+    assert (ledger.line("a").attempts, ledger.line("a").cut) == (1, 1)
+
+
 @both_engines
 def test_retry_after_is_honoured(engine: str) -> None:
     times: list[float] = []

@@ -37,6 +37,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._jumping.now_s
 
+    def stand_still(self, seconds: float) -> None:
+        """Let time go by in which nothing runs."""
+        self._jumping.now_s += seconds
+
 
 def run_virtually(coroutine: Coroutine[Any, Any, T]) -> tuple[T, float]:
     """(result, virtual seconds)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +23,41 @@ class Killed(BaseException):
 
 
 @contextlib.contextmanager
-def killed_after(lines: int | None) -> Iterator[None]:
-    """Let so many lines of all journals together be written, then none; ``None``: all."""
-    if lines is None:
-        yield
-        return
-    real, count = JournalWriter.append, 0
+def killed_before(is_last: Callable[[dict[str, Any]], bool]) -> Iterator[list[dict[str, Any]]]:
+    """Let all lines be written up to the first that ``is_last`` picks, then none, in no journal.
+
+    Yields:
+        The lines that were to be written and were not; empty: the process did not die.
+    """
+    real: Any = JournalWriter.append
+    lost: list[dict[str, Any]] = []
 
     def append(journal: JournalWriter, entry: Any) -> None:
-        nonlocal count
-        count += 1
-        if count > lines:
+        if lost or is_last(entry):
+            lost.append(entry)
             raise Killed
         real(journal, entry)
 
     JournalWriter.append = append  # type: ignore[method-assign]
     try:
         with contextlib.suppress(Killed):
-            yield
+            yield lost
     finally:
         JournalWriter.append = real  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def killed_after(lines: int | None) -> Iterator[None]:
+    """Let so many lines of all journals together be written, then none; ``None``: all."""
+    written = 0
+
+    def is_over(entry: dict[str, Any]) -> bool:
+        nonlocal written
+        written += 1
+        return lines is not None and written > lines
+
+    with killed_before(is_over):
+        yield
 
 
 class Asked:
