@@ -37,9 +37,20 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._jumping.now_s
 
-    def stand_still(self, seconds: float) -> None:
-        """Let time go by in which nothing runs."""
-        self._jumping.now_s += seconds
+    def stand_still(self, at_s: float, for_s: float) -> None:
+        """From ``at_s`` seconds from now on, nothing runs for so long."""
+
+        def stand() -> None:
+            self._jumping.now_s += for_s
+
+        self.call_later(at_s, stand)
+
+
+def standing_still(at_s: float, for_s: float) -> None:
+    """See ``VirtualLoop.stand_still``, of the running loop."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    loop.stand_still(at_s, for_s)
 
 
 def run_virtually(coroutine: Coroutine[Any, Any, T]) -> tuple[T, float]:

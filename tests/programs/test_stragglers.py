@@ -8,7 +8,7 @@ from typing import Any
 import dspy
 import kit
 import pytest
-from virtual_loop import VirtualLoop
+from virtual_loop import VirtualLoop, standing_still
 
 from asyndbt_dspy import AsynDBT, Budget, ConfigurationError, Price, Worker
 from asyndbt_dspy.core.messages import Evaluate, Outcome
@@ -187,14 +187,9 @@ def test_who_is_cancelled_while_waiting_is_cancelled() -> None:
 
 
 def test_a_process_that_stood_still_leaves_nothing_behind() -> None:
-    def stand(for_s: float) -> None:
-        loop = asyncio.get_running_loop()
-        assert isinstance(loop, VirtualLoop)
-        loop.stand_still(for_s)
-
     async def unit() -> Any:
         one, _ = evaluator([*USUAL, 1.5, 1.5, 1.5])
-        asyncio.get_running_loop().call_later(1.8, stand, 300.0)
+        standing_still(1.8, 300.0)
         found = await one.evaluate(asked(1, *range(11)))
         # What hangs afterwards is still found out.
         one.parts["w"].estimate.append(dspy.Example(name="late", seconds=1e6))
@@ -210,7 +205,7 @@ def test_a_process_that_stood_still_leaves_nothing_behind() -> None:
 
     async def setup() -> Any:
         (made, wanted), _ = setup_of({"a": [0.5] * 8, "b": [0.5] * 8, "c": [0.9] * 8})
-        asyncio.get_running_loop().call_later(1.5, stand, 300.0)
+        standing_still(1.5, 300.0)
         return await SetupRollouts(made, Notes()).run("traces", wanted)
 
     assert all(one is not None for one in virtually(setup())[0])

@@ -7,7 +7,8 @@ from typing import Any
 
 import dspy
 import pytest
-from test_stragglers import Loop, evaluator, virtually
+from test_stragglers import evaluator, virtually
+from virtual_loop import standing_still
 
 from asyndbt_dspy.programs.rollout import Rollout
 from asyndbt_dspy.programs.time_limit import within
@@ -19,17 +20,6 @@ async def steps(*seconds: float) -> str:
     return "answer"
 
 
-def standing_still(at_s: float, for_s: float) -> None:
-    """The running loop does nothing for so long."""
-    loop = asyncio.get_running_loop()
-    assert isinstance(loop, Loop)
-
-    def stand() -> None:
-        loop.now += for_s
-
-    loop.call_later(at_s, stand)
-
-
 def outcome(*seconds: float, limit: float = 60.0, still: tuple[float, float] | None = None) -> Any:
     async def go() -> Any:
         if still is not None:
@@ -39,7 +29,8 @@ def outcome(*seconds: float, limit: float = 60.0, still: tuple[float, float] | N
         except asyncio.TimeoutError:
             return "late"
 
-    return virtually(go())
+    found, seconds = virtually(go())
+    return found, round(seconds, 3)
 
 
 def test_an_answer_in_time_is_returned_and_a_late_one_is_cut_off_at_the_limit() -> None:
