@@ -31,6 +31,9 @@ def main() -> None:
         measure_server(1_000, few, 500),
         measure_server(10_000, options.messages, 5_000),
         measure_server(10_000, few, 100, max_staleness=400),  # an update from one in a hundred
+        *(  # nobody waits: the default of a compile
+            measure_server(workers, few, workers // 2, waits=False) for workers in (100, 1_000, 10_000)
+        ),
     ]
     costs = [row["server_us_per_message"] for row in rows[:3]]
     line = {

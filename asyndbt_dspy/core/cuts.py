@@ -15,7 +15,7 @@ import numpy as np
 
 from asyndbt_dspy.core.config import AlgorithmConfig
 from asyndbt_dspy.core.lower_level import LowerEstimate
-from asyndbt_dspy.core.simplex import FloatArray, Layout
+from asyndbt_dspy.core.simplex import FloatArray, Layout, rows_of
 
 
 @dataclass(frozen=True)
@@ -191,8 +191,8 @@ def pushes(
     Returns:
         Shape ``[len(numbers), D]``, and per worker shape ``[Q_v]``.
     """
-    rows = np.asarray(numbers, dtype=np.int64)
-    push, active = np.zeros((len(rows), lower.length)), [plane for plane in planes if plane.multiplier]
+    rows = rows_of(numbers)
+    push, active = np.zeros((len(numbers), lower.length)), [plane for plane in planes if plane.multiplier]
     for plane in active:
         push += plane.multiplier * plane.a[rows]
     if not len(q_owner):

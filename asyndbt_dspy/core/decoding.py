@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from asyndbt_dspy.core.config import AlgorithmConfig
 from asyndbt_dspy.core.effects import EffectKeys
 from asyndbt_dspy.core.policies import Nomination
+from asyndbt_dspy.core.shared_effects import pool_factors
 from asyndbt_dspy.core.simplex import FloatArray
 from asyndbt_dspy.core.space import Candidate, Space
 
@@ -16,42 +15,6 @@ _SURE = 2.0
 """Standard deviations by which a candidate must be better to be returned without a race."""
 _PRIOR_PRECISION = 20.0
 """Prior precision of a merged effect: losses have variances of about a quarter, arms a tenth of their deviation."""
-
-
-def pool_factors(config: AlgorithmConfig, factors: FloatArray) -> FloatArray:
-    """Add up natural parameters ``[R, 2, K]`` of several senders, shape ``[2, K]``.
-
-    With a robust aggregator the pooled mean of an effect that at least three senders know is their median mean.
-    """
-    total = np.asarray(factors.sum(axis=0))
-    if config.aggregator not in ("median", "trimmed_mean") or len(factors) < 3:
-        return total
-    known = factors[:, 0] > 0
-    with np.errstate(invalid="ignore", divide="ignore"):
-        means = np.where(known[:, None], factors[:, 1:] / factors[:, :1], np.nan)
-    for column in np.flatnonzero(known.sum(axis=0) >= 3):
-        total[1:, column] = total[0, column] * np.nanmedian(means[:, :, column], axis=0)
-    return total
-
-
-def merge_factors(
-    config: AlgorithmConfig, factors: FloatArray, live: FloatArray, numbers: Sequence[int]
-) -> FloatArray:
-    """For each of the workers ``numbers`` the pooled factors of all *other* live workers, times ``effect_trust``.
-
-    Returns:
-        Shape ``[len(numbers), 2, K]``.
-    """
-    own = factors[np.asarray(numbers, dtype=np.int64)]
-    if not factors.shape[2] or not len(own):
-        return own
-    masked = factors if live.all() else factors * live[:, None, None]
-    if config.aggregator in ("median", "trimmed_mean"):
-        others = [pool_factors(config, np.delete(masked, number, axis=0)) for number in numbers]
-        return np.stack(others) * config.effect_trust
-    merged = (masked.sum(axis=0)[None] - own) * config.effect_trust
-    # What is left of a sum minus its only term is rounding, not knowledge.
-    return np.where(merged[:, :1] > 1e-9, merged, 0.0)
 
 
 def finalists(

@@ -32,7 +32,7 @@ def learned(server: ServerState) -> tuple[Any, ...]:
     alive = server.roster.living
     nominated = [server.nominations[number] for number in alive if number in server.nominations]
     allowed = tuple(server.members[number].allowed for number in alive)
-    factors = server.factors[np.array(alive, dtype=np.int64)]
+    factors = server.effects.factors[np.array(alive, dtype=np.int64)]
     consensus = server.layout.argmax(server.arms.read(server.z))
     return server.space, server.config, server.keys, consensus, nominated, factors, allowed
 

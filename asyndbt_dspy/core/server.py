@@ -29,7 +29,7 @@ import numpy as np
 from asyndbt_dspy.core import cuts
 from asyndbt_dspy.core.config import AlgorithmConfig
 from asyndbt_dspy.core.consensus import update_consensus, update_duals
-from asyndbt_dspy.core.decoding import decode, finalists, merge_factors, safest
+from asyndbt_dspy.core.decoding import decode, finalists, safest
 from asyndbt_dspy.core.effects import EffectKeys
 from asyndbt_dspy.core.final import kept_back, learned, open_race
 from asyndbt_dspy.core.late_arms import LateArms
@@ -56,7 +56,8 @@ from asyndbt_dspy.core.racing import RaceState
 from asyndbt_dspy.core.roster import Member as Member
 from asyndbt_dspy.core.roster import Roster
 from asyndbt_dspy.core.rounds import BarrierRounds, RefreshSchedule
-from asyndbt_dspy.core.simplex import FloatArray, Layout
+from asyndbt_dspy.core.shared_effects import SharedEffects
+from asyndbt_dspy.core.simplex import FloatArray, Layout, rows_of
 from asyndbt_dspy.core.snapshots import snapshot
 from asyndbt_dspy.core.space import Candidate, Space
 from asyndbt_dspy.core.validation import check_config, check_round_reply, check_step_reply
@@ -113,7 +114,7 @@ class ServerState:
         self.surrogates: list[Surrogate | None] = [None] * count
         self.estimate: LowerEstimate | None = None  # the last phi
         columns = len(self.keys.shared) if config.share_effects and config.policy == "posterior" else 0
-        self.factors: FloatArray = np.zeros((count, 2, columns))
+        self.effects = SharedEffects(config, count, columns)
         self.nominations: dict[int, tuple[Nomination, ...]] = {}
         self.version = 0
         self.phase: Phase = "search"
@@ -292,8 +293,7 @@ class ServerState:
         if reply.upper is not None:
             self.q[self.q_owner == number] = reply.upper
         self.surrogates[number] = Surrogate(reply.gradient, reply.lower, reply.curvature, reply.cross)
-        if self.factors.shape[2]:
-            self.factors[number] = reply.effects
+        self.effects.store(number, reply.effects)
 
     def _is_stationary(self, moved: float) -> bool:
         self._calm = self._calm + 1 if moved <= self.config.stationarity else 0
@@ -371,9 +371,10 @@ class ServerState:
             self.roster.idle.update(numbers)
             return []
         sent: list[Instruction] = []
-        merged = merge_factors(self.config, self.factors, self.live, numbers)
+        merged = self.effects.of_others(numbers)
         pushes = cuts.pushes(self.planes, numbers, self.q_owner, self.layout, self.q_layouts)
-        duals, living = self.duals[numbers], len(self._alive())  # a copy: requests do not see later updates
+        duals = self.duals[rows_of(numbers)].copy()  # requests do not see later updates
+        living = len(self._alive())
         for number, effects, own, *push in zip(numbers, merged, duals, *pushes, strict=True):
             self.roster.minibatch[number] = self.paces.minibatch(number, self.calls_left, living)
             if self.calls_left is not None:
@@ -416,7 +417,8 @@ class ServerState:
     def _lose(self, number: int) -> list[Instruction]:
         self.live[number] = 0.0
         self.arrived.pop(number, None)
-        self.factors[number], self.surrogates[number] = 0.0, None
+        self.effects.forget(number)
+        self.surrogates[number] = None
         self.in_race.discard(number)
         self.paces.forget(number)
         asked = self._rounds is not None and self._rounds.lose(number)

@@ -17,6 +17,13 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 
+def rows_of(numbers: Sequence[int]) -> IntArray | slice:
+    """Index of these rows: a slice for a single one, which numpy takes several times faster than a list, and as a view."""
+    if len(numbers) == 1:
+        return slice(numbers[0], numbers[0] + 1)
+    return np.asarray(numbers, dtype=np.int64)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Sizes of consecutive blocks of a flat vector.

@@ -82,7 +82,7 @@ def check_step_reply(server: ServerState, number: int, reply: StepReply, calls: 
     _check_array(reply, "gradient", reply.gradient, (length,))
     if reply.curvature is not None:
         _check_array(reply, "curvature", reply.curvature, (length, length))
-    _check_effects(reply, reply.effects, server.factors.shape[2])
+    _check_effects(reply, reply.effects, server.effects.columns)
     _check_count(reply, "calls", reply.calls, calls)
     _check_count(reply, "missing", reply.missing, calls)
     if not isinstance(reply.loss, float):

@@ -9,7 +9,7 @@ import resource
 import time
 from typing import Any
 
-from asyndbt_dspy.core.config import DEFAULT
+from asyndbt_dspy.core.config import DEFAULT, AlgorithmConfig
 from asyndbt_dspy.core.messages import Instruction, ServerEvent
 from asyndbt_dspy.core.server import ServerState
 from asyndbt_dspy.engines.meter import RunMeter
@@ -34,15 +34,27 @@ class TimedServer(ServerState):
         return instructions
 
 
-def measure_server(workers: int, messages: int, active: int, max_staleness: int = 15) -> dict[str, Any]:
+def waiting_config(active: int, waits: bool, **changes: Any) -> AlgorithmConfig:
+    """The default's constants without an end of their own.
+
+    Args:
+        active: S; where nobody waits, S at first.
+        waits: Whether who has answered waits for the next update of z, as with an ``active_workers`` of one's own; else nobody
+            waits for anybody, as in a compile for which nothing was said.
+    """
+    endless = dataclasses.replace(DEFAULT, active_workers=active, iterations=10**9, **changes)
+    return dataclasses.replace(endless, auto_active=not waits, keep_busy=not waits)
+
+
+def measure_server(
+    workers: int, messages: int, active: int, max_staleness: int = 15, *, waits: bool = True
+) -> dict[str, Any]:
     """One simulated run of about ``messages`` messages, race included; plain figures.
 
     Args:
-        active: S.
+        active, waits: See ``waiting_config``.
     """
-    config = dataclasses.replace(
-        DEFAULT, active_workers=active, max_staleness=max_staleness, iterations=10**9
-    )
+    config = waiting_config(active, waits, max_staleness=max_staleness)
     race = min((config.race_candidates + 1) * _HELD_OUT * workers, messages)
     calls = messages * config.draws * config.minibatch + race
     before = resident_mib()
@@ -62,6 +74,7 @@ def measure_server(workers: int, messages: int, active: int, max_staleness: int 
     return {
         "workers": workers,
         "active": active,
+        "waits": waits,
         "messages": server.messages,
         "iterations": server.version,
         "server_us_per_message": round(server.seconds / server.messages * 1e6, 2),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import gc
 import hashlib
 import json
@@ -11,11 +10,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from asyndbt_dspy.core.config import DEFAULT
 from asyndbt_dspy.core.messages import Instruction, ServerEvent
 from asyndbt_dspy.core.server import ServerState
 from asyndbt_dspy.core.worker import WorkerState
 from asyndbt_dspy.engines.simulated import SimulatedEngine, lognormal_delays
+from asyndbt_dspy.simulation.cost import waiting_config
 from asyndbt_dspy.simulation.machines import CoinEvaluator, light_machines
 
 _CHUNK = 200
@@ -39,12 +38,14 @@ def replay_server(
     messages: int,
     active: int,
     times: int = 12,
+    *,
+    waits: bool = True,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """One simulated search of about ``messages`` messages, taken again by ``times`` servers; plain figures.
 
     Args:
-        active: S.
+        active, waits: See ``waiting_config``.
 
     Returns:
         ``us_per_message``, and ``state``: a hash of the state that the recording server and all others end in, by which
@@ -53,9 +54,7 @@ def replay_server(
     Raises:
         RuntimeError: a replay ended in another state.
     """
-    config = dataclasses.replace(
-        DEFAULT, active_workers=active, max_staleness=15, iterations=10**9, race=False
-    )
+    config = waiting_config(active, waits, max_staleness=15, race=False)
     calls = messages * config.draws * config.minibatch
 
     def machines(server_type: type[ServerState]) -> tuple[ServerState, list[WorkerState]]:
@@ -81,6 +80,7 @@ def replay_server(
             raise RuntimeError(f"a replay of {len(received)} messages to {workers} workers ended otherwise")
     return {
         "workers": workers,
+        "waits": waits,
         "messages": len(received),
         "us_per_message": round(1e6 * sum(best) / len(received), 2),
         "state": state,

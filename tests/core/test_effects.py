@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 
 from asyndbt_dspy.core.config import DEFAULT
-from asyndbt_dspy.core.decoding import decode, finalists, merge_factors, pool_factors
+from asyndbt_dspy.core.decoding import decode, finalists
 from asyndbt_dspy.core.effects import EffectKeys, EffectModel
 from asyndbt_dspy.core.policies import Nomination
+from asyndbt_dspy.core.shared_effects import SharedEffects, pool_factors
 from asyndbt_dspy.core.space import Arm, Block, Space
 from asyndbt_dspy.testing.toys import small_space
 
@@ -188,14 +190,66 @@ def test_factors_add_up_and_the_median_withstands_a_liar() -> None:
     np.testing.assert_allclose(few, [[4.0, 1.0], [-4.0, 1.0]])
 
 
+def shared(factors: np.ndarray, **changes: Any) -> SharedEffects:
+    made = SharedEffects(dataclasses.replace(DEFAULT, **changes), len(factors), factors.shape[2])
+    for number, own in enumerate(factors):
+        made.store(number, own)
+    return made
+
+
 def test_each_worker_gets_what_the_others_know() -> None:
-    live = np.array([1.0, 1.0, 0.0])
-    merged = merge_factors(dataclasses.replace(DEFAULT, effect_trust=0.5), FACTORS, live, (0, 1, 2))
+    made = shared(FACTORS, effect_trust=0.5)
+    assert made.of_others((0,))[0, 1, 0] == 199.0
+    made.forget(2)
+    merged = made.of_others((0, 1, 2))
     np.testing.assert_allclose(merged[0], [[1.0, 0.0], [-1.0, 0.0]])
     np.testing.assert_allclose(merged[1], [[1.0, 0.5], [-1.0, 0.5]])
-    robust = merge_factors(dataclasses.replace(DEFAULT, aggregator="median"), FACTORS, np.ones(3), (0, 1, 2))
-    assert robust.shape == FACTORS.shape
-    assert merge_factors(DEFAULT, FACTORS[:, :, :0], live, (0, 1, 2)).shape == (3, 2, 0)
+    assert made.of_others(()).shape == (0, 2, 2)
+    assert shared(FACTORS[:, :, :0]).of_others((0, 1, 2)).shape == (3, 2, 0)
+
+
+@pytest.mark.parametrize("aggregator", ["mean", "median", "trimmed_mean"])
+@pytest.mark.parametrize("workers", [2, 3, 4, 5, 8, 9])
+def test_what_is_prepared_once_is_what_the_others_pool(aggregator: str, workers: int) -> None:
+    rng = np.random.default_rng(workers)
+    precision = rng.uniform(1, 5, (workers, 6)) * (rng.random((workers, 6)) < 0.7)
+    factors = np.stack([precision, precision * rng.integers(-2, 3, (workers, 6))], axis=1)  # ties as well
+    made = shared(factors, aggregator=aggregator)
+    for round_ in range(3):
+        numbers = list(range(workers))
+        pooled = [pool_factors(made._config, np.delete(made.factors, number, axis=0)) for number in numbers]
+        expected = np.stack(pooled) * made._config.effect_trust
+        np.testing.assert_allclose(made.of_others(numbers), expected, atol=1e-12)
+        np.testing.assert_allclose(made.of_others([workers - 1]), expected[-1:], atol=1e-12)
+        made.store(round_ % workers, factors[-1] * 2.0)
+    made.forget(0)
+    left = [pool_factors(made._config, np.delete(made.factors, number, axis=0)) for number in range(workers)]
+    np.testing.assert_allclose(
+        made.of_others(range(workers)), np.stack(left) * made._config.effect_trust, atol=1e-12
+    )
+
+
+class Counted(np.ndarray):
+    """Counts how often all of it is added up."""
+
+    sums = 0
+
+    def sum(self, *arguments: Any, **options: Any) -> Any:
+        Counted.sums += 1
+        return super().sum(*arguments, **options)
+
+
+def test_requests_between_two_changes_share_one_sum_over_all_workers() -> None:
+    made = shared(FACTORS)
+    made.factors, Counted.sums = made.factors.view(Counted), 0
+    for _ in range(50):
+        made.of_others((1,))
+    assert Counted.sums == 1
+    made.store(0, FACTORS[1])
+    assert made.of_others((2,))[0, 0, 0] == 4.0
+    made.forget(0)
+    assert made.of_others((2,))[0, 0, 0] == 2.0
+    assert Counted.sums == 3
 
 
 def nominated(*rows: tuple[tuple[int, ...], float]) -> list[Nomination]:
