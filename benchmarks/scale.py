@@ -4,7 +4,7 @@
 
 The shipped server, driver and workers run in the simulator (workers with a policy that costs next to nothing). The time
 inside ``ServerState.receive`` is summed up; everything that the server does is in it: checks, updates of z, multipliers
-and duals, plane refreshes, requests, and the final race. Prints one JSON line.
+and duals, plane refreshes, requests, and the final race. Prints one JSON line, and each arm on stderr as it is done.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import pathlib
 import platform
+import sys
 
 from asyndbt_dspy.simulation import measure_server
 
@@ -26,15 +27,16 @@ def main() -> None:
     options = parser.parse_args()
     few = max(1000, options.messages // 10)
     measure_server(100, 5_000, 50)  # warm
-    rows = [
-        measure_server(100, few, 50),
-        measure_server(1_000, few, 500),
-        measure_server(10_000, options.messages, 5_000),
-        measure_server(10_000, few, 100, max_staleness=400),  # an update from one in a hundred
-        *(  # nobody waits: the default of a compile
-            measure_server(workers, few, workers // 2, waits=False) for workers in (100, 1_000, 10_000)
-        ),
-    ]
+    rows = []
+    for workers, messages, active, changes in (
+        (100, few, 50, {}),
+        (1_000, few, 500, {}),
+        (10_000, options.messages, 5_000, {}),
+        (10_000, few, 100, {"max_staleness": 400}),  # an update from one in a hundred
+        *((workers, few, workers // 2, {"waits": False}) for workers in (100, 1_000, 10_000)),  # the default
+    ):
+        rows.append(measure_server(workers, messages, active, **changes))
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     costs = [row["server_us_per_message"] for row in rows[:3]]
     line = {
         "benchmark": "scale",
