@@ -141,7 +141,7 @@ def fresh_machines(optimizer: AsynDBT) -> Any:
 
     async def build() -> Any:
         run = await prepare(optimizer, dspy.Predict(kit.Sort), TRAIN, None, None)
-        run.close()
+        await run.aclose()
         return run
 
     with dspy.context(lm=kit.color_lm()):

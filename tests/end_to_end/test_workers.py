@@ -37,7 +37,7 @@ def prepared(optimizer: AsynDBT, trainset: Any, valset: Any = None, lm: Any = No
 
     async def build() -> Any:
         run = await prepare(optimizer, dspy.Predict(kit.Sort), trainset, None, valset)
-        run.close()
+        await run.aclose()
         return run
 
     with dspy.context(lm=lm or kit.color_lm()):
