@@ -53,6 +53,7 @@ class SharedEffects:
         self._total: FloatArray | None = None
         self._sorted: FloatArray = np.zeros((0, columns))
         self._rank: IntArray = np.zeros((0, columns), dtype=np.int64)
+        self._senders: IntArray = np.zeros(columns, dtype=np.int64)
 
     @property
     def columns(self) -> int:
@@ -96,11 +97,12 @@ class SharedEffects:
                 order = np.argsort(means, axis=0)
                 self._sorted = np.take_along_axis(means, order, axis=0)
                 self._rank = np.argsort(order, axis=0)
+                self._senders = (self.factors[:, 0] > 0).sum(axis=0)
         return self._total
 
     def _put_medians(self, merged: FloatArray, knows: BoolArray, rows: IntArray | slice) -> None:
         """Pooled means become medians of the others' means, where at least three of them know: in place."""
-        senders = (self._sorted < np.inf).sum(axis=0) - knows
+        senders = self._senders - knows
         columns = np.arange(self.columns)
 
         def place(number: IntArray) -> FloatArray:

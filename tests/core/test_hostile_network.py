@@ -304,6 +304,18 @@ def test_a_message_that_is_too_late_is_refused() -> None:
         net.server.receive(parcel.event)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_was_sent_does_not_change_afterwards(name: str) -> None:
+    """Machines of one process hand over arrays, not copies: none of them may be written to later."""
+    net, posted = network(name), []
+    while not net.finished:
+        known = {id(parcel) for parcel, _ in posted}
+        posted += [(one, json.dumps(encode(one.event))) for one in net.in_flight if id(one) not in known]
+        net.deliver(0)
+    assert len(posted) > 50
+    assert all(json.dumps(encode(parcel.event)) == text for parcel, text in posted)
+
+
 @pytest.mark.parametrize("event", [None, "message", Finish("done"), 3], ids=str)
 def test_what_is_no_event_at_all(event: Any) -> None:
     net = network("default")

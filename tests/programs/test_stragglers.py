@@ -173,6 +173,27 @@ def test_who_waits_for_a_call_that_is_given_up_goes_on_without_it(is_twin: bool)
     assert at_s == pytest.approx(19.0)
 
 
+def test_what_was_left_behind_has_ended_when_the_evaluator_is_closed() -> None:
+    class Slowly(Slow):
+        async def run(self, program: Any, example: dspy.Example, **_: Any) -> Rollout:
+            try:
+                return await super().run(program, example)
+            except asyncio.CancelledError:
+                await asyncio.sleep(0.3)  # its attempt is booked
+                self.ended.append(f"{example.name} cut")
+                raise
+
+    async def go() -> Any:
+        one, _ = evaluator([*USUAL, 1e5])
+        one.runner = runner = Slowly()
+        await one.evaluate(asked(1, *range(9)))
+        assert one.left_behind == 1
+        await one.aclose()
+        return one.left_behind, runner.ended[-1]
+
+    assert virtually(go())[0] == (0, "8 cut")
+
+
 def test_who_is_cancelled_while_waiting_is_cancelled() -> None:
     async def go() -> None:
         one, _ = evaluator([*USUAL, 1e5])
