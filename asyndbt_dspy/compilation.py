@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import time
@@ -111,8 +112,10 @@ async def prepare(
                 lms,
             )
     except BaseException:
-        book.close()
-        metering.ledger.close()
+        try:
+            await metering.ledger.aclose()
+        finally:
+            book.close()
         raise
 
 
@@ -394,14 +397,14 @@ class Run:
         engine.stop_search(self.stop.reason, race=False)
 
     async def aclose(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        try:
-            await self.evaluator.aclose()
-        finally:
-            self.metering.ledger.close()
+        """End what goes on, then what counts it, then what writes that down; all of them, whichever fails."""
+        async with contextlib.AsyncExitStack() as last_first:
             if self.recorder is not None:
-                self.recorder.close()
+                last_first.callback(self.recorder.close)
+            last_first.push_async_callback(self.metering.ledger.aclose)
+            last_first.push_async_callback(self.evaluator.aclose)
+            if self.bar is not None:
+                last_first.callback(self.bar.close)
 
     def reasons(self) -> str:
         errors = {name: use.last_error for name, use in self.evaluator.uses.items() if use.last_error}

@@ -138,17 +138,13 @@ class AsynDBT(Teleprompter):
         fsync: bool = False,
     ) -> None:
         super().__init__()
-        if run_dir is None and (resume or fsync):
-            raise ConfigurationError(
-                f"{'resume' if resume else 'fsync'}=True needs the run_dir=… that the journals are kept in"
-            )
-        self.run_dir = run_dir
-        self.resume = resume
-        self.fsync = fsync
         _check_choice("preset", preset, PRESETS)
         _check_choice("auto", auto, AUTO_METRIC_CALLS)
         _check_choice("mode", mode, ("both", "instructions", "demos"))
         _check_choice("loss", loss, ("auto", "metric"))
+        self.run_dir = run_dir
+        self.resume = resume
+        self.fsync = fsync
         self.metric = metric
         self.workers = workers
         self.budget = budget or Budget(metric_calls=AUTO_METRIC_CALLS[auto])
@@ -163,8 +159,6 @@ class AsynDBT(Teleprompter):
         self.engine = engine
         self.rollout_timeout_s = rollout_timeout_s
         self.max_failures = max_failures
-        if straggler_factor is not None and not straggler_factor > 1:
-            raise ConfigurationError(f"straggler_factor={straggler_factor!r} must be > 1, or None")
         self.straggler_factor = straggler_factor
         self.noisy = noisy
         self.failure_score = failure_score
@@ -193,21 +187,33 @@ class AsynDBT(Teleprompter):
         self.result: Result | None = None
         self.recorded: list[Recorded] = []
         self._stops: list[StopRequest] = []
-        if deterministic and self.budget.metric_calls is None:
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        """Refuse settings that cannot work, alone or together."""
+        if self.run_dir is None and (self.resume or self.fsync):
+            raise ConfigurationError(
+                f"{'resume' if self.resume else 'fsync'}=True needs the run_dir=… that the journals are kept in"
+            )
+        if self.straggler_factor is not None and not self.straggler_factor > 1:
+            raise ConfigurationError(f"straggler_factor={self.straggler_factor!r} must be > 1, or None")
+        if self.deterministic and self.budget.metric_calls is None:
             raise ConfigurationError(
                 "deterministic=True needs a bound that depends on neither time nor prices, and the budget has no "
                 f"metric_calls: {self.budget}; give Budget(metric_calls=…)"
             )
-        if later_instructions < 0 or (later_instructions and proposer is None):
+        later = self.options.later_instructions
+        if later < 0 or (later and self.options.proposer is None):
             raise ConfigurationError(
-                f"later_instructions={later_instructions} must be >= 0, and needs the proposer=… that writes them"
+                f"later_instructions={later} must be >= 0, and needs the proposer=… that writes them"
             )
-        if later_instructions and not isinstance(self.make_engine(), ListeningEngine):
+        if later and not isinstance(self.make_engine(), ListeningEngine):
             raise ConfigurationError(
-                f"later_instructions={later_instructions} needs an engine with the attribute `between` "
-                f"(engines.ListeningEngine); {type(engine).__name__} has none"
+                f"later_instructions={later} needs an engine with the attribute `between` "
+                f"(engines.ListeningEngine); {type(self.engine).__name__} has none"
             )
-        if preset == "cendbt" and (workers if isinstance(workers, int) else len(workers)) != 1:
+        workers = self.workers if isinstance(self.workers, int) else len(self.workers)
+        if self.preset == "cendbt" and workers != 1:
             raise ConfigurationError("preset='cendbt' is centralised: set workers=1")
 
     def get_params(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,9 @@ from asyndbt_dspy.core.budget import Budget, BudgetLedger, Charge, Spent
 from asyndbt_dspy.errors import BudgetExceededError
 from asyndbt_dspy.lms.endpoints import Endpoints, blocks_a_loop
 from asyndbt_dspy.lms.failures import Fate
+
+_CLOSE_WAIT_S = 1.0
+"""So long a ledger that is closed waits for attempts in threads, which nobody can cancel."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,10 @@ class LedgerLine:
     unpriced: int = 0
     cache_hits: int = 0
     waited_s: float = 0.0
+
+    @property
+    def in_flight(self) -> int:
+        return self.attempts - self.answers - self.refused - self.cut
 
     @property
     def tokens(self) -> int:
@@ -121,6 +129,7 @@ class Ledger:
         self._lock = threading.Lock()
         self._lines: dict[str, LedgerLine] = {}
         self._waiting: list[Callable[[], None]] = []
+        self._is_closed = False
 
     # -- reading
 
@@ -174,9 +183,11 @@ class Ledger:
         """Hold the worst case, or return ``None`` and call ``wake`` once when it is worth asking again.
 
         Raises:
-            BudgetExceededError: the call would pass a cap.
+            BudgetExceededError: the call would pass a cap, or the ledger was closed.
         """
         with self._lock:
+            if self._is_closed:
+                raise BudgetExceededError("the run is over: what goes on in a thread makes no call any more")
             number = self._account.reserve(worst)
             if number is None:
                 self._waiting.append(wake)
@@ -290,9 +301,24 @@ class Ledger:
             self._account.open_kept_back()
         self._wake()
 
-    def close(self) -> None:
-        """End the threads of the rate limits."""
-        self.endpoints.close()
+    async def aclose(self) -> None:
+        """Let no attempt go out any more, wait a second at most for those under way, and end the threads of the rate limits."""
+        with self._lock:
+            self._is_closed = True
+        self._wake()
+        loop = asyncio.get_running_loop()
+        until = loop.time() + _CLOSE_WAIT_S
+        try:
+            while loop.time() < until:
+                woken = asyncio.Event()
+                with self._lock:
+                    self._waiting.append(lambda woken=woken: _set_from_afar(loop, woken))  # type: ignore[misc]
+                if not any(line.in_flight for line in self.lines().values()):
+                    break
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(woken.wait(), until - loop.time())
+        finally:
+            self.endpoints.close()
 
     def _add(self, worker: str, **more: Any) -> None:
         line = self._lines.get(worker, LedgerLine(worker))

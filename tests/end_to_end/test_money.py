@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from decimal import Decimal
-from typing import Any
+from typing import Any, ClassVar
 
 import dspy
 import kit
@@ -193,6 +194,49 @@ def test_a_judge_in_the_metric_is_counted() -> None:
         assert 40 < provider.attempts <= 80
         assert sum(line["attempts"] for line in optimizer.result.spending.values()) == provider.attempts
     assert optimizer.result.metric_calls <= provider.attempts / 2 + 1
+
+
+class Dawdling(dspy.Module):
+    """Plain code that nobody can cancel: on one message it waits until the compile is over, then it goes on calling."""
+
+    over, went_on = threading.Event(), threading.Event()
+    errors: ClassVar[list[BaseException]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sort = dspy.Predict(kit.Sort)
+
+    def forward(self, message: str) -> dspy.Prediction:
+        found = self.sort(message=message)
+        if message == kit.example(3).message:
+            Dawdling.over.wait(30)
+            try:
+                self.sort(message=message)
+            except BaseException as error:
+                Dawdling.errors.append(error)
+                raise
+            finally:
+                Dawdling.went_on.set()
+        return found
+
+
+def test_a_program_in_a_thread_spends_nothing_once_its_compile_is_over() -> None:
+    with Provider(answer=kit.stairs(1)) as provider:
+        optimizer = AsynDBT(
+            kit.metric,
+            workers=[Worker("w", kit.examples(12), lm=lm_on(provider))],
+            budget=Budget(metric_calls=60, lm_calls=200),
+            rollout_timeout_s=0.5,
+            mode="instructions",
+            progress=False,
+        )
+        optimizer.compile(Dawdling())
+        spent = optimizer.result.spending["w"]["attempts"]
+        assert provider.attempts == spent
+        Dawdling.over.set()
+        assert Dawdling.went_on.wait(10)
+        assert provider.attempts == spent
+    assert any("the run is over" in str(error) for error in Dawdling.errors)
 
 
 def test_a_predictors_own_lm_is_counted_too_and_comes_back_as_it_was() -> None:

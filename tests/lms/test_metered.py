@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import threading
 from decimal import Decimal
@@ -14,6 +15,7 @@ from dspy.lm15 import Message, Response, TextPart, Usage
 from dspy.utils.callback import BaseCallback
 from dspy.utils.dummies import DummyLM
 from metering import PRICE, PRICES, call_many, lm_on, outcome_of, until
+from virtual_loop import run_virtually
 
 from asyndbt_dspy.core.budget import Budget
 from asyndbt_dspy.errors import BudgetExceededError, ConfigurationError
@@ -27,6 +29,11 @@ from asyndbt_dspy.programs.rollout import RolloutRunner
 from asyndbt_dspy.testing.provider import Call, Fault, Provider
 
 both_engines = pytest.mark.parametrize("engine", ["auto", "litellm"])
+
+
+def outcome_in_thread(lm: dspy.LM) -> None:
+    with contextlib.suppress(Exception):
+        lm("question")
 
 
 # -- caps
@@ -212,9 +219,36 @@ def test_what_is_cancelled_on_a_loop_that_stood_still_still_goes_out(monkeypatch
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
-    asyncio.run(run())
+    run_virtually(run())
     assert sent == ["question"]
     assert (ledger.line("a").attempts, ledger.line("a").cut) == (1, 1)
+
+
+@both_engines
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_closed_ledger_lets_nothing_out_and_waits_a_second_for_what_is_under_way(
+    engine: str, hangs: bool
+) -> None:
+    """A call in a thread, which nobody can cancel."""
+    with Provider(fault=lambda call: Fault("never") if hangs else Fault("slow", seconds=0.3)) as provider:
+        ledger = Ledger()
+        lm = metered(lm_on(provider, engine), ledger=ledger, worker="a", prices=PRICE)
+        thread = threading.Thread(target=outcome_in_thread, args=(lm,), daemon=True)
+
+        async def run() -> float:
+            thread.start()
+            await until(lambda: provider.attempts)
+            begun = asyncio.get_running_loop().time()
+            await ledger.aclose()
+            return asyncio.get_running_loop().time() - begun
+
+        took_s = asyncio.run(run())
+        line = ledger.line("a")
+        assert (line.attempts, line.answers, line.in_flight) == ((1, 0, 1) if hangs else (1, 1, 0))
+        assert 0.9 < took_s < 1.9 if hangs else took_s < 0.9
+        assert asyncio.run(call_many(lm, 3, in_flight=3)) == {"budget": 3}
+        assert provider.attempts == 1
+    thread.join(12)
 
 
 @both_engines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,7 @@ def test_a_metered_lm_is_the_lm_that_it_wraps() -> None:
     assert lm_identity(wrapped) == lm_identity(lm) and is_deterministic(wrapped)
     team = fallback([wrapped, metered(other, ledger=ledger, worker="eu")])
     assert lm_identity(team) == [lm_identity(lm), lm_identity(other)]
-    ledger.close()
+    asyncio.run(ledger.aclose())
 
 
 def test_which_lms_repeat_themselves() -> None:
