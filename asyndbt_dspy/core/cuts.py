@@ -8,6 +8,7 @@ with ``c = -s^T phi - epsilon`` (``- sum_v d[v]^T q[v]`` when planes carry the q
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,10 @@ import numpy as np
 
 from asyndbt_dspy.core.config import AlgorithmConfig
 from asyndbt_dspy.core.lower_level import LowerEstimate
-from asyndbt_dspy.core.simplex import FloatArray, Layout, rows_of
+from asyndbt_dspy.core.simplex import FloatArray, IntArray, Layout
+
+_BULK = 50
+"""Rows of an array that cost about what one row costs alone."""
 
 
 @dataclass(frozen=True)
@@ -176,32 +180,63 @@ def consensus_push(planes: tuple[Plane, ...], lower: Layout) -> FloatArray:
     return sum((plane.multiplier * plane.b for plane in planes if plane.multiplier), np.zeros(lower.length))
 
 
-def pushes(
-    planes: tuple[Plane, ...],
-    numbers: Sequence[int],
-    q_owner: FloatArray,
-    lower: Layout,
-    uppers: Sequence[Layout],
-) -> tuple[FloatArray, list[FloatArray]]:
-    """``sum_l lambda_l a_l[v]`` and ``sum_l lambda_l d_l[v]`` of the workers ``numbers``, all at once.
+class Pushes:
+    """What the planes push each worker with: ``sum_l lambda_l a_l[v]`` and ``sum_l lambda_l d_l[v]``.
+
+    One plane after the other costs a single request many times what it costs one of many. Where requests go out one by
+    one (nobody waits), all workers' sums are taken at once as soon as that costs no more than the requests since the
+    planes changed did.
 
     Args:
-        uppers: Of all workers.
-
-    Returns:
-        Shape ``[len(numbers), D]``, and per worker shape ``[Q_v]``.
+        q_owner: Worker number of each entry of q; empty where planes have no q-part.
+        lower: Layout of the lower level.
+        uppers: Layouts of the upper level, of all workers.
     """
-    rows = rows_of(numbers)
-    push, active = np.zeros((len(numbers), lower.length)), [plane for plane in planes if plane.multiplier]
-    for plane in active:
-        push += plane.multiplier * plane.a[rows]
-    if not len(q_owner):
-        none = {length: np.zeros(length) for length in {uppers[number].length for number in numbers}}
-        return push, [none[uppers[number].length] for number in numbers]
-    push_upper = np.zeros(len(q_owner))
-    for plane in active:
-        push_upper += plane.multiplier * plane.d
-    return push, [push_upper[q_owner == number] for number in numbers]
+
+    def __init__(self, q_owner: FloatArray, lower: Layout, uppers: Sequence[Layout]) -> None:
+        self._q_owner = q_owner
+        self._lower = lower
+        self._uppers = uppers
+        self._planes: tuple[Plane, ...] = ()
+        self._single = 0  # requests alone since the planes changed
+        self._all: FloatArray | None = None
+
+    def of(
+        self, planes: tuple[Plane, ...], numbers: Sequence[int], rows: IntArray | slice
+    ) -> tuple[FloatArray, list[FloatArray]]:
+        """For the workers ``numbers``, whose ``rows`` are those of ``rows_of``.
+
+        Returns:
+            Shape ``[len(numbers), D]``, and per worker shape ``[Q_v]``; not to be written to.
+        """
+        if planes is not self._planes:
+            self._planes, self._single, self._all = planes, 0, None
+        active = [plane for plane in planes if plane.multiplier]
+        if self._all is None and len(numbers) == 1:
+            self._single += 1
+            if self._single * _BULK > len(self._uppers):
+                self._all = self._sum(active, slice(None), len(self._uppers))
+        push = self._sum(active, rows, len(numbers)) if self._all is None else self._all[rows].copy()
+        if not len(self._q_owner):
+            return push, [_nothing(self._uppers[number].length) for number in numbers]
+        push_upper = np.zeros(len(self._q_owner))
+        for plane in active:
+            push_upper += plane.multiplier * plane.d
+        return push, [push_upper[self._q_owner == number] for number in numbers]
+
+    def _sum(self, active: list[Plane], rows: IntArray | slice, count: int) -> FloatArray:
+        push = np.zeros((count, self._lower.length))
+        for plane in active:
+            push += plane.multiplier * plane.a[rows]
+        return push
+
+
+@functools.cache
+def _nothing(length: int) -> FloatArray:
+    """Zeros that many messages share: nobody can write to them."""
+    zeros = np.zeros(length)
+    zeros.flags.writeable = False
+    return zeros
 
 
 def drop_idle(planes: tuple[Plane, ...]) -> tuple[Plane, ...]:

@@ -24,12 +24,12 @@ class Distances:
         count_so: Whether distances count; else the points do.
 
     Attributes:
-        seen: That z, shape ``[R, D]``.
+        seen: That z, shape ``[R, D]``; ``[0, D]`` if points count.
     """
 
     def __init__(self, count: int, z: FloatArray, count_so: bool = True) -> None:
         self._count_so = count_so
-        self.seen: FloatArray = np.tile(z, (count, 1))
+        self.seen: FloatArray = np.tile(z, (count if count_so else 0, 1))
         self._sent: list[FloatArray] = [z] * count
         self._answered: list[FloatArray] = [z] * count
 
@@ -43,7 +43,8 @@ class Distances:
 
     def take_in(self, number: int) -> None:
         """Its newest answer is used."""
-        self.seen[number] = self._answered[number]
+        if self._count_so:
+            self.seen[number] = self._answered[number]
 
     def points(self, p: FloatArray, z: FloatArray, rows: IntArray, answers: int) -> FloatArray:
         """Points whose mean is the next z: ``z + share (p[v] - z_seen[v])`` of the workers ``rows``, shape ``[len(rows), D]``.

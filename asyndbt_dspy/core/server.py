@@ -111,6 +111,7 @@ class ServerState:
             [layout.uniform() for layout, width in zip(uppers, widths, strict=True) if width] or [np.zeros(0)]
         )
         self.planes: tuple[cuts.Plane, ...] = ()
+        self._pushes = cuts.Pushes(self.q_owner, self.layout, uppers)
         self.surrogates: list[Surrogate | None] = [None] * count
         self.estimate: LowerEstimate | None = None  # the last phi
         columns = len(self.keys.shared) if config.share_effects and config.policy == "posterior" else 0
@@ -156,11 +157,11 @@ class ServerState:
             raise ProtocolError(f"the run is over ({self.finish_reason}); got {type(event).__name__}")
         if not self._started:
             raise ProtocolError(f"got {type(event).__name__} before start()")
-        if isinstance(event, StopSearch):
-            return self._stop_search(event)
-        if isinstance(event, ArmsJoined):
-            return self.arms.take(event, self.phase)
-        if not isinstance(event, (StepReply, RoundReply, RaceReply, WorkerLost)):
+        if not isinstance(event, (StepReply, RaceReply, RoundReply, WorkerLost)):  # most events first
+            if isinstance(event, StopSearch):
+                return self._stop_search(event)
+            if isinstance(event, ArmsJoined):
+                return self.arms.take(event, self.phase)
             raise ProtocolError(
                 f"the server takes no {type(event).__name__}; it may have been addressed to a worker"
             )
@@ -169,7 +170,7 @@ class ServerState:
             raise ProtocolError(f"unknown worker {event.worker!r}; known: {sorted(self.numbers)}")
         if not self.live[number]:
             raise ProtocolError(f"worker {event.worker!r} was set aside and sent a {type(event).__name__}")
-        if isinstance(event, StepReply):  # most events
+        if isinstance(event, StepReply):
             return self._step_reply(number, event)
         if isinstance(event, RaceReply):
             return self._race_reply(number, event)
@@ -204,11 +205,6 @@ class ServerState:
 
     # -------------------------------------------------------------- iterations
 
-    @property
-    def outstanding(self) -> dict[int, int]:
-        """Worker -> version of the step it has under way."""
-        return self.roster.outstanding
-
     def _alive(self) -> list[int]:
         return self.roster.living
 
@@ -222,13 +218,11 @@ class ServerState:
 
     def _is_over_but_for_slow_ones(self) -> bool:
         """The budget is handed out, and who still works on it is slow or one of few: nobody waits for these."""
-        if not self.outstanding:
-            return True
-        if not self.roster.idle:
-            return False
-        few = self.config.keep_busy and len(self.outstanding) <= _FEW[self.paces.tapers] * len(self._alive())
-        slow = (self.paces.speed(number) < 1.0 for number in reversed(self.outstanding))  # newest first
-        return few or all(slow)
+        busy = self.roster.outstanding
+        if not busy or not self.roster.idle:
+            return not busy
+        few = self.config.keep_busy and len(busy) <= _FEW[self.paces.tapers] * len(self._alive())
+        return few or all(self.paces.speed(number) < 1.0 for number in reversed(busy))  # newest first
 
     def _advance(self) -> list[Instruction]:
         if not self._may_iterate():
@@ -258,7 +252,8 @@ class ServerState:
 
     def _continue(self, active: list[int]) -> list[Instruction]:
         """Requests to those that an empty budget had left idle (they waited longest), then to those that answered."""
-        answered = [number for number in active if self.live[number] and number not in self.outstanding]
+        busy = self.roster.outstanding
+        answered = [number for number in active if self.live[number] and number not in busy]
         sent = self._send_steps(sorted(self.roster.idle.difference(answered)) + answered)
         if self.arrived and (not sent or self._may_iterate()):  # answers that came in while rounds ran
             return [*sent, *self._advance()]
@@ -316,7 +311,7 @@ class ServerState:
             return []
         self.phase = "rounds"
         self._rounds = BarrierRounds.start(self.p, self.z, self._alive(), active)
-        return self._send_round([number for number in self._alive() if number not in self.outstanding])
+        return self._send_round([number for number in self._alive() if number not in self.roster.outstanding])
 
     def _add_planes(self, phi: LowerEstimate) -> None:
         self.estimate = phi
@@ -371,23 +366,28 @@ class ServerState:
             self.roster.idle.update(numbers)
             return []
         sent: list[Instruction] = []
-        merged = self.effects.of_others(numbers)
-        pushes = cuts.pushes(self.planes, numbers, self.q_owner, self.layout, self.q_layouts)
-        duals = self.duals[rows_of(numbers)].copy()  # requests do not see later updates
-        living = len(self._alive())
-        for number, effects, own, *push in zip(numbers, merged, duals, *pushes, strict=True):
-            self.roster.minibatch[number] = self.paces.minibatch(number, self.calls_left, living)
-            if self.calls_left is not None:
-                calls = self.step_calls(number)
-                if self.calls_left < calls:
-                    self.roster.idle.add(number)
-                    continue
-                self.calls_left -= calls
-            self.roster.hand_out(number, self.version)
-            self.distances.hand_out(number, self.z)
-            self.paces.hand_out(number)
-            sent.append(Send(self._step_request(number, effects, own, *push)))
+        rows = rows_of(numbers)
+        duals = self.duals[rows].copy()  # requests do not see later updates
+        parts = self.effects.of_others(rows), duals, *self._pushes.of(self.planes, numbers, rows)
+        for number, *own in zip(numbers, *parts, strict=True):
+            if self._hand_out(number):
+                sent.append(Send(self._step_request(number, *own)))
         return sent
+
+    def _hand_out(self, number: int) -> bool:
+        """Reserve a step's calls for this worker and note it as begun; ``False``, and idle, where they are not left."""
+        roster, left = self.roster, self.calls_left
+        roster.minibatch[number] = self.paces.minibatch(number, left, len(roster.living))
+        if left is not None:
+            left -= self.step_calls(number)
+            if left < 0:
+                roster.idle.add(number)
+                return False
+            self.calls_left = left
+        roster.hand_out(number, self.version)
+        self.distances.hand_out(number, self.z)
+        self.paces.hand_out(number)
+        return True
 
     def _send_further(self, number: int, reply: StepReply) -> list[Instruction]:
         """The next minibatch for a worker that would wait for others, unless it costs nothing: then it never would end."""
@@ -476,7 +476,7 @@ class ServerState:
         assert race is not None  # only called once the race runs
         sent: list[Instruction] = []
         for number in self._alive() if numbers is None else numbers:
-            if number not in self.outstanding and number not in self.in_race:
+            if number not in self.roster.outstanding and number not in self.in_race:
                 request = race.assign(self.members[number].name)
                 if request is not None:
                     self.in_race.add(number)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from asyndbt_dspy.core.config import AlgorithmConfig
-from asyndbt_dspy.core.simplex import FloatArray, IntArray, rows_of
+from asyndbt_dspy.core.simplex import FloatArray, IntArray
 
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -45,20 +44,17 @@ class SharedEffects:
 
     Attributes:
         factors: Natural parameters, shape ``[R, 2, K]``; changed by ``store`` and ``forget`` alone.
+        columns: K; 0 where workers share no effects.
     """
 
     def __init__(self, config: AlgorithmConfig, workers: int, columns: int) -> None:
         self._config = config
+        self.columns = columns
         self.factors: FloatArray = np.zeros((workers, 2, columns))
         self._total: FloatArray | None = None
         self._sorted: FloatArray = np.zeros((0, columns))
         self._rank: IntArray = np.zeros((0, columns), dtype=np.int64)
         self._senders: IntArray = np.zeros(columns, dtype=np.int64)
-
-    @property
-    def columns(self) -> int:
-        """K; 0 where workers share no effects."""
-        return int(self.factors.shape[2])
 
     def store(self, number: int, factors: FloatArray) -> None:
         """The newest of one worker, shape ``[2, K]``."""
@@ -71,19 +67,23 @@ class SharedEffects:
         self.factors[number] = 0.0
         self._total = None
 
-    def of_others(self, numbers: Sequence[int]) -> FloatArray:
-        """For each of the workers ``numbers`` the pooled factors of all others, times ``effect_trust``.
+    def of_others(self, rows: IntArray | slice) -> FloatArray:
+        """For each of some workers the pooled factors of all others, times ``effect_trust``.
+
+        Args:
+            rows: Index of these workers, as of ``rows_of``.
 
         Returns:
-            Shape ``[len(numbers), 2, K]``.
+            Shape ``[workers asked for, 2, K]``.
         """
-        rows = rows_of(numbers)
         own = self.factors[rows]
         if not self.columns or not len(own):
             return own
-        merged = (self._prepared() - own) * self._config.effect_trust
+        merged: FloatArray = self._prepared() - own
+        if self._config.effect_trust != 1.0:
+            merged *= self._config.effect_trust
         # What is left of a sum minus its only term is rounding, not knowledge.
-        merged = np.where(merged[:, :1] > 1e-9, merged, 0.0)
+        merged *= merged[:, :1] > 1e-9
         if self._config.aggregator in _ROBUST:
             self._put_medians(merged, own[:, 0] > 0, rows)
         return merged

@@ -23,6 +23,8 @@ BlockKind = Literal["instructions", "fragment", "demo", "order", "ending"]
 Candidate = tuple[int, ...]
 """One arm per block, in the order of ``Space.blocks``."""
 
+_INT = frozenset({int})
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -158,7 +160,7 @@ class Space:
         if (
             len(candidate) == len(self._ranges)
             and all(map(range.__contains__, self._ranges, candidate))
-            and {*map(type, candidate)} <= {int}  # True and 1.0 lie in a range too
+            and _INT.issuperset(map(type, candidate))  # True and 1.0 lie in a range too
         ):
             return tuple(candidate)
         if len(candidate) != len(self.blocks):

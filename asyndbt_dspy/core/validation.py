@@ -241,7 +241,7 @@ def _check_array(origin: object, name: str, values: Any, shape: tuple[int, ...])
         raise ProtocolError(
             f"{_sender(origin)} holds {name} = {_short(values)}; it must be float64 of shape {shape}"
         )
-    flat = values.ravel()
+    flat = values if values.ndim == 1 else values.ravel()
     # The sum of squares is finite wherever all values are, unless it overflows; it costs a fraction of asking each.
     if not math.isfinite(flat.dot(flat)) and not np.isfinite(values).all():
         raise ProtocolError(f"{_sender(origin)} holds {name} with values that are not finite")

@@ -15,7 +15,7 @@ from asyndbt_dspy.core.lower_level import LowerEstimate
 from asyndbt_dspy.core.messages import Instruction, Send, StepRequest
 from asyndbt_dspy.core.rounds import RefreshSchedule
 from asyndbt_dspy.core.server import ServerState
-from asyndbt_dspy.core.simplex import Layout
+from asyndbt_dspy.core.simplex import Layout, rows_of
 from asyndbt_dspy.testing.toys import AnchoredPolicy, step_reply, toy_machines
 
 LAYOUT = Layout((3, 2))
@@ -258,3 +258,60 @@ def test_with_very_many_workers_planes_wait_for_a_quarter_of_them(
     schedule = RefreshSchedule(AlgorithmConfig(plane_period=1, buffered_lower=buffered))
     assert [schedule.is_due(version, 40, living) for version in (1, 2, 3)] == due
     assert schedule.is_due(4, 40, 40)
+
+
+def pushes_one_by_one(planes: tuple[cuts.Plane, ...], numbers: list[int]) -> np.ndarray:
+    return np.array([sum(plane.multiplier * plane.a[number] for plane in planes) for number in numbers])
+
+
+def charged_planes(workers: int, seed: int) -> tuple[cuts.Plane, ...]:
+    rng = np.random.default_rng(seed)
+    none = np.zeros(0), np.zeros(workers), 0.0
+    signs = rng.choice([-1.0, 0.0, 1.0], (3, workers, 5))
+    return tuple(cuts.Plane(0, a, np.zeros(5), *none, multiplier=float(rng.random())) for a in signs)
+
+
+@pytest.mark.parametrize("workers", [1, 49, 120])
+def test_what_planes_push_with_is_the_same_asked_for_alone_and_together(workers: int) -> None:
+    pushes = cuts.Pushes(NO_Q, LAYOUT, [Layout((2,))] * workers)
+    for seed in range(2):  # the planes change once
+        planes = charged_planes(workers, seed)
+        for number in range(workers):
+            push, (upper,) = pushes.of(planes, [number], rows_of([number]))
+            np.testing.assert_array_equal(push, pushes_one_by_one(planes, [number]))
+            assert upper.tolist() == [0.0, 0.0]
+            with pytest.raises(ValueError, match="read-only"):
+                upper[0] = 1.0  # many messages share it
+            push += 1.0  # one message's own
+        every = list(range(workers))
+        together, _ = pushes.of(planes, every, rows_of(every))
+        np.testing.assert_array_equal(together, pushes_one_by_one(planes, every))
+
+
+class Read(np.ndarray):
+    """Counts the rows that are read."""
+
+    rows = 0
+
+    def __getitem__(self, key: object) -> np.ndarray:
+        found = self.view(np.ndarray)[key]
+        Read.rows += len(found)
+        return found
+
+
+def test_requests_alone_soon_share_one_sum_over_all_workers() -> None:
+    workers, bulk = 1000, 50
+    (plane,) = charged_planes(workers, 0)[:1]
+    planes = (dataclasses.replace(plane, a=plane.a.view(Read)),)
+    pushes, Read.rows = cuts.Pushes(NO_Q, LAYOUT, [Layout((2,))] * workers), 0
+    rows = []
+    for number in range(100):
+        pushes.of(planes, [number], rows_of([number]))
+        rows.append(Read.rows)
+    assert rows[: workers // bulk] == list(range(1, workers // bulk + 1))  # a few alone: nobody else's
+    assert rows[workers // bulk :] == [workers // bulk + workers] * (100 - workers // bulk)
+    pushes.of((*planes,), [1], rows_of([1]))
+    assert Read.rows == rows[-1] + 1  # other planes
+    wide = cuts.Pushes(NO_Q, LAYOUT, [Layout((2,))] * workers)
+    wide.of(planes, list(range(900)), rows_of(range(900)))
+    assert Read.rows == rows[-1] + 1 + 900

@@ -13,6 +13,7 @@ from asyndbt_dspy.core.decoding import decode, finalists
 from asyndbt_dspy.core.effects import EffectKeys, EffectModel
 from asyndbt_dspy.core.policies import Nomination
 from asyndbt_dspy.core.shared_effects import SharedEffects, pool_factors
+from asyndbt_dspy.core.simplex import rows_of
 from asyndbt_dspy.core.space import Arm, Block, Space
 from asyndbt_dspy.testing.toys import small_space
 
@@ -199,13 +200,13 @@ def shared(factors: np.ndarray, **changes: Any) -> SharedEffects:
 
 def test_each_worker_gets_what_the_others_know() -> None:
     made = shared(FACTORS, effect_trust=0.5)
-    assert made.of_others((0,))[0, 1, 0] == 199.0
+    assert made.of_others(rows_of((0,)))[0, 1, 0] == 199.0
     made.forget(2)
-    merged = made.of_others((0, 1, 2))
+    merged = made.of_others(rows_of((0, 1, 2)))
     np.testing.assert_allclose(merged[0], [[1.0, 0.0], [-1.0, 0.0]])
     np.testing.assert_allclose(merged[1], [[1.0, 0.5], [-1.0, 0.5]])
-    assert made.of_others(()).shape == (0, 2, 2)
-    assert shared(FACTORS[:, :, :0]).of_others((0, 1, 2)).shape == (3, 2, 0)
+    assert made.of_others(rows_of(())).shape == (0, 2, 2)
+    assert shared(FACTORS[:, :, :0]).of_others(rows_of((0, 1, 2))).shape == (3, 2, 0)
 
 
 @pytest.mark.parametrize("aggregator", ["mean", "median", "trimmed_mean"])
@@ -219,14 +220,14 @@ def test_what_is_prepared_once_is_what_the_others_pool(aggregator: str, workers:
         numbers = list(range(workers))
         pooled = [pool_factors(made._config, np.delete(made.factors, number, axis=0)) for number in numbers]
         expected = np.stack(pooled) * made._config.effect_trust
-        np.testing.assert_allclose(made.of_others(numbers), expected, atol=1e-12)
-        np.testing.assert_allclose(made.of_others([workers - 1]), expected[-1:], atol=1e-12)
-        np.testing.assert_array_equal(made.of_others([0]), made.of_others(numbers)[:1])
+        np.testing.assert_allclose(made.of_others(rows_of(numbers)), expected, atol=1e-12)
+        np.testing.assert_allclose(made.of_others(rows_of([workers - 1])), expected[-1:], atol=1e-12)
+        np.testing.assert_array_equal(made.of_others(rows_of([0])), made.of_others(rows_of(numbers))[:1])
         made.store(round_ % workers, factors[-1] * 2.0)
     made.forget(0)
     left = [pool_factors(made._config, np.delete(made.factors, number, axis=0)) for number in range(workers)]
     np.testing.assert_allclose(
-        made.of_others(range(workers)), np.stack(left) * made._config.effect_trust, atol=1e-12
+        made.of_others(rows_of(range(workers))), np.stack(left) * made._config.effect_trust, atol=1e-12
     )
 
 
@@ -245,17 +246,17 @@ class Counted(np.ndarray):
 def test_requests_between_two_changes_share_what_is_done_for_all_workers(aggregator: str) -> None:
     made = shared(FACTORS, aggregator=aggregator)
     made.factors, Counted.passes = made.factors.view(Counted), 0
-    made.of_others((1,))
+    made.of_others(rows_of((1,)))
     first = Counted.passes
     assert first > 0
     made._sorted, made._rank = made._sorted.view(Counted), made._rank.view(Counted)
     for _ in range(50):
-        made.of_others((1,))
+        made.of_others(rows_of((1,)))
     assert Counted.passes == first
     made.store(0, FACTORS[1])
-    assert made.of_others((2,))[0, 0, 0] == 4.0
+    assert made.of_others(rows_of((2,)))[0, 0, 0] == 4.0
     made.forget(0)
-    assert made.of_others((2,))[0, 0, 0] == 2.0
+    assert made.of_others(rows_of((2,)))[0, 0, 0] == 2.0
     assert Counted.passes == 3 * first
 
 

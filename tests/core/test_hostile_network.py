@@ -94,7 +94,7 @@ def check_budget(net: Network) -> None:
     if server.race is not None or net.finished:
         return
     asked = server._rounds.asked if server._rounds is not None else set()
-    under_way = sum(server.step_calls(number) for number in {*server.outstanding} | asked)
+    under_way = sum(server.step_calls(number) for number in {*server.roster.outstanding} | asked)
     assert server.calls_left >= 0
     assert server.calls_spent + server.calls_left + server.race_calls + under_way == BUDGET
 

@@ -127,7 +127,7 @@ def test_idle_workers_get_what_others_give_back() -> None:
 
     server, workers = small_machines(config, calls=14)  # two steps of six at a time, three workers
     net = Network(server, workers, TableEvaluator(free))
-    assert sorted(server.outstanding) == [0, 1]
+    assert sorted(server.roster.outstanding) == [0, 1]
     served: set[str] = set()
     for _ in range(400):
         if net.finished:
