@@ -18,9 +18,6 @@ from asyndbt_dspy.core.config import AlgorithmConfig
 from asyndbt_dspy.core.lower_level import LowerEstimate
 from asyndbt_dspy.core.simplex import FloatArray, IntArray, Layout
 
-_BULK = 50
-"""Rows of an array that cost about what one row costs alone."""
-
 
 @dataclass(frozen=True)
 class Plane:
@@ -183,23 +180,22 @@ def consensus_push(planes: tuple[Plane, ...], lower: Layout) -> FloatArray:
 class Pushes:
     """What the planes push each worker with: ``sum_l lambda_l a_l[v]`` and ``sum_l lambda_l d_l[v]``.
 
-    One plane after the other costs a single request many times what it costs one of many. Where requests go out one by
-    one (nobody waits), all workers' sums are taken at once as soon as that costs no more than the requests since the
-    planes changed did.
+    Added up for all workers once after a change: where nobody waits, many requests go out one by one before the next.
 
     Args:
-        q_owner: Worker number of each entry of q; empty where planes have no q-part.
         lower: Layout of the lower level.
+        widths: Entries of each worker's q that planes push, Q_v; all zero without the q-part.
         uppers: Layouts of the upper level, of all workers.
     """
 
-    def __init__(self, q_owner: FloatArray, lower: Layout, uppers: Sequence[Layout]) -> None:
-        self._q_owner = q_owner
-        self._lower = lower
+    def __init__(self, lower: Layout, uppers: Sequence[Layout], widths: Sequence[int]) -> None:
+        self._shape = len(uppers), lower.length
         self._uppers = uppers
-        self._planes: tuple[Plane, ...] = ()
-        self._single = 0  # requests alone since the planes changed
-        self._all: FloatArray | None = None
+        ends = np.cumsum(widths, dtype=np.int64).tolist()
+        self._parts = [slice(end - width, end) for end, width in zip(ends, widths, strict=True)]
+        self._planes: tuple[Plane, ...] | None = None
+        self._lower_push: FloatArray = np.zeros(self._shape)
+        self._upper_push: FloatArray = np.zeros(sum(widths))
 
     def of(
         self, planes: tuple[Plane, ...], numbers: Sequence[int], rows: IntArray | slice
@@ -210,25 +206,16 @@ class Pushes:
             Shape ``[len(numbers), D]``, and per worker shape ``[Q_v]``; not to be written to.
         """
         if planes is not self._planes:
-            self._planes, self._single, self._all = planes, 0, None
-        active = [plane for plane in planes if plane.multiplier]
-        if self._all is None and len(numbers) == 1:
-            self._single += 1
-            if self._single * _BULK > len(self._uppers):
-                self._all = self._sum(active, slice(None), len(self._uppers))
-        push = self._sum(active, rows, len(numbers)) if self._all is None else self._all[rows].copy()
-        if not len(self._q_owner):
-            return push, [_nothing(self._uppers[number].length) for number in numbers]
-        push_upper = np.zeros(len(self._q_owner))
-        for plane in active:
-            push_upper += plane.multiplier * plane.d
-        return push, [push_upper[self._q_owner == number] for number in numbers]
-
-    def _sum(self, active: list[Plane], rows: IntArray | slice, count: int) -> FloatArray:
-        push = np.zeros((count, self._lower.length))
-        for plane in active:
-            push += plane.multiplier * plane.a[rows]
-        return push
+            self._planes = planes
+            active = [plane for plane in planes if plane.multiplier]
+            self._lower_push = sum((one.multiplier * one.a for one in active), np.zeros(self._shape))
+            self._upper_push = sum(
+                (one.multiplier * one.d for one in active), np.zeros_like(self._upper_push)
+            )
+        push = self._lower_push[rows].copy()  # requests keep their own rows alive, not everybody's
+        if len(self._upper_push):
+            return push, [self._upper_push[self._parts[number]].copy() for number in numbers]
+        return push, [_nothing(self._uppers[number].length) for number in numbers]
 
 
 @functools.cache

@@ -111,7 +111,7 @@ class ServerState:
             [layout.uniform() for layout, width in zip(uppers, widths, strict=True) if width] or [np.zeros(0)]
         )
         self.planes: tuple[cuts.Plane, ...] = ()
-        self._pushes = cuts.Pushes(self.q_owner, self.layout, uppers)
+        self._pushes = cuts.Pushes(self.layout, uppers, widths)
         self.surrogates: list[Surrogate | None] = [None] * count
         self.estimate: LowerEstimate | None = None  # the last phi
         columns = len(self.keys.shared) if config.share_effects and config.policy == "posterior" else 0

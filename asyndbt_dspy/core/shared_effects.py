@@ -83,7 +83,7 @@ class SharedEffects:
         if self._config.effect_trust != 1.0:
             merged *= self._config.effect_trust
         # What is left of a sum minus its only term is rounding, not knowledge.
-        merged *= merged[:, :1] > 1e-9
+        merged = np.where(merged[:, :1] > 1e-9, merged, 0.0)
         if self._config.aggregator in _ROBUST:
             self._put_medians(merged, own[:, 0] > 0, rows)
         return merged

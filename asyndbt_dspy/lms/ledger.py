@@ -55,6 +55,7 @@ class LedgerLine:
 
     @property
     def in_flight(self) -> int:
+        """Attempts that have neither been answered nor given up."""
         return self.attempts - self.answers - self.refused - self.cut
 
     @property

@@ -230,6 +230,8 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
     along = [{"calls": 30, "test": 40.0}, {"calls": 150, "test": 55.0}]
     rows = [made_row("asyndbt", HALF, incumbents=along), made_row("student", HALF), made_row("simba", HALF)]
     [file] = plots.draw(rows, [summary.summarise(rows, 300)], tmp_path / "plots")
+    [again] = plots.draw(rows, [summary.summarise(rows, 300)], tmp_path / "again")
+    assert file.read_bytes() == again.read_bytes()
     assert file.stat().st_size > 1_000
 
 
@@ -261,3 +263,20 @@ def test_a_variant_of_a_variant_is_compared_with_the_one_without_its_last_option
     ]
     gaps = {line.optimizer: line.against.difference for line in summary.summarise(rows, 300).variants}
     assert gaps == {"asyndbt[demo_ending=False]": 50.0, "asyndbt[demo_ending=False,race=False]": 10.0}
+
+
+def test_the_papers_method_stands_beside_the_ablation_on_its_cells() -> None:
+    rows = [
+        *(made_row("asyndbt", "1" * 100, task=task) for task in ("sst2", "trec")),
+        *(
+            made_row("asyndbt_paper", "1" * right + "0" * (100 - right), task=task)
+            for task, right in (("sst2", 30), ("trec", 90))
+        ),
+    ]
+    assert summary.summarise(rows, 300).variants == []
+    varied = [*rows, made_row("asyndbt[race=False]", "0" * 100, task="sst2")]
+    found = summary.summarise(varied, 300).variants
+    assert [(line.optimizer, line.mean_test, line.cells) for line in found] == [
+        ("asyndbt[race=False]", 0.0, 1),
+        ("asyndbt_paper", 30.0, 1),
+    ]

@@ -32,3 +32,20 @@ def test_a_doctored_row_is_found(results: Path, data: Path, tmp_path: Path) -> N
 
 def test_an_empty_file_is_an_error(tmp_path: Path, data: Path) -> None:
     assert "no rows" in str(verify.main(tmp_path / "none.jsonl", data, 3))
+
+
+def test_of_a_run_that_timing_decides_the_program_alone_is_checked(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task, out = tasks.TASKS["trec"], tmp_path / "results.jsonl"
+    monkeypatch.setattr(lms, "load", lambda name, precision: measure.half_right_lms(task))
+    loaded = measure.half_right_lms(task)
+    key = cells.Key("trec", loaded.name, "asyndbt[deterministic=False]", 45, 0)
+    cells.append(out, row := cells.run(key, loaded, data))
+    made = []
+    monkeypatch.setattr(cells, "run", lambda *_, **__: made.append(1))
+    assert verify.main(out, data, 1) is None
+    assert "cannot be repeated" in capsys.readouterr().out
+    cells.append(other := tmp_path / "doctored.jsonl", {**row, "test_bits": "1" * len(row["test_bits"])})
+    assert verify.main(other, data, 1) == "1 of 1 rows differ"
+    assert made == []

@@ -209,6 +209,13 @@ def test_each_worker_gets_what_the_others_know() -> None:
     assert shared(FACTORS[:, :, :0]).of_others(rows_of((0, 1, 2))).shape == (3, 2, 0)
 
 
+def test_what_nobody_is_sure_of_stays_nothing_whatever_means_are_claimed() -> None:
+    claimed = np.zeros((3, 2, 1))
+    claimed[:2, 1] = 1.5e308  # no precision, and a sum that overflows
+    with np.errstate(over="ignore"):
+        assert shared(claimed).of_others(rows_of((2,))).tolist() == [[[0.0], [0.0]]]
+
+
 @pytest.mark.parametrize("aggregator", ["mean", "median", "trimmed_mean"])
 @pytest.mark.parametrize("workers", [2, 3, 4, 5, 8, 9])
 def test_what_is_prepared_once_is_what_the_others_pool(aggregator: str, workers: int) -> None:

@@ -196,6 +196,19 @@ def test_a_judge_in_the_metric_is_counted() -> None:
     assert optimizer.result.metric_calls <= provider.attempts / 2 + 1
 
 
+def test_a_call_that_hangs_until_the_end_is_cut_and_booked_before_the_result_is_made() -> None:
+    def fault(call: Call) -> Fault:
+        return Fault("never") if call.number == 40 else Fault()
+
+    with Provider(answer=kit.stairs(1), fault=fault, latency_s=0.01) as provider:
+        worker = Worker("w", kit.examples(12), lm=lm_on(provider, timeout=60), max_concurrency=8)
+        optimizer, _ = compiled([worker], Budget(metric_calls=120, lm_calls=300), straggler_factor=2.0)
+        line = optimizer.result.spending["w"]
+        assert (line["attempts"], line["cut"]) == (provider.attempts, 1)
+        assert line["attempts"] == line["answers"] + 1
+    assert optimizer.result.seconds < 30  # nobody waited for it
+
+
 class Dawdling(dspy.Module):
     """Plain code that nobody can cancel: on one message it waits until the compile is over, then it goes on calling."""
 
