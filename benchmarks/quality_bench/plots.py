@@ -16,6 +16,7 @@ def draw(rows: Sequence[Row], found: Sequence[Summary], folder: Path) -> list[Pa
     import matplotlib as mpl
 
     mpl.use("Agg")
+    mpl.rcParams["svg.hashsalt"] = "quality"  # the same rows make the same file
     from matplotlib import pyplot
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +45,7 @@ def draw(rows: Sequence[Row], found: Sequence[Summary], folder: Path) -> list[Pa
         axes.legend(fontsize=7, ncols=2)
         figure.tight_layout()
         files.append(folder / f"quality_{one.budget}.svg")
-        figure.savefig(files[-1])
+        figure.savefig(files[-1], metadata={"Date": None})
         pyplot.close(figure)
     return files
 

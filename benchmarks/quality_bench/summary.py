@@ -25,6 +25,7 @@ from quality_bench.statistics import (
 Cell = tuple[str, str]
 """(task, LM)."""
 OURS = "asyndbt"
+PAPER = "asyndbt_paper"
 _BARS = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
 _POINTS = tuple(point / 10 for point in range(1, 11))
 
@@ -99,7 +100,8 @@ class Summary:
     Attributes:
         common: Cells that every ranked optimizer has; means and ranks are over these.
         lines: The best first.
-        variants: AsynDBT with other options, each over the cells that it shares with what it is compared with.
+        variants: AsynDBT with other options, each over the cells that it shares with what it is compared with; then the
+            paper's method over all of these cells.
         reach: Per cell AsynDBT's calls to reach the best other's final score, as a part of that one's calls; ``inf`` if it
             never does.
         hold: The same until the score is reached and not lost again.
@@ -181,12 +183,15 @@ def summarise(rows: Sequence[Row], budget: int) -> Summary:
         own = [cell for cell in common if name in table.rows[cell]] or table.cells_of(name)
         rank = mean([placed[cell][name] for cell in common]) if name in ranked and common else None
         lines.append(_line(table, name, own, rank))
-    variants = []
+    variants, varied = [], set()
     for name in table.names():
         reference = reference_of(name, table.names())
         shared = [cell for cell in table.cells_of(name) if reference in table.rows[cell]]
         if "[" in name and shared:
             variants.append(_line(table, name, shared, None))
+            varied.update(shared)
+    if beside := [cell for cell in table.cells_of(PAPER) if cell in varied]:
+        variants.append(_line(table, PAPER, beside, None))
     lines.sort(key=lambda line: -line.mean_test)
     scores = {
         cell: {name: table.score(cell, name) for name in table.rows[cell]} for cell in sorted(table.rows)

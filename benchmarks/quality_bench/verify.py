@@ -1,13 +1,15 @@
 """Reruns random rows of a results file and compares.
 
 Two checks per row. *Program*: the committed instructions and demos score as they did, example by example. *Run*: the
-whole cell again gives the same calls, the same program and the same answers. In float32 both hold exactly but for ties
+whole cell again gives the same calls, the same program and the same answers; a run whose order timing decides
+(``deterministic=False``) is not made again. In float32 both hold exactly but for ties
 in the last bits. In bfloat16 an answer depends a little on what else was in the batch, which timing decides: labels
 that are nearly tied may flip, and a search that meets such a tie may go another way.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import sys
 from collections.abc import Sequence
@@ -28,7 +30,7 @@ class Comparison:
 
     Attributes:
         program_flips: Test examples on which the committed program now answers differently, ``None`` without a state.
-        run_flips: Test examples on which the rerun's program differs.
+        run_flips: Test examples on which the rerun's program differs, ``None`` without a rerun.
         same_program, same_calls: Whether the rerun chose the same program by as many calls.
         test, rerun: Test scores in percent.
     """
@@ -36,34 +38,36 @@ class Comparison:
     key: cells.Key
     examples: int
     program_flips: int | None
-    run_flips: int
-    same_program: bool
-    same_calls: bool
     test: float
-    rerun: float
+    run_flips: int | None = None
+    same_program: bool = False
+    same_calls: bool = False
+    rerun: float | None = None
 
     @property
     def matches(self) -> bool:
         """The program scores the same within the tolerance, and so does the rerun (or it is the same program)."""
         allowed = max(1, round(TOLERANCE * self.examples))
-        program = self.program_flips is None or self.program_flips <= allowed
-        return program and self.run_flips <= allowed
+        return all(flips is None or flips <= allowed for flips in (self.program_flips, self.run_flips))
 
     def __str__(self) -> str:
         key = self.key
+        rerun = (
+            "a run that cannot be repeated"
+            if self.run_flips is None
+            else f"run flips {self.run_flips}/{self.examples}, same program {self.same_program}, "
+            f"same calls {self.same_calls}, test {self.test} → {self.rerun}"
+        )
         return (
             f"{'match' if self.matches else 'DIFFERS'}: {key.task} {key.lm} {key.optimizer} budget={key.budget} "
-            f"seed={key.seed}: program flips {self.program_flips}/{self.examples}, run flips "
-            f"{self.run_flips}/{self.examples}, same program {self.same_program}, same calls {self.same_calls}, "
-            f"test {self.test} → {self.rerun}"
+            f"seed={key.seed}: program flips {self.program_flips}/{self.examples}, {rerun}"
         )
 
 
 def compare(row: cells.Row, loaded: lms.Lms, folder: Path) -> Comparison:
-    """Score the row's program again, then run its cell again."""
+    """Score the row's program again, then run its cell again, if it can be repeated."""
     key = cells.Key.of(row)
     count = len(row["test_bits"])
-    again = cells.run(key, loaded, folder, test_limit=count)
     program_flips = None
     if row["state"]:
         task = tasks.TASKS[key.task]
@@ -71,14 +75,15 @@ def compare(row: cells.Row, loaded: lms.Lms, folder: Path) -> Comparison:
             program = cells.with_state(cells.student_of(key), row["state"])
             bits = cells.correct(program, tasks.load(folder, task, test_limit=count).test)
         program_flips = _flips(row["test_bits"], "".join(map(str, map(int, bits))))
-    return Comparison(
-        key=key,
-        examples=count,
-        program_flips=program_flips,
+    first = Comparison(key=key, examples=count, program_flips=program_flips, test=row["test"])
+    if not row["settings"].get("deterministic", True):
+        return first
+    again = cells.run(key, loaded, folder, test_limit=count)
+    return dataclasses.replace(
+        first,
         run_flips=_flips(row["test_bits"], again["test_bits"]),
         same_program=row["program"] == again["program"],
         same_calls=row["task_lm_calls"] == again["task_lm_calls"],
-        test=row["test"],
         rerun=again["test"],
     )
 
