@@ -41,6 +41,12 @@ class PosteriorPolicy:
         self.upper_model = EffectModel(self.keys)
         self.lower_model = EffectModel(self.keys) if config.split_levels else self.upper_model
         self.search = CandidateSearch(spaces.space, spaces.allowed, self.upper_model)
+        self.late = [
+            (block, arm)
+            for block, one in enumerate(spaces.space.lower)
+            for arm in range(len(one.arms) - one.late, len(one.arms))
+        ]
+        """Arms that join during the run and that this worker has not given its first trial."""
         self.seen: dict[Candidate, int] = {}
         self.observed: set[tuple[Candidate, int]] = set()
 
@@ -50,14 +56,27 @@ class PosteriorPolicy:
         repeatable = [one for one, count in self.seen.items() if count < enough]
         candidates: list[Candidate] = []
         for row in lower:
+            late, known = self._untried(p), repeatable
+            if late is not None:
+                # Known candidates without the arm may keep winning until the budget is spent.
+                row[late[0]] = late[1]
             arms = tuple(int(arm) for arm in row)
-            candidates.append(
-                self.search.thompson(arms, repeatable, rng, self.config.exploration, candidates)
-            )
+            if late is not None:
+                known = [arms + one[len(arms) :] for one in repeatable]
+            candidates.append(self.search.thompson(arms, known, rng, self.config.exploration, candidates))
         examples = tuple(self.order.next_for(candidate, rng, minibatch) for candidate in candidates)
         empty = np.zeros((0, 0), dtype=np.int64)
         sets = frozenset(self.order.lower), frozenset(self.order.upper)
         return Batch(tuple(candidates), examples, lower, empty, *sets)
+
+    def _untried(self, p: FloatArray) -> tuple[int, int] | None:
+        """Block and number of an arm that has joined and that no worker is known to have tried; it counts as tried from now on."""
+        for block, arm in tuple(self.late):
+            if p[self.spaces.lower.slices[block]][arm] > 0.0:
+                self.late.remove((block, arm))
+                if all(name not in self.upper_model.names for name in self.keys.arms[block][arm]):
+                    return block, arm
+        return None
 
     def update(self, p: FloatArray, q: FloatArray, batch: Batch, losses: Sequence[FloatArray]) -> Estimate:
         for candidate, examples, row in zip(batch.candidates, batch.examples, losses, strict=True):

@@ -24,6 +24,7 @@ from asyndbt_dspy.core.messages import (
     Wait,
 )
 from asyndbt_dspy.core.policies import Batch, Estimate, WorkerSpace
+from asyndbt_dspy.core.posterior import PosteriorPolicy
 from asyndbt_dspy.core.server import Member, ServerState
 from asyndbt_dspy.core.space import Arm, Block, Space
 from asyndbt_dspy.core.worker import WorkerState
@@ -141,6 +142,43 @@ def test_nobody_draws_an_arm_before_it_joins_and_the_search_finds_it_then(policy
     assert late[-60:].count(4) > 30, "the only arm that is ever right"
     assert run.server.layout.argmax(run.server.z)[0] == 4
     assert run.requests[-1].open == (5, 3)
+
+
+def settled() -> tuple[PosteriorPolicy, np.ndarray]:
+    """A policy that is sure of a perfect candidate, and a p by which arm 4 of the first block is hardly ever drawn."""
+    policy = PosteriorPolicy(WorkerSpace(SPACE, ((0, 1),)), dataclasses.replace(DEFAULT, draws=2), 40)
+    p, q = np.array([1, 0, 0, 0, 0, 1.0, 0, 0]), np.array([0.5, 0.5])
+    good, bad = (1, 0, 1), (0, 0, 0)
+    empty = np.zeros((2, 2), dtype=np.int64)
+    examples = tuple(range(30))
+    batch = Batch((good, bad), (examples, examples), empty, empty, frozenset(examples), frozenset(examples))
+    policy.update(p, q, batch, [np.zeros(30), np.ones(30)])
+    return policy, np.array([1.0, 0, 0, 0, 1e-12, 1.0, 0, 0])
+
+
+def drawn(policy: PosteriorPolicy, p: np.ndarray, steps: int) -> list[tuple[int, ...]]:
+    q = np.array([0.5, 0.5])
+    return [
+        one for step in range(steps) for one in policy.draw(p, q, np.random.default_rng(step), 4).candidates
+    ]
+
+
+def test_what_joins_is_tried_once_with_the_best_demos_however_good_the_rest_is() -> None:
+    policy, p = settled()
+    assert all(one[0] != 4 for one in drawn(policy, np.where(p == 1e-12, 0.0, p), 20))
+    assert policy.late == [(0, 3), (0, 4)], "what has not joined waits"
+    found = drawn(policy, p, 20)
+    assert found[0] == (4, 0, 1)
+    assert all(one[0] != 4 for one in found[1:]), "from then on it has its chance as any arm has"
+
+
+def test_what_another_worker_has_tried_needs_no_first_trial_here() -> None:
+    policy, p = settled()
+    outside = np.zeros((2, len(policy.keys.shared)))
+    outside[0, policy.keys.shared.index("text:a/instructions:4")] = 5.0
+    policy.merge(outside)
+    assert all(one[0] != 4 for one in drawn(policy, p, 20))
+    assert policy.late == [(0, 3)]
 
 
 def test_an_event_that_does_not_fit_changes_nothing() -> None:
