@@ -48,6 +48,22 @@ class Qnli(dspy.Signature):
     label: Literal["yes", "no"] = dspy.OutputField()
 
 
+class Mrpc(dspy.Signature):
+    """Do the two sentences mean the same?"""
+
+    sentence1: str = dspy.InputField()
+    sentence2: str = dspy.InputField()
+    label: Literal["yes", "no"] = dspy.OutputField()
+
+
+class Qqp(dspy.Signature):
+    """Do the two questions ask for the same?"""
+
+    question1: str = dspy.InputField()
+    question2: str = dspy.InputField()
+    label: Literal["yes", "no"] = dspy.OutputField()
+
+
 class AgNews(dspy.Signature):
     """Classify the topic of the news item."""
 
@@ -309,8 +325,30 @@ TASKS: dict[str, Task] = {
             tuning=True,
             in_grid=False,
         ),
+        Task(
+            "mrpc",
+            "mrpc",
+            Mrpc,
+            ("sentence1", "sentence2"),
+            lambda: dspy.Predict(Mrpc),
+            "Answer yes if both sentences report the same facts in other words; answer no if one of them says something "
+            "of weight that the other does not, such as another number, date, name or event.",
+            in_grid=False,
+        ),
+        Task(
+            "qqp",
+            "qqp",
+            Qqp,
+            ("question1", "question2"),
+            lambda: dspy.Predict(Qqp),
+            "Answer yes if one answer would satisfy both questions; answer no if they ask about different things, or "
+            "about different sides of one thing, however alike their words are.",
+            in_grid=False,
+        ),
     )
 }
+"""Of the last three, the first is for choosing constants on programs of two predictors; the others were added after all
+constants had been frozen and had their results looked at once."""
 
 
 @dataclass(frozen=True)
