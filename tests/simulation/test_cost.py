@@ -1,0 +1,38 @@
+"""What the server costs per message, and which part of it the garbage collector takes."""
+
+from __future__ import annotations
+
+import gc
+
+from asyndbt_dspy.core.messages import Instruction, ServerEvent
+from asyndbt_dspy.core.server import ServerState
+from asyndbt_dspy.simulation import measure_server
+from asyndbt_dspy.simulation.cost import TimedServer, waiting_config
+from asyndbt_dspy.simulation.machines import light_machines
+
+
+def test_a_run_says_what_a_message_costs_and_what_of_it_is_the_collectors() -> None:
+    row = measure_server(20, 400, 10)
+    assert row["messages"] >= 400 and row["iterations"] > 0 and row["race_units"] > 0
+    assert 0.0 <= row["collector_us_per_message"] < row["server_us_per_message"]
+    assert 1 <= row["largest_staleness"] <= 14
+
+
+def test_a_pass_counts_where_it_happens(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    def collecting(server: ServerState, event: ServerEvent) -> list[Instruction]:
+        gc.collect()
+        return []
+
+    server, _ = light_machines(3, waiting_config(2, True), calls=100, held_out=4, server_type=TimedServer)
+    assert isinstance(server, TimedServer)
+    monkeypatch.setattr(ServerState, "receive", collecting)
+    server.receive(None)  # type: ignore[arg-type]
+    assert server.collector_seconds == 0.0 < server.seconds, "nobody watches the collector outside of a run"
+    with server.collector.running():
+        gc.collect()
+        assert server.collector.seconds > 0.0 == server.collector_seconds, (
+            "a pass between two messages is not the server's"
+        )
+        server.receive(None)  # type: ignore[arg-type]
+    assert 0.0 < server.collector_seconds < server.seconds
+    assert server.collector not in gc.callbacks
