@@ -28,6 +28,7 @@ from asyndbt_dspy.core.messages import (
     RoundReply,
     RoundRequest,
     Scored,
+    Send,
     StepReply,
     StepRequest,
     StopSearch,
@@ -330,6 +331,33 @@ def test_nothing_is_received_before_the_start_and_there_is_one_start() -> None:
     server.start()
     with pytest.raises(ProtocolError, match="started already"):
         server.start()
+
+
+def test_who_was_set_aside_is_heard_no_more() -> None:
+    net = network("default")
+    net.deliver(0)
+    assert isinstance(net.in_flight[-1].event, Scored)
+    [sent] = [one for one in net.workers["w0"].receive(net.in_flight[-1].event) if isinstance(one, Send)]
+    net.server.receive(WorkerLost("w0", "gone"))
+    before = net.server.snapshot()
+    for event in (sent.message, WorkerLost("w0", "again")):
+        with pytest.raises(ProtocolError, match=f"'w0' was set aside and sent a {type(event).__name__}"):
+            net.server.receive(event)
+    assert net.server.snapshot() == before
+
+
+def test_a_request_that_comes_twice_is_refused_before_and_after_its_answer() -> None:
+    net = network("default")
+    request, worker = net.in_flight[0].event, net.workers["w0"]
+    assert isinstance(request, StepRequest)
+    net.deliver(0)
+    with pytest.raises(ProtocolError, match="'w0' has a StepRequest in hand and got another StepRequest"):
+        worker.receive(request)
+    net.deliver(len(net.in_flight) - 1)
+    before = worker.snapshot()
+    with pytest.raises(ProtocolError, match=r"is a repetition or late: .* after "):
+        worker.receive(request)
+    assert worker.pending is None and worker.snapshot() == before
 
 
 def test_refusals_say_what_came_and_what_was_due() -> None:
