@@ -56,12 +56,12 @@ class PosteriorPolicy:
         repeatable = [one for one, count in self.seen.items() if count < enough]
         candidates: list[Candidate] = []
         for row in lower:
-            late, known = self._untried(p), repeatable
+            known, late = repeatable, self._take_untried(p)
             if late is not None:
-                # Known candidates without the arm may keep winning until the budget is spent.
                 row[late[0]] = late[1]
             arms = tuple(int(arm) for arm in row)
             if late is not None:
+                # Candidates without the arm might keep winning until the budget is spent.
                 known = [arms + one[len(arms) :] for one in repeatable]
             candidates.append(self.search.thompson(arms, known, rng, self.config.exploration, candidates))
         examples = tuple(self.order.next_for(candidate, rng, minibatch) for candidate in candidates)
@@ -69,7 +69,7 @@ class PosteriorPolicy:
         sets = frozenset(self.order.lower), frozenset(self.order.upper)
         return Batch(tuple(candidates), examples, lower, empty, *sets)
 
-    def _untried(self, p: FloatArray) -> tuple[int, int] | None:
+    def _take_untried(self, p: FloatArray) -> tuple[int, int] | None:
         """Block and number of an arm that has joined and that no worker is known to have tried; it counts as tried from now on."""
         for block, arm in tuple(self.late):
             if p[self.spaces.lower.slices[block]][arm] > 0.0:

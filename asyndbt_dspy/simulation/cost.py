@@ -51,7 +51,10 @@ class TimedServer(ServerState):
     messages = 0
     seconds = 0.0
     collector_seconds = 0.0
-    collector = CollectorClock()
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.collector = CollectorClock()
 
     def receive(self, event: ServerEvent) -> list[Instruction]:
         begun, collected = time.thread_time(), self.collector.seconds
