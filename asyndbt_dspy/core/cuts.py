@@ -16,7 +16,7 @@ import numpy as np
 
 from asyndbt_dspy.core.config import AlgorithmConfig
 from asyndbt_dspy.core.lower_level import LowerEstimate
-from asyndbt_dspy.core.simplex import FloatArray, IntArray, Layout
+from asyndbt_dspy.core.simplex import FloatArray, Layout
 
 
 @dataclass(frozen=True)
@@ -197,14 +197,8 @@ class Pushes:
         self._lower_push: FloatArray = np.zeros(self._shape)
         self._upper_push: FloatArray = np.zeros(sum(widths))
 
-    def of(
-        self, planes: tuple[Plane, ...], numbers: Sequence[int], rows: IntArray | slice
-    ) -> tuple[FloatArray, list[FloatArray]]:
-        """For the workers ``numbers``, whose ``rows`` are those of ``rows_of``.
-
-        Returns:
-            Shape ``[len(numbers), D]``, and per worker shape ``[Q_v]``; not to be written to.
-        """
+    def of(self, planes: tuple[Plane, ...], number: int) -> tuple[FloatArray, FloatArray]:
+        """For worker ``number``, shapes ``[D]`` and ``[Q_v]``; not to be written to."""
         if planes is not self._planes:
             self._planes = planes
             active = [plane for plane in planes if plane.multiplier]
@@ -212,10 +206,10 @@ class Pushes:
             self._upper_push = sum(
                 (one.multiplier * one.d for one in active), np.zeros_like(self._upper_push)
             )
-        push = self._lower_push[rows].copy()  # requests keep their own rows alive, not everybody's
+        push = self._lower_push[number].copy()  # a request keeps its own row alive, not everybody's
         if len(self._upper_push):
-            return push, [self._upper_push[self._parts[number]].copy() for number in numbers]
-        return push, [_nothing(self._uppers[number].length) for number in numbers]
+            return push, self._upper_push[self._parts[number]].copy()
+        return push, _nothing(self._uppers[number].length)
 
 
 @functools.cache

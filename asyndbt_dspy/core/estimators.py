@@ -98,9 +98,8 @@ def score_function_estimate(
         centred, divisor: From ``advantages``.
     """
     estimate = np.zeros(layout.length)
-    starts = np.array([part.start for part in layout.slices], dtype=np.int64)
     for row, advantage in zip(arms, centred, strict=True):
-        places = starts + row
+        places = layout.starts + row
         estimate[places] += advantage / probabilities[places]
     return estimate / divisor
 
@@ -117,10 +116,8 @@ def cross_estimate(
 ) -> FloatArray:
     """Estimate of the mixed derivative ``d ghat_p / d q`` by score functions of both levels, shape ``[D, Q]``."""
     estimate = np.zeros((lower.length, upper.length))
-    lower_starts = np.array([part.start for part in lower.slices], dtype=np.int64)
-    upper_starts = np.array([part.start for part in upper.slices], dtype=np.int64)
     for low, up, advantage in zip(lower_arms, upper_arms, centred, strict=True):
-        rows, columns = lower_starts + low, upper_starts + up
+        rows, columns = lower.starts + low, upper.starts + up
         weight = advantage / np.outer(lower_probabilities[rows], upper_probabilities[columns])
         estimate[np.ix_(rows, columns)] += weight
     return estimate / divisor
@@ -178,9 +175,8 @@ def logit_estimate(
     """The same in the logits of ``new``: ``sum_r w^r (L^r - Lbar) (e_j - p_new) / (I - 1)``, shape ``[length]``."""
     weights = importance_weights(layout, new, old, arms, limit) * centred
     estimate = -new * weights.sum()
-    starts = np.array([part.start for part in layout.slices], dtype=np.int64)
     for row, weight in zip(arms, weights, strict=True):
-        estimate[starts + row] += weight
+        estimate[layout.starts + row] += weight
     return np.asarray(estimate / divisor)
 
 

@@ -366,12 +366,12 @@ class ServerState:
             self.roster.idle.update(numbers)
             return []
         sent: list[Instruction] = []
-        rows = rows_of(numbers)
-        duals = self.duals[rows].copy()  # requests do not see later updates
-        parts = self.effects.of_others(rows), duals, *self._pushes.of(self.planes, numbers, rows)
-        for number, *own in zip(numbers, *parts, strict=True):
+        effects = self.effects.of_others(rows_of(numbers))
+        for place, number in enumerate(
+            numbers
+        ):  # an index each: to walk an array costs numpy more, for one worker most
             if self._hand_out(number):
-                sent.append(Send(self._step_request(number, *own)))
+                sent.append(Send(self._step_request(number, effects[place])))
         return sent
 
     def _hand_out(self, number: int) -> bool:
@@ -397,14 +397,13 @@ class ServerState:
             return []
         return self._send_steps([number])
 
-    def _step_request(
-        self, number: int, effects: FloatArray, duals: FloatArray, push: FloatArray, push_upper: FloatArray
-    ) -> StepRequest:
+    def _step_request(self, number: int, effects: FloatArray) -> StepRequest:
+        push, push_upper = self._pushes.of(self.planes, number)
         return StepRequest(
             worker=self.members[number].name,
             version=self.version,
             consensus=self.z,  # every update makes a new z
-            duals=duals,
+            duals=self.duals[number].copy(),  # requests do not see later updates
             plane_push=push,
             plane_push_upper=push_upper,
             effects=effects,

@@ -83,15 +83,15 @@ class SharedEffects:
         if self._config.effect_trust != 1.0:
             merged *= self._config.effect_trust
         # What is left of a sum minus its only term is rounding, not knowledge.
-        merged = np.where(merged[:, :1] > 1e-9, merged, 0.0)
+        np.copyto(merged, 0.0, where=merged[:, :1] <= 1e-9)
         if self._config.aggregator in _ROBUST:
             self._put_medians(merged, own[:, 0] > 0, rows)
         return merged
 
     def _prepared(self) -> FloatArray:
-        """The sum of all, shape ``[2, K]``; with a robust aggregator also the order of their means."""
+        """The sum of all, shape ``[1, 2, K]``; with a robust aggregator also the order of their means."""
         if self._total is None:
-            self._total = np.asarray(self.factors.sum(axis=0))
+            self._total = np.asarray(self.factors.sum(axis=0, keepdims=True))
             if self._config.aggregator in _ROBUST:
                 means = _means(self.factors, unknown=np.inf)
                 order = np.argsort(means, axis=0)

@@ -16,7 +16,7 @@ from asyndbt_dspy.core.lower_level import LowerEstimate
 from asyndbt_dspy.core.messages import Instruction, Send, StepRequest
 from asyndbt_dspy.core.rounds import RefreshSchedule
 from asyndbt_dspy.core.server import ServerState
-from asyndbt_dspy.core.simplex import Layout, rows_of
+from asyndbt_dspy.core.simplex import Layout
 from asyndbt_dspy.testing.toys import AnchoredPolicy, step_reply, toy_machines
 
 LAYOUT = Layout((3, 2))
@@ -272,24 +272,23 @@ def charged_planes(workers: int, width: int, seed: int) -> tuple[cuts.Plane, ...
 
 
 @pytest.mark.parametrize("width", [0, 2])
-def test_what_planes_push_with_is_the_same_asked_for_alone_and_together(width: int) -> None:
+def test_each_worker_is_pushed_with_its_own_row_of_the_sum_over_planes(width: int) -> None:
     workers = 4
     pushes = cuts.Pushes(LAYOUT, [Layout((2,))] * workers, [width] * workers)
     for seed in range(2):  # the planes change once
         planes = charged_planes(workers, width, seed)
         lower = sum(plane.multiplier * plane.a for plane in planes)
         upper = sum(plane.multiplier * plane.d for plane in planes).reshape(workers, width)
-        for numbers in ([2], [0, 1, 2, 3], [3, 1], [0]):
-            push, push_upper = pushes.of(planes, numbers, rows_of(numbers))
-            np.testing.assert_array_equal(push, lower[numbers])
-            expected = upper[numbers] if width else np.zeros((len(numbers), 2))
-            np.testing.assert_array_equal(push_upper, expected)
+        for number in (2, 0, 1, 2, 3):
+            push, push_upper = pushes.of(planes, number)
+            np.testing.assert_array_equal(push, lower[number])
+            np.testing.assert_array_equal(push_upper, upper[number] if width else np.zeros(2))
             push += 1.0  # a message's own
             if width:
-                push_upper[0] += 1.0
+                push_upper += 1.0
             else:
                 with pytest.raises(ValueError, match="read-only"):
-                    push_upper[0][0] = 1.0  # many messages share it
+                    push_upper[0] = 1.0  # many messages share it
 
 
 class Counted(np.ndarray):
@@ -310,7 +309,7 @@ def test_requests_between_two_changes_of_the_planes_share_one_sum() -> None:
     )
     pushes, Counted.passes = cuts.Pushes(LAYOUT, [Layout((2,))] * 60, [0] * 60), 0
     for number in range(60):
-        pushes.of(planes, [number], rows_of([number]))
+        pushes.of(planes, number)
     assert Counted.passes == 2  # one for each plane that is charged
-    pushes.of((*planes,), [1], rows_of([1]))
+    pushes.of((*planes,), 1)
     assert Counted.passes == 4
