@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import dspy
 
@@ -76,11 +76,7 @@ async def prepare(
             optimizer.engine, optimizer.budget, student, teacher, workers, optimizer.metric
         )
     _check_data(optimizer, student, workers, valset)
-    config = preparation.resolve(
-        optimizer.config, len(workers), _active_workers(optimizer), optimizer.max_staleness
-    )
-    if optimizer.deterministic:  # speeds are none of its business
-        config = dataclasses.replace(config, balance=False)
+    config = make_config(optimizer, len(workers))
     needs_pool = optimizer.options.mode != "instructions"
     shards = sharding.split_shards(
         workers,
@@ -119,12 +115,18 @@ async def prepare(
         raise
 
 
-def _active_workers(optimizer: AsynDBT) -> int | Literal["auto"] | None:
-    """Where nothing was said of waiting, nobody waits; a run that is to be repeatable has an order of its own."""
+def make_config(optimizer: AsynDBT, workers: int) -> AlgorithmConfig:
+    """The constants of a run with so many workers, S and tau filled in.
+
+    Where nothing was said of waiting, nobody waits; a run that is to be repeatable has an order of its own.
+    """
     is_free = (
         optimizer.preset == "default" and not optimizer.deterministic and optimizer.max_staleness is None
     )
-    return "auto" if optimizer.active_workers is None and is_free else optimizer.active_workers
+    active = "auto" if optimizer.active_workers is None and is_free else optimizer.active_workers
+    config = preparation.resolve(optimizer.config, workers, active, optimizer.max_staleness)
+    # Speeds are none of a repeatable run's business.
+    return dataclasses.replace(config, balance=False) if optimizer.deterministic else config
 
 
 def make_metering(optimizer: AsynDBT) -> Metering:

@@ -34,9 +34,9 @@ class Plan:
         requests_per_minute: Limit of all workers together, ``inf`` for none.
         hanging: Share of calls that never come back, in [0, 1); they end at ``timeout_s``.
         held_out: Examples for the race per worker.
-        active_workers: S; ``None``: half of the workers; ``"auto"``: as of ``AsynDBT``.
-        max_staleness: tau; ``None``: the default; ``"auto"``: as of ``AsynDBT``.
-        keep_busy: Workers go on with their next minibatch where they would wait for others.
+        active_workers: S; ``None`` and ``"auto"``: as of ``AsynDBT``, so that nobody waits for others if tau is not said either.
+        max_staleness: tau; ``None`` and ``"auto"``: as of ``AsynDBT``.
+        keep_busy: Workers go on with their next minibatch where they would wait for others, also with an S of one's own.
         prompt_tokens, completion_tokens: Of one call, on average.
         price: US dollars per million prompt and completion tokens; ``None``: unknown.
         seed: Of the delays.
@@ -77,13 +77,14 @@ class Plan:
     def config(self) -> AlgorithmConfig:
         """Constants of the run."""
         active, staleness = self.active_workers, self.max_staleness
+        free = active == "auto" or (active is None and staleness is None)
         return dataclasses.replace(
             DEFAULT,
             active_workers=active if isinstance(active, int) else (self.workers + 1) // 2,
             max_staleness=staleness if isinstance(staleness, int) else DEFAULT.max_staleness,
-            auto_active=active == "auto",
+            auto_active=free,
             auto_staleness=staleness == "auto",
-            keep_busy=self.keep_busy or active == "auto",
+            keep_busy=self.keep_busy or free,
         )
 
 

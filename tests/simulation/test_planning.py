@@ -6,12 +6,14 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
+from asyndbt_dspy import AsynDBT
 from asyndbt_dspy.cli import main
+from asyndbt_dspy.compilation import make_config
 from asyndbt_dspy.core.messages import Evaluate
 from asyndbt_dspy.errors import ConfigurationError
 from asyndbt_dspy.runs.journal import JournalWriter
@@ -87,11 +89,25 @@ def test_keeping_everybody_busy_helps_where_workers_are_unequal() -> None:
     plan = dataclasses.replace(
         SMALL, workers=20, metric_calls=8_000, latency=Latency(1.0, 1.0), stragglers=0.15, slowdown=8.0
     )
-    usual = simulate(plan)
-    for busy in ({"keep_busy": True}, {"active_workers": "auto", "max_staleness": "auto"}):
+    waiting = simulate(dataclasses.replace(plan, active_workers=10))
+    for busy in (
+        {"active_workers": 10, "keep_busy": True},
+        {"max_staleness": "auto", "active_workers": "auto"},
+        {},
+    ):
         found = simulate(dataclasses.replace(plan, **busy))
-        assert found.seconds - found.race_s < 0.85 * (usual.seconds - usual.race_s)
-        assert found.utilisation > 1.05 * usual.utilisation
+        assert found.seconds - found.race_s < 0.85 * (waiting.seconds - waiting.race_s)
+        assert found.utilisation > 1.05 * waiting.utilisation
+
+
+@pytest.mark.parametrize("max_staleness", [None, 7, "auto"])
+@pytest.mark.parametrize("active_workers", [None, 2, "auto"])
+def test_a_plan_has_the_constants_that_a_compile_would_have(
+    active_workers: int | Literal["auto"] | None, max_staleness: int | Literal["auto"] | None
+) -> None:
+    said = {"active_workers": active_workers, "max_staleness": max_staleness}
+    compiled = make_config(AsynDBT(lambda gold, pred, trace=None: 1.0, **said), 4)
+    assert dataclasses.replace(SMALL, **said).config() == compiled
 
 
 def test_equal_seeds_give_equal_forecasts() -> None:
