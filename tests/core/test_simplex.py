@@ -107,6 +107,23 @@ def test_what_is_no_distribution(vector: list[float]) -> None:
     assert not Layout((2,)).is_distribution(np.array(vector))
 
 
+@pytest.mark.parametrize(
+    "vector",
+    [
+        [0.6, 0.6, 0.4, 0.4],
+        [0.5, 0.5, np.nan, 1.0],
+        [0.5, 0.5, 1.5, -0.5],
+        [np.nan, -5.0, 0.5, 0.5],
+        [0.5, 0.5, 0.0, 0.0],
+    ],
+    ids=str,
+)
+def test_every_block_has_to_be_a_distribution(vector: list[float]) -> None:
+    layout = Layout((2, 2))
+    assert layout.is_distribution(np.array([0.5, 0.5, 1.0, 0.0]))
+    assert not layout.is_distribution(np.array(vector))
+
+
 @given(st.floats(0, 0.5), st.floats(-50, 50), st.integers(0, 999))
 def test_mirror_descent_stays_on_the_simplex_above_its_floor(floor: float, size: float, seed: int) -> None:
     layout = Layout((3, 2))
