@@ -107,7 +107,7 @@ def explain(winner: str, candidates: Sequence[CandidateResult], accept_z: float)
         needed = bar(accept_z, best.examples) if accept_z else 0.0
         reason = f"not by more than {needed:.3g} standard errors"
         if (best.advantage or 0.0) > needed * (best.advantage_error or 0.0):
-            reason = "but only in how sure the LM was, not in the metric"
+            reason = "but mostly in how sure the LM was, hardly in the metric"
         return (
             f"{best.name} was ahead of the student by {ahead_by} on {best.examples} held-out examples: {reason}, so the "
             "student is returned as it was."

@@ -82,7 +82,9 @@ class AlgorithmConfig:
         race_fraction: In [0, 1), part of the calls kept back for the final race.
         race_candidates: >= 1, largest number of final candidates besides the student.
         accept_z: >= 0. The winner replaces the student if its paired advantage exceeds so many standard errors (more
-            where examples are few, as in a t test) and it does not score lower; 0: any advantage will do.
+            where examples are few, as in a t test); 0: any advantage will do.
+        accept_score_z: >= 0. Standard errors by which the metric alone must be ahead as well, where race values also count how
+            sure the LM is (``race_soft``); at most ``accept_z`` count. 0: it must not be behind.
         race_soft: In [0, 1]. Weight of the LM's probability of the right answer in a race value, where it is reported.
     """
 
@@ -143,6 +145,7 @@ class AlgorithmConfig:
     race_fraction: float = 0.4
     race_candidates: int = 7
     accept_z: float = 2.0
+    accept_score_z: float = 0.5
     race_soft: float = 0.6
 
     def __post_init__(self) -> None:
@@ -196,6 +199,7 @@ _NON_NEGATIVE = (
     "plane_drop",
     "stationarity",
     "accept_z",
+    "accept_score_z",
 )
 
 DEFAULT = AlgorithmConfig()

@@ -335,16 +335,22 @@ class RaceState:
 
         With few examples it takes more of them, as in Student's t test: their spread is not known well either.
         Race values also count how sure the LM is. That tells candidates apart, but nobody is served by a program that is
-        surer and scores lower: by the metric alone the winner must not be behind the student.
+        surer and no better: the metric alone must show ``accept_score_z`` standard errors of the advantage.
         """
         best, advantage = 0, 0.0
         for number in self.running[1:]:
             mean, error = self._paired(number)
             pairs = len(self._differences(number, self._value))
             needed = bar(self.config.accept_z, pairs) * error if self.config.accept_z else 0.0
-            if mean > max(advantage, needed) and self._paired(number, _score)[0] >= 0.0:
+            if mean > max(advantage, needed) and self._shows(number):
                 best, advantage = number, mean
         return self.candidates[best]
+
+    def _shows(self, number: int) -> bool:
+        """Whether a challenger is far enough ahead by the metric alone."""
+        mean, error = self._paired(number, _score)
+        least = min(self.config.accept_score_z, self.config.accept_z)
+        return mean >= (least * error if least else 0.0)
 
     def standings(self) -> tuple[Standing, ...]:
         """The student first, then the challengers in the order they entered."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+
 from asyndbt_dspy.core.config import AlgorithmConfig
 from asyndbt_dspy.core.messages import RaceReply, RaceRequest
 from asyndbt_dspy.core.racing import RaceState
@@ -14,12 +16,15 @@ HOLDINGS = {"a": 12, "b": 8, "c": 4}
 
 def winner(
     score: Callable[[tuple[int, ...], str, int], float],
-    soft: Callable[[tuple[int, ...]], float],
+    soft: Callable[[tuple[int, ...]], float | None],
     *,
     race_soft: float,
     accept_z: float,
+    accept_score_z: float = 0.0,
 ) -> tuple[int, ...]:
-    config = AlgorithmConfig(race_candidates=7, race_soft=race_soft, accept_z=accept_z)
+    config = AlgorithmConfig(
+        race_candidates=7, race_soft=race_soft, accept_z=accept_z, accept_score_z=accept_score_z
+    )
     state = RaceState(STUDENT, [OTHER], HOLDINGS, 400, config)
     while not state.done:
         request = state.assign("a") or state.assign("b") or state.assign("c")
@@ -31,7 +36,7 @@ def winner(
 def _reply(
     request: RaceRequest,
     score: Callable[[tuple[int, ...], str, int], float],
-    soft: Callable[[tuple[int, ...]], float],
+    soft: Callable[[tuple[int, ...]], float | None],
 ) -> RaceReply:
     rows = tuple(
         tuple(score(one, request.worker, example) for example in request.examples)
@@ -62,3 +67,38 @@ def test_who_is_only_surer_and_scores_lower_does_not_replace_the_student() -> No
 
     assert play(wrong=0) == OTHER
     assert play(wrong=1) == STUDENT
+
+
+@pytest.mark.parametrize(
+    ("better", "accept_z", "accept_score_z", "expected"),
+    [
+        (0, 2.0, 0.0, OTHER),
+        (0, 2.0, 0.5, STUDENT),  # level by the metric
+        (1, 2.0, 0.5, OTHER),  # one of 24: .042 ahead, an error of .048 with the pseudo-observation
+        (1, 2.0, 1.0, STUDENT),
+        (2, 2.0, 1.0, OTHER),  # .083 and .061
+        (2, 2.0, 1.5, STUDENT),
+        (0, 0.0, 0.5, OTHER),  # who takes any advantage asks for no more of the metric
+    ],
+)
+def test_the_metric_alone_has_to_show_a_part_of_the_advantage(
+    better: int, accept_z: float, accept_score_z: float, expected: tuple[int, ...]
+) -> None:
+    def score(candidate: tuple[int, ...], worker: str, example: int) -> float:
+        return float(candidate == OTHER or worker != "a" or example >= better)
+
+    found = winner(score, surer, race_soft=0.6, accept_z=accept_z, accept_score_z=accept_score_z)
+    assert found == expected
+
+
+def test_where_no_certainty_is_reported_the_bar_of_the_metric_says_nothing() -> None:
+    """The race value is the metric then, and two standard errors are more than half of one."""
+
+    def score(candidate: tuple[int, ...], worker: str, example: int) -> float:
+        return float(candidate == OTHER or worker != "a" or example >= 8)
+
+    def unknown(candidate: tuple[int, ...]) -> None:
+        del candidate
+
+    for accept_score_z in (0.0, 0.5, 2.0):
+        assert winner(score, unknown, race_soft=0.6, accept_z=2.0, accept_score_z=accept_score_z) == OTHER
