@@ -163,7 +163,7 @@ def test_the_bar_counts_every_call_once(capsys: pytest.CaptureFixture[str]) -> N
     ("advantage", "reason"),
     [
         (0.05, "not by more than 1.05 standard errors"),
-        (0.3, "only in how sure the LM was, not in the metric"),
+        (0.3, "mostly in how sure the LM was, hardly in the metric"),
     ],
 )
 def test_the_reason_says_why_a_program_that_was_ahead_is_not_returned(advantage: float, reason: str) -> None:
