@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import dspy
 
 from asyndbt_dspy import preparation, sharding
-from asyndbt_dspy.core.config import AlgorithmConfig
+from asyndbt_dspy.core.config import AlgorithmConfig, resolve
 from asyndbt_dspy.core.policies import WorkerSpace
 from asyndbt_dspy.core.server import ServerState
 from asyndbt_dspy.core.validation import check_config
@@ -120,11 +120,10 @@ def make_config(optimizer: AsynDBT, workers: int) -> AlgorithmConfig:
 
     Where nothing was said of waiting, nobody waits; a run that is to be repeatable has an order of its own.
     """
-    is_free = (
-        optimizer.preset == "default" and not optimizer.deterministic and optimizer.max_staleness is None
+    is_free = optimizer.preset == "default" and not optimizer.deterministic
+    config = resolve(
+        optimizer.config, workers, optimizer.active_workers, optimizer.max_staleness, is_free=is_free
     )
-    active = "auto" if optimizer.active_workers is None and is_free else optimizer.active_workers
-    config = preparation.resolve(optimizer.config, workers, active, optimizer.max_staleness)
     # Speeds are none of a repeatable run's business.
     return dataclasses.replace(config, balance=False) if optimizer.deterministic else config
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
@@ -399,29 +398,3 @@ def make_parts(shards: Sequence[Shard], lms: Mapping[str, Any]) -> dict[str, Wor
         )
         for shard in shards
     }
-
-
-def resolve(
-    config: AlgorithmConfig,
-    workers: int,
-    active_workers: int | Literal["auto"] | None,
-    max_staleness: int | Literal["auto"] | None,
-) -> AlgorithmConfig:
-    """Fill in S and tau: by default half of the workers, and the preset's bound; ``"auto"`` begins there."""
-    if active_workers == "auto":
-        config = dataclasses.replace(config, auto_active=True, keep_busy=True)
-        active_workers = None
-    if max_staleness == "auto":
-        config = dataclasses.replace(config, auto_staleness=True)
-        max_staleness = None
-    for name, value in (("active_workers", active_workers), ("max_staleness", max_staleness)):
-        if isinstance(value, str):
-            raise ConfigurationError(f"{name}={value!r} must be a number, 'auto' or None")
-    if active_workers is None:
-        active_workers = max(1, (workers + 1) // 2)
-    if active_workers > workers or active_workers < 1:
-        raise ConfigurationError(
-            f"active_workers={active_workers} must be between 1 and the number of workers, {workers}"
-        )
-    tau = config.max_staleness if max_staleness is None else max_staleness
-    return dataclasses.replace(config, active_workers=active_workers, max_staleness=tau)

@@ -110,6 +110,7 @@ AGREED = (
         "asyndbt_dspy.core.racing",
         "it holds recorded races to the race's own bar",
     ),
+    ("benchmarks.accept_score", "asyndbt_dspy.core.racing", "it reckons errors as the race does"),
 )
 
 # Asynchrony, threads, processes, the clock, files, logs and the shared RNG: none of it in the core.

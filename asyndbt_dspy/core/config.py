@@ -258,3 +258,37 @@ CENTRALISED = dataclasses.replace(
 """cenDBT: the paper's method with one worker and no z, theta or rho."""
 
 PRESETS: dict[str, AlgorithmConfig] = {"default": DEFAULT, "paper": PAPER, "cendbt": CENTRALISED}
+
+
+def resolve(
+    config: AlgorithmConfig,
+    workers: int,
+    active_workers: int | Literal["auto"] | None,
+    max_staleness: int | Literal["auto"] | None,
+    *,
+    is_free: bool = True,
+) -> AlgorithmConfig:
+    """Fill in S and tau.
+
+    Args:
+        active_workers: ``"auto"``: as the observed speeds have it, and nobody waits for others; it begins with half of the workers.
+            ``None``: so where ``is_free`` and tau is not said either, else half of the workers.
+        max_staleness: ``"auto"``: follows the slowest worker, from the configured bound on. ``None``: the configured bound.
+
+    Raises:
+        ConfigurationError: another text, or S outside of 1 .. ``workers``.
+    """
+    for name, value in (("active_workers", active_workers), ("max_staleness", max_staleness)):
+        if isinstance(value, str) and value != "auto":
+            raise ConfigurationError(f"{name}={value!r} must be a number, 'auto' or None")
+    if active_workers == "auto" or (active_workers is None and max_staleness is None and is_free):
+        config = dataclasses.replace(config, auto_active=True, keep_busy=True)
+    if max_staleness == "auto":
+        config = dataclasses.replace(config, auto_staleness=True)
+    active = active_workers if isinstance(active_workers, int) else max(1, (workers + 1) // 2)
+    if not 1 <= active <= workers:
+        raise ConfigurationError(
+            f"active_workers={active} must be between 1 and the number of workers, {workers}"
+        )
+    tau = max_staleness if isinstance(max_staleness, int) else config.max_staleness
+    return dataclasses.replace(config, active_workers=active, max_staleness=tau)

@@ -322,7 +322,7 @@ class RaceState:
         differences = self._differences(number, value or self._value)
         if not len(differences):
             return -math.inf, math.inf
-        return float(differences.mean()), _standard_error(differences)
+        return float(differences.mean()), standard_error(differences)
 
     def _differences(self, number: int, value: Callable[[Result], float]) -> FloatArray:
         own, students = self.results[number], self.results[0]
@@ -359,7 +359,7 @@ class RaceState:
             found = [result[0] for _, result in sorted(self.results[number].items(), key=itemgetter(0))]
             scores = np.array([score for score in found if score is not None])
             mean = float(scores.mean()) if len(scores) else math.nan
-            half = _INTERVAL_Z * _standard_error(scores)
+            half = _INTERVAL_Z * standard_error(scores)
             low, high = mean - half, mean + half
             if (
                 len(scores) and scores.min() >= 0.0 and scores.max() <= 1.0
@@ -386,7 +386,8 @@ def _score(result: Result) -> float:
     return math.nan if result[0] is None else result[0]
 
 
-def _standard_error(values: FloatArray) -> float:
+def standard_error(values: FloatArray) -> float:
+    """Of the mean of these values; ``inf`` below two."""
     if len(values) < 2:
         return math.inf
     # One pseudo-observation of each extreme keeps ten equal scores from looking certain.

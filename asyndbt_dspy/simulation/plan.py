@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal
 
-from asyndbt_dspy.core.config import DEFAULT, AlgorithmConfig
+from asyndbt_dspy.core.config import DEFAULT, AlgorithmConfig, resolve
 from asyndbt_dspy.engines.meter import RunMeter
 from asyndbt_dspy.engines.simulated import SimulatedEngine
 from asyndbt_dspy.errors import ConfigurationError
@@ -76,16 +76,8 @@ class Plan:
 
     def config(self) -> AlgorithmConfig:
         """Constants of the run."""
-        active, staleness = self.active_workers, self.max_staleness
-        free = active == "auto" or (active is None and staleness is None)
-        return dataclasses.replace(
-            DEFAULT,
-            active_workers=active if isinstance(active, int) else (self.workers + 1) // 2,
-            max_staleness=staleness if isinstance(staleness, int) else DEFAULT.max_staleness,
-            auto_active=free,
-            auto_staleness=staleness == "auto",
-            keep_busy=self.keep_busy or free,
-        )
+        config = resolve(DEFAULT, self.workers, self.active_workers, self.max_staleness)
+        return dataclasses.replace(config, keep_busy=self.keep_busy or config.keep_busy)
 
 
 @dataclass(frozen=True)

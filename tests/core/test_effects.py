@@ -11,11 +11,12 @@ import pytest
 from asyndbt_dspy.core.config import DEFAULT
 from asyndbt_dspy.core.decoding import decode, finalists
 from asyndbt_dspy.core.effects import EffectKeys, EffectModel
+from asyndbt_dspy.core.messages import Send, StepRequest
 from asyndbt_dspy.core.policies import Nomination
 from asyndbt_dspy.core.shared_effects import SharedEffects, pool_factors
 from asyndbt_dspy.core.simplex import rows_of
 from asyndbt_dspy.core.space import Arm, Block, Space
-from asyndbt_dspy.testing.toys import small_space
+from asyndbt_dspy.testing.toys import small_machines, small_space, step_reply
 
 SPACE = small_space(2)
 HELPS = "text:toy/instructions:1"
@@ -394,3 +395,20 @@ def test_a_merged_program_is_charged_for_its_ending_too(worth: float, arm: int) 
     factors[0, :, keys.shared.index("ending:toy/ending:1")] = (1e6, 1e6 * worth)
     allowed = ((range(5), range(5), range(2)),)
     assert decode(keys.space, DEFAULT, keys, (1,), [], factors, allowed) == (1, 0, 0, arm)
+
+
+def test_requests_that_go_out_together_tell_each_worker_what_the_others_know() -> None:
+    server, _ = small_machines(dataclasses.replace(DEFAULT, active_workers=3))
+    asked = [one.message for one in server.start() if isinstance(one, Send)]
+    known = {"w0": 1.0, "w1": 10.0, "w2": 100.0}
+    for request in asked:
+        assert isinstance(request, StepRequest)
+        effects = np.full_like(request.effects, known[request.worker])
+        sent = server.receive(
+            dataclasses.replace(step_reply(request, request.consensus), effects=effects, calls=1)
+        )
+    found = {one.message.worker: one.message for one in sent if isinstance(one, Send)}
+    assert set(found) == set(known)
+    for name, request in found.items():
+        assert isinstance(request, StepRequest)
+        np.testing.assert_array_equal(request.effects, sum(known.values()) - known[name])

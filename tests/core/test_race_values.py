@@ -91,6 +91,18 @@ def test_the_metric_alone_has_to_show_a_part_of_the_advantage(
     assert found == expected
 
 
+@pytest.mark.parametrize(
+    ("better", "expected"), [(0, STUDENT), (1, OTHER)]
+)  # level, and .87 of an error ahead
+def test_by_default_surer_and_no_better_is_not_enough(better: int, expected: tuple[int, ...]) -> None:
+    def score(candidate: tuple[int, ...], worker: str, example: int) -> float:
+        return float(candidate == OTHER or worker != "a" or example >= better)
+
+    default = AlgorithmConfig()
+    constants = {name: getattr(default, name) for name in ("race_soft", "accept_z", "accept_score_z")}
+    assert winner(score, surer, **constants) == expected
+
+
 def test_where_no_certainty_is_reported_the_bar_of_the_metric_says_nothing() -> None:
     """The race value is the metric then, and two standard errors are more than half of one."""
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
 from asyndbt_dspy.core.budget import Budget
-from asyndbt_dspy.core.config import DEFAULT, PRESETS, AlgorithmConfig
+from asyndbt_dspy.core.config import DEFAULT, PRESETS, AlgorithmConfig, resolve
 from asyndbt_dspy.core.server import Member, ServerState
 from asyndbt_dspy.core.space import Arm, Block, Space
 from asyndbt_dspy.errors import ConfigurationError
@@ -140,3 +140,40 @@ def test_budgets(changes: dict[str, Any]) -> None:
 def test_budgets_that_make_no_sense(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigurationError, match=says):
         Budget(**changes)
+
+
+@pytest.mark.parametrize(
+    ("active_workers", "max_staleness", "is_free", "expected"),
+    [
+        (None, None, True, (4, 64, True, False)),  # active, tau, nobody waits, tau follows
+        (None, None, False, (4, 64, False, False)),
+        (None, 7, True, (4, 7, False, False)),
+        (None, "auto", True, (4, 64, False, True)),
+        ("auto", 7, False, (4, 7, True, False)),
+        ("auto", "auto", True, (4, 64, True, True)),
+        (7, None, True, (7, 64, False, False)),
+    ],
+)
+def test_who_waits_where_little_is_said(
+    active_workers: int | Literal["auto"] | None,
+    max_staleness: int | Literal["auto"] | None,
+    is_free: bool,
+    expected: tuple[int, int, bool, bool],
+) -> None:
+    config = resolve(DEFAULT, 7, active_workers, max_staleness, is_free=is_free)
+    assert config.auto_active == config.keep_busy
+    assert (config.active_workers, config.max_staleness, config.keep_busy, config.auto_staleness) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        ((0, None), "active_workers=0 must be between 1 and the number of workers, 7"),
+        ((8, None), "active_workers=8 must be between 1 and the number of workers, 7"),
+        (("some", None), "active_workers='some' must be a number, 'auto' or None"),
+        ((None, "late"), "max_staleness='late' must be a number, 'auto' or None"),
+    ],
+)
+def test_waiting_that_cannot_be_is_refused(said: Any, says: str) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        resolve(DEFAULT, 7, *said)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from asyndbt_dspy import AsynDBT, Budget, ConfigurationError
+from asyndbt_dspy.compilation import make_config
 from asyndbt_dspy.core.messages import RoundRequest, StepReply, StepRequest
 
 TEST = kit.examples(30, start=300)
@@ -146,3 +147,21 @@ def test_the_settings_in_the_result_repeat_the_run() -> None:
     recorded = optimizer.result.settings["algorithm"]
     assert (recorded["minibatch"], recorded["draws"]) == (5, 3)
     assert set(recorded) == {field.name for field in dataclasses.fields(optimizer.config)}
+
+
+@pytest.mark.parametrize(
+    ("options", "nobody_waits", "balanced"),
+    [
+        ({}, True, True),
+        ({"deterministic": True}, False, False),
+        ({"max_staleness": 8}, False, True),
+        ({"active_workers": 2}, False, True),
+        ({"preset": "paper"}, False, False),
+    ],
+)
+def test_nobody_waits_where_nothing_was_said_of_it(
+    options: dict[str, Any], nobody_waits: bool, balanced: bool
+) -> None:
+    config = make_config(AsynDBT(lambda gold, pred, trace=None: 1.0, **options), 3)
+    assert (config.auto_active, config.keep_busy) == (nobody_waits, nobody_waits)
+    assert config.balance == balanced
