@@ -40,8 +40,6 @@ class AlgorithmConfig:
         policy: How a worker's distributions learn. ``score_function``: policy gradient (BDPL). ``posterior``: Bayesian
             model of arm effects with Thompson sampling [O 7.5].
         geometry: ``euclidean``: projected step (paper). ``exponentiated``: mirror descent [O 7.4].
-        sparse_start: Of k predictors with instruction arms each begins with one k-th of the uniform distribution on what is not
-            the student's own text, so that a draw does not change all of them at once [O 7.17]; else uniform.
         floor: In [0, 1). With ``exponentiated`` every arm keeps ``floor / N``.
         adam: Wrap the whole bracket in Adam before the projection (paper).
         gradient_clip: Largest Euclidean norm of an estimate (BDPL: 3); ``inf`` turns it off.
@@ -103,7 +101,6 @@ class AlgorithmConfig:
     exploration: float = 0.5
     policy: Literal["score_function", "posterior"] = "posterior"
     geometry: Literal["euclidean", "exponentiated"] = "exponentiated"
-    sparse_start: bool = True
     floor: float = 0.01
     adam: bool = False
     gradient_clip: float = math.inf
@@ -215,7 +212,6 @@ PAPER = AlgorithmConfig(
     minibatch=4,
     policy="score_function",
     geometry="euclidean",
-    sparse_start=False,
     floor=0.0,
     max_staleness=15,
     adam=True,

@@ -60,7 +60,6 @@ from asyndbt_dspy.core.shared_effects import SharedEffects
 from asyndbt_dspy.core.simplex import FloatArray, Layout, rows_of
 from asyndbt_dspy.core.snapshots import snapshot
 from asyndbt_dspy.core.space import Candidate, Space
-from asyndbt_dspy.core.starting import starting_distribution
 from asyndbt_dspy.core.validation import check_config, check_round_reply, check_step_reply
 from asyndbt_dspy.errors import ProtocolError
 
@@ -100,8 +99,8 @@ class ServerState:
         self.numbers = {member.name: number for number, member in enumerate(members)}
         self.keys = EffectKeys.of(space, config.share_credit)
         count, length = len(members), self.layout.length
-        self.z: FloatArray = starting_distribution(space, config)
-        self.p: FloatArray = np.tile(self.z, (count, 1))
+        self.p: FloatArray = np.tile(self.layout.uniform(), (count, 1))
+        self.z: FloatArray = self.layout.uniform()
         self.duals: FloatArray = np.zeros((count, length))
         self.live: FloatArray = np.ones(count)
         uppers = [WorkerSpace(space, member.allowed).upper for member in members]

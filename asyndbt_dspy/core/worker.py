@@ -45,7 +45,6 @@ from asyndbt_dspy.core.policies import Batch, Policy, WorkerSpace
 from asyndbt_dspy.core.posterior import make_policy
 from asyndbt_dspy.core.simplex import FloatArray, Layout, exponentiated_step, project_blocks
 from asyndbt_dspy.core.snapshots import snapshot
-from asyndbt_dspy.core.starting import starting_distribution
 from asyndbt_dspy.core.validation import check_request, check_scored
 from asyndbt_dspy.errors import ProtocolError
 
@@ -104,7 +103,7 @@ class WorkerState:
         self.use_distributions = use_distributions
         self.policy: Policy = policy or make_policy(spaces, config, examples)
         self.shared_effects = self.policy.share().shape[1]
-        self.p = starting_distribution(spaces.space, config)
+        self.p = spaces.lower.uniform()
         self.q = spaces.upper.uniform()
         self.arms = LateArms(spaces.space)
         self.step = 0

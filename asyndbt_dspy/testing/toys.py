@@ -205,15 +205,6 @@ def small_space(workers: int = 3, *, private: Sequence[int] = ()) -> Space:
     return Space((Block("toy/instructions", "toy", "instructions", instructions), *slots))
 
 
-def two_predictor_space() -> Space:
-    """Two predictors of four instructions each; nobody has demos."""
-    names = ("first", "second")
-    arms = {name: (Arm(""), *(Arm(f"i:{name}:{number}") for number in range(1, 4))) for name in names}
-    return Space(
-        tuple(Block(f"{name}/instructions", name, "instructions", own) for name, own in arms.items())
-    )
-
-
 def usable_arms(block: Block, worker: str) -> tuple[int, ...]:
     """Arm 0, the worker's own arms and those that others share."""
     return tuple(number for number, arm in enumerate(block.arms) if arm.shared or arm.home == worker)

@@ -239,7 +239,7 @@ def step(version: int, *opened: int) -> StepRequest:
 
 def test_a_policy_never_sees_probability_of_what_has_not_joined() -> None:
     policy = Watching()
-    config = dataclasses.replace(DEFAULT, sparse_start=False, penalty=0.0, floor=0.0, normalise=False)
+    config = dataclasses.replace(DEFAULT, penalty=0.0, floor=0.0, normalise=False)
     worker = WorkerState("w", 0, WorkerSpace(SPACE, ((0, 1),)), config, examples=4, policy=policy)
     reply = scored(worker, step(0))
     for kind in ("draw", "update", "nominate"):

@@ -12,16 +12,14 @@ import pytest
 
 from asyndbt_dspy.core.config import DEFAULT, PRESETS, AlgorithmConfig
 from asyndbt_dspy.core.messages import StepRequest
-from asyndbt_dspy.core.space import Space
 from asyndbt_dspy.engines.protocols import Recorded
 from asyndbt_dspy.engines.simulated import SimulatedEngine, work_delays
-from asyndbt_dspy.testing.toys import TableEvaluator, additive_score, small_machines, two_predictor_space
+from asyndbt_dspy.testing.toys import TableEvaluator, additive_score, small_machines
 
 GRADIENTS = {"policy": "score_function", "geometry": "euclidean", "lower_step": 0.05, "upper_step": 0.05}
 
 SWITCHES: dict[str, tuple[Any, dict[str, Any]]] = {
     "policy": ("score_function", {}),
-    "sparse_start": (False, {}),
     "geometry": ("euclidean", {}),
     "normalise": (False, {}),
     "example_baseline": (False, GRADIENTS),
@@ -51,9 +49,6 @@ SWITCHES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 """Field -> (its other value, what else the base needs for the switch to have a say)."""
 
-SPACES = {"sparse_start": two_predictor_space()}
-"""Field -> the space in which it has a say, where one predictor is too few."""
-
 
 def some_missing(worker: str, candidate: tuple[int, ...], example: int, held_out: bool) -> float | None:
     return (
@@ -63,11 +58,9 @@ def some_missing(worker: str, candidate: tuple[int, ...], example: int, held_out
     )
 
 
-def decisions(config: AlgorithmConfig, space: Space | None = None) -> list[Any]:
+def decisions(config: AlgorithmConfig) -> list[Any]:
     """What was asked to be scored, what z the workers were told, and what won."""
-    server, workers = small_machines(
-        config, calls=700, examples=12, held_out=8, space=space, use_distributions=True
-    )
+    server, workers = small_machines(config, calls=700, examples=12, held_out=8, use_distributions=True)
     table = TableEvaluator(some_missing, cross_entropies=True)
     told: list[Any] = []
 
@@ -90,8 +83,7 @@ def test_flipping_it_changes_a_recorded_decision(name: str) -> None:
     other, needs = SWITCHES[name]
     base = dataclasses.replace(DEFAULT, **needs)
     assert getattr(base, name) != other
-    space = SPACES.get(name)
-    assert decisions(base, space) != decisions(dataclasses.replace(base, **{name: other}), space)
+    assert decisions(base) != decisions(dataclasses.replace(base, **{name: other}))
 
 
 def test_equal_configurations_decide_alike() -> None:
