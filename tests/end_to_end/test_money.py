@@ -152,15 +152,15 @@ def test_caps_that_cannot_be_kept_are_refused_before_any_call(
 
 
 def test_seconds_end_search_race_and_all_with_the_best_so_far() -> None:
-    """Five thousand rollouts of 50 ms in 16 places would take 15 s and more."""
+    """Ten thousand rollouts of 50 ms in 16 places would take 31 s and more."""
     with Provider(answer=kit.stairs(1), latency_s=0.05) as provider:
         workers = workers_on(provider, max_concurrency=8)
         # How many examples are raced by then is the machine's business: whatever is ahead by then is returned.
         optimizer, program = compiled(
-            workers, Budget(metric_calls=5000, seconds=6.0), config={"accept_z": 0.0}
+            workers, Budget(metric_calls=10_000, seconds=10.0), config={"accept_z": 0.0}
         )
-    assert optimizer.result.seconds < 11
-    assert 0 < optimizer.result.metric_calls < 3000
+    assert optimizer.result.seconds < 20
+    assert 0 < optimizer.result.metric_calls < 6000
     assert "time budget" in optimizer.result.stopped or "of the budget are over" in optimizer.result.stopped
     assert_better(optimizer, program)
 

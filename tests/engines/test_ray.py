@@ -171,7 +171,9 @@ def test_an_actor_reads_its_own_shard_and_no_example_travels(cluster: Any) -> No
 
 
 def test_without_deterministic_too(cluster: Any) -> None:
-    program, made = compiled(engine(name="free"), deterministic=False)
+    # A busy machine makes stragglers of anybody, and a race of few examples shows too little: neither is what is asked here.
+    patient: dict[str, Any] = {"straggler_factor": None, "config": {"accept_z": 0.0}}
+    program, made = compiled(engine(name="free"), deterministic=False, **patient)
     assert program.signature.instructions == hosts.MAGIC
     assert made.result.metric_calls <= 150
 
