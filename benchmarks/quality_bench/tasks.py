@@ -156,6 +156,7 @@ class WordsSentiment(dspy.Signature):
     label: Literal["positive", "negative"] = dspy.OutputField()
 
 
+# Programs are written out one by one, as users write theirs: MIPROv2 shows the source of a program to its proposer.
 class QuoteThenClassify(dspy.Module):
     """Two predictors: the words that tell, then the sentiment. Not in the grid: constants may be chosen on it."""
 
