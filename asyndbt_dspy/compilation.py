@@ -366,6 +366,8 @@ class Run:
             if isinstance(engine, ListeningEngine):
                 engine.between = None
             await asyncio.gather(stopping, self.later.close(), return_exceptions=True)
+        if self.evaluator.is_over:  # a race that its last answers ended was to end earlier all the same
+            self.server.finish_reason = self.stop.reason
         if self.recorder is not None and not self.stop.was_asked:
             self.recorder.finish(self.server.finish_reason, self.server.winner)
 
@@ -395,6 +397,8 @@ class Run:
         await self.stop.drained()
         if self.recorder is not None:
             self.recorder.events.close()
+        if self.server.phase == "race":  # what it has paid for decides
+            await self.evaluator.end_units()
         engine.stop_search(self.stop.reason, race=False)
 
     async def aclose(self) -> None:

@@ -113,6 +113,7 @@ class ProgramEvaluator:
         straggler_factor: See ``Stragglers``.
         repeats: A rollout that is asked for again is made again: scores are noisy.
         on_answer: Told of each rollout of a candidate.
+        is_over: Whether ``end_units`` was called.
         book: Remembers rollouts; ``None``: a rollout is known by its candidate alone.
     """
 
@@ -137,12 +138,30 @@ class ProgramEvaluator:
     _left: dict[CacheKey, asyncio.Task[Outcome]] = field(default_factory=dict)
     _left_tasks: set[asyncio.Task[Any]] = field(default_factory=set)
     _late: Counter[str] = field(default_factory=Counter)  # completed after they were left behind
+    _units: set[asyncio.Task[Any]] = field(default_factory=set)
+    is_over: bool = False
 
     def __post_init__(self) -> None:
         self.stragglers = Stragglers(self.straggler_factor, time.monotonic)
 
     async def evaluate(self, request: Evaluate) -> Scored:
         """See ``engines.protocols.Evaluator.evaluate``."""
+        if self.is_over:
+            await asyncio.Event().wait()  # until the engine, which is about to stop, cancels it
+        unit = asyncio.current_task()
+        assert unit is not None
+        self._units.add(unit)
+        unit.add_done_callback(self._units.discard)
+        return await self._evaluate(request)
+
+    async def end_units(self) -> None:
+        """Units under way end with the rollouts that are in, the others are missing; later ones are never answered."""
+        self.is_over = True
+        self.gate.close()
+        if self._units:
+            await asyncio.wait(self._units)
+
+    async def _evaluate(self, request: Evaluate) -> Scored:
         worker, task = request.worker, request.task
         failure = self.book.failure(worker, task) if self.book is not None else None
         known = self.book.outcomes(worker, task) if self.book is not None else None
@@ -323,7 +342,9 @@ class ProgramEvaluator:
         if recalled is not None:
             return recalled
         gate = self._gates.setdefault(worker, asyncio.Semaphore(part.max_concurrency))
-        async with gate, self.gate:
+        async with gate, self.gate as may_begin:
+            if not may_begin:
+                return Rollout(None)  # as where the budget refuses the call
             self._check_health(worker)
             self.stragglers.begin()
             try:

@@ -66,7 +66,9 @@ class RolloutBook(Protocol):
 
 
 class RolloutGate:
-    """Lets rollouts begin, or holds them back. Of one event loop.
+    """Lets rollouts begin, holds them back, or turns them away. Of one event loop.
+
+    Entered with ``async with gate as may_begin``.
 
     Attributes:
         in_flight: Rollouts that have begun and are not over.
@@ -75,6 +77,7 @@ class RolloutGate:
     def __init__(self) -> None:
         self.in_flight = 0
         self._holders: set[str] = set()
+        self._is_closed = False
         self._opened = asyncio.Event()
         self._drained = asyncio.Event()
         self._opened.set()
@@ -90,11 +93,17 @@ class RolloutGate:
         if not self._holders:
             self._opened.set()
 
-    async def __aenter__(self) -> None:
-        while self._holders:
+    def close(self) -> None:
+        """No rollout may begin any more, those that wait included."""
+        self._is_closed = True
+        self._opened.set()
+
+    async def __aenter__(self) -> bool:
+        while self._holders and not self._is_closed:
             await self._opened.wait()
         self.in_flight += 1
         self._drained.clear()
+        return not self._is_closed
 
     async def __aexit__(self, *_: object) -> None:
         self.in_flight -= 1

@@ -165,30 +165,36 @@ def test_seconds_end_search_race_and_all_with_the_best_so_far() -> None:
     assert_better(optimizer, program)
 
 
-def test_seconds_end_a_race_that_would_go_on() -> None:
-    """From the race on a call takes two seconds; the first units alone would take longer than all of the budget."""
-    racing = threading.Event()
+def test_seconds_end_a_race_that_would_go_on_and_what_it_has_paid_for_decides() -> None:
+    """After sixty rollouts of the race each takes two seconds; its first units are not over when time is."""
+    raced: list[Any] = []
 
     def fault(call: Call) -> Fault:
-        return Fault("slow", seconds=2.0) if racing.is_set() else Fault()
+        return Fault("slow", seconds=2.0) if len(raced) >= 60 else Fault()
 
     def metric(gold: Any, prediction: Any, trace: Any = None) -> bool:
         if gold in held_out:
-            racing.set()
+            raced.append(gold)
         return kit.metric(gold, prediction)
 
-    held_out = kit.examples(40, start=400)
+    held_out = kit.examples(120, start=400)
     with Provider(answer=kit.stairs(1), latency_s=0.05, fault=fault) as provider:
         optimizer = AsynDBT(
             metric,
             workers=workers_on(provider, max_concurrency=8),
             budget=Budget(metric_calls=10_000, seconds=5.0),
+            instructions={"self": [kit.MAGIC]},
             progress=False,
+            straggler_factor=None,
+            config={"accept_z": 0.0},
         )
-        optimizer.compile(dspy.Predict(kit.Sort), valset=held_out)
-    assert racing.is_set()
+        program = optimizer.compile(dspy.Predict(kit.Sort), valset=held_out)
+    assert len(raced) >= 60
     assert optimizer.result.stopped == "the 5 s of the budget are over"
     assert optimizer.result.seconds < 5 + 5, "what is in flight ends, and no more"
+    student, *challengers = optimizer.result.candidates
+    assert 60 <= student.examples + sum(one.examples for one in challengers) <= len(raced)
+    assert_better(optimizer, program)
 
 
 def test_when_time_is_over_in_the_setup_the_student_comes_back() -> None:

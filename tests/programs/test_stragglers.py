@@ -102,6 +102,26 @@ def test_a_unit_goes_on_without_a_call_that_hangs_and_its_answer_is_there_the_ne
     assert runner.made.count("8") == 1
 
 
+def test_a_unit_that_is_ended_keeps_what_is_in_and_nothing_is_answered_afterwards() -> None:
+    async def go() -> Any:
+        one, runner = evaluator([0.5] * 12)
+        unit = asyncio.ensure_future(one.evaluate(asked(1, *range(12))))
+        await asyncio.sleep(0.6)  # four are in, four under way
+        one.gate.hold("stop")
+        await one.gate.drained()
+        await one.end_units()
+        assert unit.done()
+        later = asyncio.ensure_future(one.evaluate(asked(2, 0)))
+        await asyncio.sleep(100)
+        assert not later.done(), "one that is refused at once would be asked for again and again"
+        later.cancel()
+        return unit.result(), runner.made
+
+    (scored, made), _ = virtually(go())
+    assert [one.score for one in scored.outcomes[0]] == [1.0] * 8 + [None] * 4
+    assert scored.calls == len(made) == 8
+
+
 def test_what_is_asked_again_while_it_is_under_way_is_not_made_twice() -> None:
     async def go() -> Any:
         one, runner = evaluator([*USUAL, 9.0])
