@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _REPLAY = "replay"
+_STILL_TURNS = 50
+"""Turns of the event loop; from one recorded answer to the next it is a few."""
 _CACHED_NOISE = (
     "scores are said to be noisy, but the LM of worker %r has DSPy's response cache, which answers a repeated request as "
     "before; only the noise of the metric is averaged out. Build it with cache=False"
@@ -337,6 +339,8 @@ class Run:
         self.metering = metering
         self.recorder = book if isinstance(book, RunRecorder) else None
         self.recorded: list[Recorded] = []
+        self._is_live = asyncio.Event()
+        self._is_live.set()
         self.curve = CurveRecorder(server)
         self.meter = RunMeter(server)
         self.bar = ProgressBar(server, optimizer.budget.metric_calls, spent) if optimizer.progress else None
@@ -387,19 +391,42 @@ class Run:
     def _resume(self, engine: Engine, recorder: RunRecorder) -> None:
         """An engine that can repeats the recorded events in their order; any other runs again on recorded rollouts."""
         if not isinstance(engine, ResumableEngine):
+            recorder.events.may_diverge = True
             return
         if recorder.events.known:
+            self._is_live.clear()
             self.stop.gate.hold(_REPLAY)
-            recorder.events.on_live = lambda: self.stop.gate.release(_REPLAY)
+            recorder.events.on_live = self._go_live
         engine.resume(recorder.events.outside(), recorder.search_elapsed_s)
 
+    def _go_live(self) -> None:
+        self.stop.gate.release(_REPLAY)
+        self._is_live.set()
+
     async def _stop_when_asked(self, engine: Engine) -> None:
-        await self.stop.drained()
+        await self.stop.asked()
+        await self._is_live.wait()
+        await self.stop.gate.drained()
+        await self.later.close()  # an engine may be waiting for the proposer
+        await self._settled()
         if self.recorder is not None:
             self.recorder.events.close()
         if self.server.phase == "race":  # what it has paid for decides
             await self.evaluator.end_units()
         engine.stop_search(self.stop.reason, race=False)
+
+    async def _settled(self) -> None:
+        """Wait until nothing moves while no rollout may begin.
+
+        What an earlier process paid for answers without a call, and so does what the server asks for next, one unit after the
+        other, within turns of the loop; all of it counts.
+        """
+        before, still = (-1, -1), 0
+        while still < _STILL_TURNS:
+            now = (len(self.recorded), sum(use.calls + use.reused for use in self.evaluator.uses.values()))
+            still = still + 1 if now == before else 0
+            before = now
+            await asyncio.sleep(0)
 
     async def aclose(self) -> None:
         """End what goes on, then what counts it, then what writes that down; all of them, whichever fails."""

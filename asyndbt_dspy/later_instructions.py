@@ -117,9 +117,11 @@ class LaterInstructions:
             return None
         if self._task is None:
             self._task = asyncio.ensure_future(self._propose())
-        if not self._waits and not self._task.done():
+        if self._waits:
+            await asyncio.wait({self._task})
+        if self._is_over or not self._task.done():  # closed meanwhile, or not written yet
             return None
-        texts = await self._task
+        texts = self._task.result()
         await self.close()
         if not any(texts.values()):
             return None

@@ -72,9 +72,13 @@ class StopRequest:
         self.gate.hold("stop")
         self._asked.set()
 
+    async def asked(self) -> None:
+        """Wait until somebody has asked."""
+        await self._asked.wait()
+
     async def drained(self) -> None:
         """Wait until somebody has asked and nothing is in flight any more."""
-        await self._asked.wait()
+        await self.asked()
         await self.gate.drained()
 
     async def unless_asked(self, work: Coroutine[Any, Any, _Found]) -> _Found | None:

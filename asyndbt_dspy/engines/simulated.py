@@ -104,8 +104,10 @@ class SimulatedEngine:
             self._earlier = ()
             while not driver.finished:
                 if self._stop is not None:
-                    stop, self._stop = self._stop, None
-                    self._push(schedule, driver.stop_search(*stop))
+                    (reason, race), self._stop = self._stop, None
+                    if not race:
+                        self._take_done(schedule, driver)
+                    self._push(schedule, driver.stop_search(reason, race))
                     continue
                 joined = None if self.between is None else await self.between()
                 if joined is not None:
@@ -138,6 +140,15 @@ class SimulatedEngine:
                 )
             self.busy_s[request.worker] = self.busy_s.get(request.worker, 0.0) + spent
             schedule.push(self.now_s + spent, request, answers=delay <= self.answer_timeout_s)
+
+    def _take_done(self, schedule: _Schedule, driver: Driver) -> None:
+        """What is over already counts in a run that ends at once, wherever the virtual clock stands."""
+        for time_s, request, task in schedule.pop_done():
+            self.now_s = max(self.now_s, time_s)
+            try:
+                self._push(schedule, driver.complete(task.result()))
+            except WorkerFailedError as error:
+                self._push(schedule, driver.lose(request.worker, str(error)))
 
     async def _next(self, schedule: _Schedule, driver: Driver) -> list[Evaluate]:
         time_s, request, answers, work = schedule.pop()
@@ -197,6 +208,18 @@ class _Schedule:
             raise ProtocolError("no evaluation is under way and the run is not over; please report this")
         time_s, _, _, request, answers, work = heapq.heappop(self._heap)
         return time_s, request, answers, work
+
+    def pop_done(self) -> list[tuple[float, Evaluate, asyncio.Task[Scored]]]:
+        """Evaluations that were started and are over in real time, in the order of their virtual ends."""
+        done: list[tuple[float, Evaluate, asyncio.Task[Scored]]] = []
+        left: list[tuple[float, int, int, Evaluate, bool, Any]] = []
+        for entry in sorted(self._heap):
+            if isinstance(entry[-1], asyncio.Task) and entry[-1].done():
+                done.append((entry[0], entry[3], entry[-1]))
+            else:
+                left.append(entry)
+        self._heap = left  # sorted, hence a heap
+        return done
 
     def next_worker(self) -> str | None:
         """Whose evaluation ends next."""

@@ -138,28 +138,33 @@ class ProgramEvaluator:
     _left: dict[CacheKey, asyncio.Task[Outcome]] = field(default_factory=dict)
     _left_tasks: set[asyncio.Task[Any]] = field(default_factory=set)
     _late: Counter[str] = field(default_factory=Counter)  # completed after they were left behind
-    _units: set[asyncio.Task[Any]] = field(default_factory=set)
+    _units: int = 0
     is_over: bool = False
 
     def __post_init__(self) -> None:
+        self._no_units = asyncio.Event()
+        self._no_units.set()
         self.stragglers = Stragglers(self.straggler_factor, time.monotonic)
 
     async def evaluate(self, request: Evaluate) -> Scored:
         """See ``engines.protocols.Evaluator.evaluate``."""
         if self.is_over:
             await asyncio.Event().wait()  # until the engine, which is about to stop, cancels it
-        unit = asyncio.current_task()
-        assert unit is not None
-        self._units.add(unit)
-        unit.add_done_callback(self._units.discard)
-        return await self._evaluate(request)
+        # Not by their tasks: an engine may have one task per worker, which is over when the run is.
+        self._units += 1
+        self._no_units.clear()
+        try:
+            return await self._evaluate(request)
+        finally:
+            self._units -= 1
+            if not self._units:
+                self._no_units.set()
 
     async def end_units(self) -> None:
         """Units under way end with the rollouts that are in, the others are missing; later ones are never answered."""
         self.is_over = True
         self.gate.close()
-        if self._units:
-            await asyncio.wait(self._units)
+        await self._no_units.wait()
 
     async def _evaluate(self, request: Evaluate) -> Scored:
         worker, task = request.worker, request.task

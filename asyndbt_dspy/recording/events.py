@@ -29,9 +29,11 @@ class EventLog:
 
     Args:
         write: Takes journal entries.
-        may_diverge: The budget was raised: where it matters, the run goes another way than recorded from there on.
+        may_diverge: See below.
 
     Attributes:
+        may_diverge: The budget was raised, or the engine cannot repeat an order of events: where it matters, the run goes
+            another way than recorded from there on.
         on_live: Called once when all recorded events have happened again, or the run goes another way.
         on_rewind: Called when it does: recorded events that have not happened again never will.
     """
@@ -40,7 +42,7 @@ class EventLog:
         self.on_live: Callable[[], None] = lambda: None
         self.on_rewind: Callable[[], None] = lambda: None
         self._write = write
-        self._may_diverge = may_diverge
+        self.may_diverge = may_diverge
         self._known: list[_Known] = []
         self._position = 0
         self._is_closed = False
@@ -80,12 +82,12 @@ class EventLog:
             )
             if ahead is None:
                 break
-            if self._may_diverge and isinstance(ahead.event, StopSearch):
+            if self.may_diverge and isinstance(ahead.event, StopSearch):
                 self._rewind()
                 break
             position = self._position
             yield ahead
-            if self._position == position and not self._is_closed:
+            if self._position == position:
                 raise _unlike(position, "nothing happened")
         self._tell()
 
@@ -99,7 +101,7 @@ class EventLog:
                 if self._position == len(self._known):
                     self._tell()
                 return
-            if not self._may_diverge:
+            if not self.may_diverge:
                 raise _unlike(self._position, f"{recorded.machine!r} got a {type(recorded.event).__name__}")
             self._rewind()
         self._write(

@@ -116,21 +116,38 @@ def test_repeats_of_what_is_there_do_not_join() -> None:
     assert not any(type(one.event).__name__ == "ArmsJoined" for one in made.recorded)
 
 
+class Silent(kit.AsyncScriptedEngine):
+    """Answers what is asked at first, and nothing later."""
+
+    def __init__(self, script: Any, do: Any = lambda: None) -> None:
+        super().__init__(script, True)
+        self.asked, self.do = 0, do
+
+    async def complete(self, request: Any) -> Any:
+        self.asked += 1
+        if self.asked > AT_FIRST:
+            self.do()
+            await asyncio.Event().wait()
+        return await super().complete(request)
+
+
 def test_a_proposer_that_is_never_done_holds_up_nobody() -> None:
-    class Silent(kit.AsyncScriptedEngine):
-        calls = 0
-
-        async def complete(self, request: Any) -> Any:
-            Silent.calls += 1
-            if Silent.calls > AT_FIRST:
-                await asyncio.Event().wait()
-            return await super().complete(request)
-
     script = Proposer()
-    made = optimizer(script, proposer=kit.lm_over(script, Silent(script, True)), deterministic=False)
+    silent = Silent(script)
+    made = optimizer(script, proposer=kit.lm_over(script, silent), deterministic=False)
     compiled(made)
-    assert Silent.calls == AT_FIRST + 1
+    assert silent.asked == AT_FIRST + 1
     assert made.result.metric_calls > 100
+
+
+def test_a_run_that_waits_for_the_proposer_can_be_stopped() -> None:
+    """Under ``deterministic=True`` it stands still while the proposer writes."""
+    script = Proposer()
+    silent = Silent(script, lambda: made.stop())
+    made = optimizer(script, proposer=kit.lm_over(script, silent), deterministic=True)
+    compiled(made)
+    assert silent.asked == AT_FIRST + 1
+    assert made.result.stopped == "stopped before its end, with the best so far"
 
 
 def test_what_private_workers_saw_is_shown_to_nobody() -> None:

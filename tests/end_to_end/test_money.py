@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, ClassVar
 
 import dspy
@@ -23,11 +25,13 @@ def lm_on(provider: Provider, engine: str = "auto", **settings: Any) -> dspy.LM:
     return dspy.LM("openai/m", api_base=provider.url, engine=engine, **known)
 
 
-def workers_on(provider: Provider, engine: str = "auto", size: int = 30, **options: Any) -> list[Worker]:
-    data = kit.examples(2 * size)
+def workers_on(
+    provider: Provider, engine: str = "auto", size: int = 30, count: int = 2, **options: Any
+) -> list[Worker]:
+    data = kit.examples(count * size)
     return [
         Worker(f"w{number}", data[size * number : size * (number + 1)], lm=lm_on(provider, engine), **options)
-        for number in range(2)
+        for number in range(count)
     ]
 
 
@@ -165,35 +169,51 @@ def test_seconds_end_search_race_and_all_with_the_best_so_far() -> None:
     assert_better(optimizer, program)
 
 
-def test_seconds_end_a_race_that_would_go_on_and_what_it_has_paid_for_decides() -> None:
-    """After sixty rollouts of the race each takes two seconds; its first units are not over when time is."""
-    raced: list[Any] = []
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_seconds_end_a_race_that_would_go_on_and_what_it_has_paid_for_decides(
+    tmp_path: Path, deterministic: bool
+) -> None:
+    """After sixty rollouts of the race each takes two seconds; its first units are not over when time is.
+
+    Resumed, a run whose time is over gives the same program once more, and pays for nothing.
+    """
+    raced: set[str] = set()
 
     def fault(call: Call) -> Fault:
         return Fault("slow", seconds=2.0) if len(raced) >= 60 else Fault()
 
-    def metric(gold: Any, prediction: Any, trace: Any = None) -> bool:
-        if gold in held_out:
-            raced.append(gold)
-        return kit.metric(gold, prediction)
+    def script(messages: Any) -> Any:
+        if kit.number_in(messages) >= 400:
+            raced.add(json.dumps(messages))
+        return kit.stairs(1)(messages)
 
     held_out = kit.examples(120, start=400)
-    with Provider(answer=kit.stairs(1), latency_s=0.05, fault=fault) as provider:
+    with Provider(answer=script, latency_s=0.05, fault=fault) as provider:
         optimizer = AsynDBT(
-            metric,
-            workers=workers_on(provider, max_concurrency=8),
-            budget=Budget(metric_calls=10_000, seconds=5.0),
+            kit.metric,
+            workers=workers_on(provider, count=4, max_concurrency=8),
+            budget=Budget(metric_calls=400 if deterministic else 10_000, seconds=5.0),
             instructions={"self": [kit.MAGIC]},
             progress=False,
             straggler_factor=None,
+            deterministic=deterministic,
             config={"accept_z": 0.0},
+            run_dir=tmp_path,
+            resume=True,
         )
         program = optimizer.compile(dspy.Predict(kit.Sort), valset=held_out)
+        first, paid = optimizer.result, provider.attempts
+        again = optimizer.compile(dspy.Predict(kit.Sort), valset=held_out)
+        assert provider.attempts == paid
+        assert optimizer.result.candidates == first.candidates
+        assert kit.state_of(again) == kit.state_of(program)
+    optimizer.result = first
     assert len(raced) >= 60
     assert optimizer.result.stopped == "the 5 s of the budget are over"
     assert optimizer.result.seconds < 5 + 5, "what is in flight ends, and no more"
     student, *challengers = optimizer.result.candidates
-    assert 60 <= student.examples + sum(one.examples for one in challengers) <= len(raced)
+    counted = student.examples + sum(one.examples for one in challengers)
+    assert len(raced) <= counted, "all that was paid for, and what another candidate's answer stands for"
     assert_better(optimizer, program)
 
 

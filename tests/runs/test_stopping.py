@@ -15,7 +15,10 @@ import pytest
 from crashes import Asked, compiled, entries, steady
 
 from asyndbt_dspy import AsynDBT
+from asyndbt_dspy.core.messages import Evaluate
+from asyndbt_dspy.engines.driver import Driver
 from asyndbt_dspy.lms.scripted import AsyncScriptedEngine, ScriptedEngine
+from asyndbt_dspy.recording.events import EventLog
 from asyndbt_dspy.stopping import stopped_by_interrupt
 
 
@@ -77,6 +80,104 @@ def test_one_ctrl_c_ends_the_run_early_and_resuming_gives_the_undisturbed_result
         undisturbed, expected = compiled(tmp_path / "b", kit.stairs(1))
         assert steady(again.result) == steady(undisturbed.result)
         assert kit.state_of(whole) == kit.state_of(expected)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize(("at", "during"), [(60, 0), (60, 3), (95, 0), (95, 7)])
+def test_an_end_during_the_replay_comes_after_it_and_gives_what_is_paid_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deterministic: bool, at: int, during: int
+) -> None:
+    """As where the time of the budget is over already: the timer of the resumed run asks at once."""
+    script = Interrupted(at, press_ctrl_c)
+    first, program = compiled(tmp_path, script, deterministic=deterministic)
+    optimizers: list[AsynDBT] = []
+    outside, make_engine = EventLog.outside, AsynDBT.make_engine
+
+    def noted(optimizer: AsynDBT, *arguments: Any) -> Any:
+        optimizers.append(optimizer)
+        return make_engine(optimizer, *arguments)
+
+    def interrupted(log: EventLog) -> Any:
+        for number, one in enumerate(outside(log)):
+            if number == during:
+                optimizers[-1].stop()
+            yield one
+
+    monkeypatch.setattr(AsynDBT, "make_engine", noted)
+    monkeypatch.setattr(EventLog, "outside", interrupted)
+    for _ in range(2):  # as often as you like
+        again, whole = compiled(tmp_path, script, deterministic=deterministic)
+        assert len(script.prompts) == first.result.metric_calls, "nothing is paid for"
+        assert again.result.stopped == first.result.stopped
+        assert again.result.candidates == first.result.candidates
+        assert kit.state_of(whole) == kit.state_of(program)
+    monkeypatch.undo()
+    last, _ = compiled(tmp_path, script, deterministic=deterministic)
+    assert last.result.metric_calls == len(script.prompts) >= first.result.metric_calls
+
+
+class WorkerTasksEngine:
+    """An engine of somebody's own, with one task per worker for the whole run."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, bool]] = []
+        self.moved = asyncio.Event()
+
+    def stop_search(self, reason: str, race: bool = True) -> None:
+        self.asked.append((reason, race))
+        self.moved.set()
+
+    async def run(self, server: Any, workers: Any, evaluator: Any, observers: Any = ()) -> None:
+        driver = Driver(server, workers, observers, lambda: 0.0)
+        inboxes: dict[str, asyncio.Queue[Evaluate]] = {worker.name: asyncio.Queue() for worker in workers}
+
+        def send(requests: list[Evaluate]) -> None:
+            for request in requests:
+                inboxes[request.worker].put_nowait(request)
+            self.moved.set()
+
+        async def work(inbox: asyncio.Queue[Evaluate]) -> None:
+            while True:
+                send(driver.complete(await evaluator.evaluate(await inbox.get())))
+
+        async def lead() -> None:
+            send(driver.start())
+            while not driver.finished:
+                await self.moved.wait()
+                self.moved.clear()
+                while self.asked:
+                    send(driver.stop_search(*self.asked.pop()))
+
+        tasks = [asyncio.ensure_future(one) for one in (lead(), *map(work, inboxes.values()))]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize("at", [40, 90])
+def test_an_engine_with_one_task_per_worker_can_be_stopped_in_search_and_race(at: int) -> None:
+    script = Interrupted(at, press_ctrl_c)
+    optimizer, program = compiled(None, script, engine=WorkerTasksEngine(), deterministic=False)
+    assert program is not None
+    assert optimizer.result.stopped == "stopped before its end, with the best so far"
+    assert len(script.prompts) <= at + 16
+
+
+def test_with_an_engine_that_cannot_repeat_its_order_a_run_goes_on_from_its_rollouts(tmp_path: Path) -> None:
+    script = Interrupted(60, press_ctrl_c)
+    for order in (1, 2):
+        engine = kit.TurnsEngine(AsyncScriptedEngine(script, True), order, 40)
+        lm = kit.lm_over(script, engine, "colors")
+        optimizer, _ = compiled(tmp_path, None, engine=WorkerTasksEngine(), deterministic=False, lm=lm)
+    assert entries(tmp_path, "rewind"), "the other order was no other order"
+    keys = [entry["key"] for entry in entries(tmp_path, "rollout")]
+    assert optimizer.result.stopped == "the budget of the search is spent"
+    assert len(keys) == len(set(keys)) == len(script.prompts)
 
 
 def test_an_end_during_setup_returns_the_student(tmp_path: Path) -> None:
