@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from asyndbt_dspy.errors import AsynDBTError
+from asyndbt_dspy.errors import AsynDBTError, ConfigurationError
 from asyndbt_dspy.simulation.calibration import calibrated, read_run
 from asyndbt_dspy.simulation.plan import Plan, mean_forecast, simulate
 from asyndbt_dspy.simulation.provider import Latency
@@ -50,6 +50,17 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     add("--rate-limit", type=rate, default=math.inf, help="requests of all workers together, as 500/min")
     add("--hanging", type=share, default=0.0, help="share of calls that never come back, as 2%%")
     add("--timeout", type=seconds, default=120.0, help="when a hanging call is given up")
+    add(
+        "--straggler-factor",
+        type=float,
+        default=8.0,
+        help="a call that takes so many times the usual is left behind (default 8, as in a compile); 0: all are waited for",
+    )
+    add(
+        "--own-data",
+        action="store_true",
+        help="each worker has examples or a model of its own: nobody helps in the race",
+    )
     add("--concurrency", type=int, default=8, help="calls that one worker has in flight")
     add("--held-out", type=int, default=10, help="examples per worker for the final race")
     add("--active-workers", type=number_or_auto, help="S: a number, or auto as in a compile (default)")
@@ -62,20 +73,22 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
         "--from-journal",
         type=Path,
         metavar="RUN_DIR",
-        help="latencies, tokens and stragglers as a run recorded them",
+        help="latencies, tokens, stragglers and calls that hung as a run recorded them",
     )
     add("--seeds", type=int, default=3, help="simulated runs that the figures are means of")
     add("--json", action="store_true", help="print JSON")
 
 
 def _simulate(options: argparse.Namespace) -> int:
+    if options.seeds < 1:
+        raise ConfigurationError(f"seeds={options.seeds!r} must be >= 1 simulated runs")
     measured = read_run(options.from_journal) if options.from_journal else None
-    workers = options.workers or (len(measured.seconds) if measured else 3)
+    workers = _given(options.workers, len(measured.seconds) if measured else 3)
     share_slow, slowdown = options.stragglers
     plan = Plan(
         workers=workers,
         latency=options.latency,
-        metric_calls=options.metric_calls or (measured.rollouts if measured else 100 * workers),
+        metric_calls=_given(options.metric_calls, measured.rollouts if measured else 100 * workers),
         calls_per_rollout=options.predictors,
         concurrency=options.concurrency,
         stragglers=share_slow,
@@ -83,7 +96,9 @@ def _simulate(options: argparse.Namespace) -> int:
         requests_per_minute=options.rate_limit,
         hanging=options.hanging,
         timeout_s=options.timeout,
+        straggler_factor=options.straggler_factor or None,
         held_out=options.held_out,
+        shared_data=not options.own_data,
         active_workers=options.active_workers,
         max_staleness=options.max_staleness,
         keep_busy=options.keep_busy,
@@ -93,11 +108,13 @@ def _simulate(options: argparse.Namespace) -> int:
     )
     if measured is not None:
         plan = calibrated(plan, measured)
-    found = mean_forecast(
-        [simulate(dataclasses.replace(plan, seed=seed)) for seed in range(max(1, options.seeds))]
-    )
+    found = mean_forecast([simulate(dataclasses.replace(plan, seed=seed)) for seed in range(options.seeds)])
     print(json.dumps(found) if options.json else describe(plan, found))
     return 0
+
+
+def _given(said: int | None, otherwise: int) -> int:
+    return otherwise if said is None else said
 
 
 def describe(plan: Plan, found: dict[str, Any]) -> str:

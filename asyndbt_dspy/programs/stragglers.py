@@ -9,22 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-import statistics
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 
+from asyndbt_dspy.core.call_times import GIVEN_UP, MEMORY, SHARE, limit_s, may_leave
 from asyndbt_dspy.programs.time_limit import was_still
 
-_FEWEST = 5
-"""Durations that must be known before one can be called long."""
-_MEMORY = 64
-_LEAST_S = 1.0
-"""Nothing that takes less is worth leaving behind."""
-_SHARE = 3
-"""At most one call in so many of a unit, rounded up, is left behind: where more are slow, the endpoint is slow."""
-
-_GIVEN_UP = 3.0
-"""Times its limit that a call may go on after it was left behind."""
 _LOOK_S = 5.0
 """How often is looked whether the process stood still: calls have done nothing wrong meanwhile (see ``time_limit``)."""
 
@@ -61,7 +51,7 @@ class Stragglers:
         """A call of this worker took so long."""
         if self.factor is not None:
             for name in (worker, ""):
-                self._durations.setdefault(name, deque(maxlen=_MEMORY)).append(seconds)
+                self._durations.setdefault(name, deque(maxlen=MEMORY)).append(seconds)
 
     async def settle(self, worker: str, tasks: Collection[Task[object]]) -> set[Task[object]]:
         """Wait for a worker's ``tasks``, and return those that are left behind. The first error is raised at once."""
@@ -88,12 +78,12 @@ class Stragglers:
         self,
         tasks: Collection[Task[object]],
         patience: Callable[[Collection[Task[object]]], float],
-        share: int = _SHARE,
+        share: int = SHARE,
     ) -> set[Task[object]]:
         """``patience``: how many seconds the last few calls (one in ``share`` at most) may still take."""
-        pending, may_leave = set(tasks), math.ceil(len(tasks) / share)
+        pending, most = set(tasks), may_leave(len(tasks), share)
         while pending:
-            timeout = patience(pending) if len(pending) <= may_leave else math.inf
+            timeout = patience(pending) if len(pending) <= most else math.inf
             if timeout <= 0:
                 return pending
             timeout = min(timeout, _LOOK_S)
@@ -123,10 +113,7 @@ class Stragglers:
 
     def _limit(self, worker: str) -> float:
         """Seconds that one call of this worker may take; infinite where that is not known."""
-        known = self._durations.get(worker, ())
-        if self.factor is None or len(known) < _FEWEST:
-            return math.inf
-        return max(_LEAST_S, self.factor * statistics.median(known))
+        return limit_s(self.factor, self._durations.get(worker, ()))
 
     def has_begun(self, task: Task[object]) -> bool:
         """Whether a task that is not over has made its call."""
@@ -134,7 +121,7 @@ class Stragglers:
 
     def give_up_later(self, worker: str, task: Task[object]) -> None:
         """End a call that was left behind, once it has gone on for too long."""
-        later = asyncio.get_running_loop().call_later(_GIVEN_UP * self._limit(worker), task.cancel)
+        later = asyncio.get_running_loop().call_later(GIVEN_UP * self._limit(worker), task.cancel)
         task.add_done_callback(lambda _: later.cancel())
 
 

@@ -85,12 +85,21 @@ def light_machines(
     held_out: int,
     examples: int = 30,
     seed: int = 0,
+    is_shared: bool = False,
     server_type: type[ServerState] = ServerState,
 ) -> tuple[ServerState, list[WorkerState]]:
-    """The shipped server and ``workers`` shipped workers ``w0``, ``w1``, … with light policies."""
+    """The shipped server and ``workers`` shipped workers ``w0``, ``w1``, … with light policies.
+
+    Args:
+        calls: Budget; ``held_out`` and ``examples`` are per worker.
+        is_shared: They hold each other's race examples and have one LM.
+    """
+    group, lm = ("all", "lm") if is_shared else ("", "")
     space = made_up_space()
     spaces = WorkerSpace(space, tuple(tuple(range(len(block.arms))) for block in space.upper))
-    members = [Member(f"w{number}", spaces.allowed, held_out) for number in range(workers)]
+    members = [
+        Member(f"w{number}", spaces.allowed, held_out, group=group, lm=lm) for number in range(workers)
+    ]
     machines = [
         WorkerState(
             member.name,

@@ -33,7 +33,10 @@ class Plan:
         stragglers: Share of the workers, in [0, 1], that are ``slowdown`` times slower.
         requests_per_minute: Limit of all workers together, ``inf`` for none.
         hanging: Share of calls that never come back, in [0, 1); they end at ``timeout_s``.
+        straggler_factor: As of ``AsynDBT``, > 1 or ``None``: rollouts that take so many times the usual are left behind.
         held_out: Examples for the race per worker.
+        shared_data: Workers hold each other's examples and call one model, as ``AsynDBT(workers=3)`` does: whoever is done in
+            the race helps the others. Else each has its own.
         active_workers: S; ``None`` and ``"auto"``: as of ``AsynDBT``, so that nobody waits for others if tau is not said either.
         max_staleness: tau; ``None`` and ``"auto"``: as of ``AsynDBT``.
         keep_busy: Workers go on with their next minibatch where they would wait for others, also with an S of one's own.
@@ -55,7 +58,9 @@ class Plan:
     requests_per_minute: float = math.inf
     hanging: float = 0.0
     timeout_s: float = 120.0
+    straggler_factor: float | None = 8.0
     held_out: int = 10
+    shared_data: bool = True
     active_workers: int | Literal["auto"] | None = None
     max_staleness: int | Literal["auto"] | None = None
     keep_busy: bool = False
@@ -73,6 +78,12 @@ class Plan:
         _check("hanging", self.hanging, 0 <= self.hanging < 1, "in [0, 1)")
         _check("timeout_s", self.timeout_s, 0 < self.timeout_s < math.inf, "> 0 seconds")
         _check("held_out", self.held_out, self.held_out >= 0, ">= 0")
+        factor = self.straggler_factor
+        _check("straggler_factor", factor, factor is None or 1 < factor < math.inf, "> 1, or None")
+        for name in ("prompt_tokens", "completion_tokens"):
+            _check(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, ">= 0 tokens")
+        for one in self.price or ():
+            _check("price", self.price, 0 <= one < math.inf, ">= 0 dollars per million tokens")
 
     def config(self) -> AlgorithmConfig:
         """Constants of the run."""
@@ -112,7 +123,12 @@ def simulate(plan: Plan) -> Forecast:
     """Run the shipped server and engine on a virtual clock with workers that only cost time."""
     config = plan.config()
     server, workers = light_machines(
-        plan.workers, config, calls=plan.metric_calls, held_out=plan.held_out, seed=plan.seed
+        plan.workers,
+        config,
+        calls=plan.metric_calls,
+        held_out=plan.held_out,
+        seed=plan.seed,
+        is_shared=plan.shared_data,
     )
     slow = round(plan.stragglers * plan.workers)
     provider = SimulatedProvider(
@@ -124,6 +140,7 @@ def simulate(plan: Plan) -> Forecast:
         seed=plan.seed,
         hanging=plan.hanging,
         timeout_s=plan.timeout_s,
+        straggler_factor=plan.straggler_factor,
     )
     engine = SimulatedEngine(provider)
     provider.clock = lambda: engine.now_s

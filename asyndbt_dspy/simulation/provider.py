@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from asyndbt_dspy.core.call_times import GIVEN_UP, MEMORY, limit_s, may_leave
 from asyndbt_dspy.core.messages import Evaluate
 from asyndbt_dspy.errors import ConfigurationError
 
@@ -51,6 +53,8 @@ class SimulatedProvider:
         requests_per_minute: Of all workers together, ``inf`` for no limit.
         calls_per_rollout: LM calls in a row of one run of the program, >= 1.
         hanging: Share of calls that never come back; they end at ``timeout_s``.
+        straggler_factor: As of ``AsynDBT``: a rollout that takes far longer than its like is left behind, and holds its slot
+            until it is over or given up.
 
     Attributes:
         clock: Virtual seconds now; set it to the engine's before the run.
@@ -68,6 +72,7 @@ class SimulatedProvider:
         seed: int,
         hanging: float = 0.0,
         timeout_s: float = 120.0,
+        straggler_factor: float | None = None,
     ) -> None:
         self.latency = latency
         self.concurrency = concurrency
@@ -76,28 +81,54 @@ class SimulatedProvider:
         self.calls_per_rollout = calls_per_rollout
         self.hanging = hanging
         self.timeout_s = timeout_s
+        self.straggler_factor = straggler_factor
         self.clock: Callable[[], float] = lambda: 0.0
         self.calls = 0
         self._rng = np.random.default_rng([seed, 11])
         self._next_free_s = 0.0  # when the rate limit lets the next call go
+        self._left_s: dict[str, list[float]] = {}  # worker -> ends of what was left behind
+        self._durations: dict[str, deque[float]] = {}
 
     def __call__(self, request: Evaluate) -> float:
         rollouts = sum(len(row) for row in request.examples)
         now, factor = self.clock(), self.factors.get(request.worker, 1.0)
-        slots = [now] * min(self.concurrency, max(1, rollouts))
+        slots = [one for one in self._left_s.get(request.worker, ()) if one > now]
+        slots = sorted(slots + [now] * (self.concurrency - len(slots)))
         count = rollouts * self.calls_per_rollout
         seconds = iter(self.latency.draw(self._rng, count))
         hangs = iter((self._rng.random(count) < self.hanging).tolist() if self.hanging else [False] * count)
         self.calls += count
-        end = now
+        taken: list[tuple[float, float]] = []
         for _ in range(rollouts):
-            time_s = heapq.heappop(slots)
+            begun = time_s = heapq.heappop(slots)
             for _ in range(self.calls_per_rollout):
                 time_s = max(time_s, self._granted(now))
                 time_s += self.timeout_s if next(hangs) else min(self.timeout_s, next(seconds) * factor)
-            end = max(end, time_s)
+            taken.append((time_s, begun))
             heapq.heappush(slots, time_s)
-        return end - now
+        return self._settled(request.worker, now, sorted(taken)) - now
+
+    def _settled(self, worker: str, now: float, calls: list[tuple[float, float]]) -> float:
+        """When a unit is over, of rollouts as (end, begin) in the order of their ends; notes what it leaves behind.
+
+        See ``programs.stragglers.Stragglers``.
+        """
+        durations = self._durations.setdefault(worker, deque(maxlen=MEMORY))
+        left = [one for one in self._left_s.get(worker, ()) if one > now]
+        over = now
+        for number, (end, begun) in enumerate(calls):
+            pending = calls[number:]
+            if len(pending) <= may_leave(len(calls)):
+                limit = limit_s(self.straggler_factor, durations)
+                patience = max(over, max(one for _, one in pending) + limit)
+                if patience < end:
+                    left += [min(one, patience + GIVEN_UP * limit) for one, _ in pending]
+                    over = patience
+                    break
+            durations.append(end - begun)
+            over = end
+        self._left_s[worker] = left
+        return over
 
     def _granted(self, now: float) -> float:
         """When the rate limit lets one more call go; what nobody used is gone."""

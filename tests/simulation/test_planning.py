@@ -66,6 +66,55 @@ def test_workers_share_one_rate_limit_and_what_nobody_used_is_gone() -> None:
     assert shared(evaluation(1)) == 2.0
 
 
+class Listed(Latency):
+    """Calls that take what is listed, in this order."""
+
+    def __init__(self, *listed: float) -> None:
+        super().__init__(1.0)
+        object.__setattr__(self, "left", list(listed))
+
+    def draw(self, rng: np.random.Generator, count: int) -> list[float]:
+        return [self.left.pop(0) for _ in range(count)]  # type: ignore[attr-defined]
+
+
+def test_a_unit_leaves_its_stragglers_behind_as_in_a_compile_and_they_hold_their_slots() -> None:
+    one = provider(concurrency=12, straggler_factor=8.0)
+    one.latency = Listed(*[1.0] * 9, *[100.0] * 3, *[1.0] * 36)
+    assert one(evaluation(12)) == 8.0, "eight times the usual second"
+    for now, took in ((8.0, 2.0), (31.0, 2.0), (32.0, 1.0)):  # given up after 24 more
+        one.clock = lambda now=now: now  # type: ignore[misc]
+        assert one(evaluation(12)) == took
+    one.latency = Listed(*[1.0] * 7, *[100.0] * 5)
+    assert one(evaluation(12)) == 100.0, "where more are slow, the endpoint is slow"
+    patient = provider(concurrency=12)
+    patient.latency = Listed(*[1.0] * 9, *[100.0] * 3)
+    assert patient(evaluation(12)) == 100.0
+
+
+def test_a_compile_over_http_took_as_long_as_its_forecast() -> None:
+    """Of the committed wall-clock figures; setup, which is not simulated, took three to ten seconds of them."""
+    figures = Path(__file__).parents[2] / "benchmarks" / "results" / "wallclock.json"
+    rows = [row for row in json.loads(figures.read_text())["rows"] if row["arm"] == "asyndbt"]
+    plan = Plan(
+        workers=8,
+        latency=Latency(0.3, 1.0),
+        metric_calls=1_000,
+        concurrency=4,
+        stragglers=1 / 8,
+        slowdown=10.0,
+        hanging=0.02,
+        timeout_s=30.0,
+        held_out=8,
+    )
+    found = mean_forecast([simulate(dataclasses.replace(plan, seed=seed)) for seed in range(3)])
+    real = [row["seconds"] for row in rows]
+    assert min(real) - 10 < found["seconds"] < max(real)
+    assert found["utilisation"] == pytest.approx(np.mean([row["utilisation"] for row in rows]), abs=0.05)
+    for careless in ({"straggler_factor": None}, {"shared_data": False}):
+        worse = simulate(dataclasses.replace(plan, **careless))
+        assert worse.seconds > 1.3 * found["seconds"], "what a compile does about stragglers shows"
+
+
 def test_a_plan_without_chance_costs_what_one_reckons() -> None:
     found = simulate(SMALL)
     assert 680 < found.metric_calls <= 800
@@ -129,6 +178,11 @@ def test_equal_seeds_give_equal_forecasts() -> None:
         {"hanging": 1.0},
         {"timeout_s": math.inf},
         {"held_out": -1},
+        {"straggler_factor": 1.0},
+        {"prompt_tokens": -600.0},
+        {"completion_tokens": math.nan},
+        {"price": (math.nan, 1.0)},
+        {"price": (0.1, -1.0)},
     ],
 )
 def test_plans_that_cannot_be_are_refused(changes: dict[str, Any]) -> None:
@@ -174,9 +228,41 @@ def test_arguments_that_mean_nothing_are_refused(arguments: str, capsys: pytest.
     assert "write" in capsys.readouterr().err or "active" in arguments
 
 
-def test_a_plan_that_cannot_be_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["simulate", "--active-workers", "9", "--workers", "3"]) == 2
-    assert "active_workers=9" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("--active-workers 9 --workers 3", "active_workers=9"),
+        ("--workers 0", "workers=0"),
+        ("--metric-calls 0", "metric_calls=0"),
+        ("--seeds 0", "seeds=0"),
+        ("--tokens=-600,40", "prompt_tokens=-600"),
+        ("--price=nan,1", "price=(nan"),
+        ("--straggler-factor 0.5", "straggler_factor=0.5"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_told_in_one_line(
+    arguments: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["simulate", *arguments.split()]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_arguments_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "simulate --workers 6 --metric-calls 300 --latency 1s --hanging 3% --timeout 60s --stragglers 20%x9 --seeds 1 --json"
+    plan = Plan(6, Latency(1.0), 300, hanging=0.03, timeout_s=60.0, stragglers=0.2, slowdown=9.0)
+    changes: dict[str, dict[str, Any]] = {
+        "": {},
+        "--straggler-factor 0": {"straggler_factor": None},
+        "--straggler-factor 3": {"straggler_factor": 3.0},
+        "--own-data": {"shared_data": False},
+    }
+    seconds = set()
+    for said, change in changes.items():
+        assert main([*line.split(), *said.split()]) == 0
+        found = json.loads(capsys.readouterr().out)["seconds"]
+        assert found == simulate(dataclasses.replace(plan, **change)).seconds
+        seconds.add(found)
+    assert len(seconds) == len(changes)
 
 
 # ------------------------------------------------------------------------------------------------ calibration
@@ -207,6 +293,47 @@ def test_a_recorded_run_gives_latencies_tokens_and_stragglers(tmp_path: Path) ->
     assert plan.slowdown == pytest.approx(6.0, rel=0.15)
     slower = calibrated(dataclasses.replace(SMALL, workers=3), read_run(tmp_path))
     assert simulate(slower).seconds > simulate(dataclasses.replace(slower, stragglers=0.0)).seconds
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_where_half_of_the_workers_were_slow_they_are_the_stragglers(tmp_path: Path, workers: int) -> None:
+    folder = tmp_path / "runs" / "0001" / "workers"
+    folder.mkdir(parents=True)
+    for number in range(workers):
+        journal = JournalWriter(
+            folder / f"w{number}.jsonl", heading={"run": 1, "of": f"w{number}", "private": False}
+        )
+        for _ in range(20):
+            entry = {
+                "kind": "rollout",
+                "usage": [1, 9, 9],
+                "score": 1.0,
+                "seconds": 10.0 if number % 2 else 1.0,
+            }
+            journal.append(entry)
+        journal.close()
+    plan = calibrated(dataclasses.replace(SMALL, workers=workers), read_run(tmp_path))
+    assert (plan.latency.median_s, plan.stragglers, plan.slowdown) == (1.0, 0.5, 10.0)
+    told = dataclasses.replace(SMALL, workers=workers, stragglers=0.5, slowdown=10.0)
+    assert simulate(dataclasses.replace(plan, prompt_tokens=1.0)).seconds == simulate(told).seconds
+
+
+def test_calls_that_hung_in_a_recorded_run_hang_in_its_plan_and_refused_ones_do_not(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "0001" / "workers"
+    folder.mkdir(parents=True)
+    journal = JournalWriter(folder / "a.jsonl", heading={"run": 1, "of": "a", "private": False})
+    for number in range(100):
+        entry: dict[str, Any] = {"kind": "rollout", "usage": [2, 9, 9], "score": 1.0, "seconds": 2.0}
+        missing = {"usage": [0, 0, 0], "score": None, "seconds": 30.0 if number % 2 else 0.1}
+        journal.append(entry if number < 90 else entry | missing)
+    journal.close()
+    measured = read_run(tmp_path)
+    assert (measured.missing, measured.hung_s) == (0.1, (30.0,) * 5)
+    plan = calibrated(SMALL, measured)
+    assert (plan.hanging, plan.timeout_s) == (pytest.approx(0.025), 30.0)
+    assert calibrated(dataclasses.replace(SMALL, hanging=0.2), measured).hanging == 0.2, (
+        "more than was recorded"
+    )
 
 
 def test_the_command_line_plans_from_a_journal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,35 @@
+"""When a call takes so long that its unit of work goes on without it; for what runs units, and for what plans them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+MEMORY = 64
+"""A worker's usual time is the median of so many of its newest calls."""
+SHARE = 3
+"""At most one call in so many of a unit, rounded up, is left behind: where more are slow, the endpoint is slow."""
+GIVEN_UP = 3.0
+"""Times its limit that a call may go on after it was left behind."""
+_FEWEST = 5
+"""Durations that must be known before one can be called long."""
+_LEAST_S = 1.0
+"""Nothing that takes less is worth leaving behind."""
+
+
+def may_leave(calls: int, share: int = SHARE) -> int:
+    """How many of a unit's ``calls`` it may leave behind."""
+    return math.ceil(calls / share)
+
+
+def limit_s(factor: float | None, newest_s: Sequence[float]) -> float:
+    """Seconds that one call may take; infinite where that is not known.
+
+    Args:
+        factor: > 1, how many times the median one call may take; ``None``: all are waited for.
+        newest_s: What a worker's newest calls took, ``MEMORY`` at most.
+    """
+    if factor is None or len(newest_s) < _FEWEST:
+        return math.inf
+    return max(_LEAST_S, factor * statistics.median(newest_s))
