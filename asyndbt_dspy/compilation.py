@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import dspy
@@ -21,7 +21,7 @@ from asyndbt_dspy.core.worker import WorkerState
 from asyndbt_dspy.engines.meter import RunMeter
 from asyndbt_dspy.engines.protocols import Engine, ListeningEngine, Recorded, RemoteRollouts, ResumableEngine
 from asyndbt_dspy.errors import BudgetExceededError
-from asyndbt_dspy.later_instructions import LaterInstructions
+from asyndbt_dspy.later_instructions import ASKED_AFTER, LaterInstructions
 from asyndbt_dspy.lms.identity import is_deterministic
 from asyndbt_dspy.metering import PROPOSER, Metering, confirm, estimate
 from asyndbt_dspy.programs import checks
@@ -108,6 +108,7 @@ async def prepare(
                 book,
                 metering,
                 lms,
+                expected.metric_calls,
             )
     except BaseException:
         try:
@@ -187,6 +188,7 @@ async def _arrange(
     book: KeysOnly,
     metering: Metering,
     lms: Mapping[str, Any],
+    affordable: int,
 ) -> Run:
     metered_student = metering.program(student)
     plain = preparation.make_space(
@@ -240,11 +242,35 @@ async def _arrange(
         for index, shard in enumerate(shards)
     ]
     later = LaterInstructions(
-        programs, server, shards, options, optimizer.seed, book, waits=optimizer.deterministic
+        programs,
+        server,
+        shards,
+        options,
+        optimizer.seed,
+        book,
+        waits=optimizer.deterministic,
+        # Where metric calls are the bound, the server knows better what the race leaves of them.
+        affordable=0 if affordable == calls else _for_search(config, affordable) - spent,
+        is_late=_late(optimizer, config, started),
     )
     return Run(
         optimizer, programs, shards, evaluator, server, states, spent, started, stop, book, metering, later
     )
+
+
+def _for_search(config: AlgorithmConfig, amount: float) -> float:
+    """What the race leaves of a cap."""
+    return (1 - config.race_fraction) * amount if config.race else amount
+
+
+def _late(optimizer: AsynDBT, config: AlgorithmConfig, started: float) -> Callable[[], bool]:
+    """Whether the part of the search's seconds is over after which the proposer is asked."""
+    seconds = optimizer.budget.seconds
+    if seconds is None or optimizer.deterministic:  # time has no say in a run that is to be repeatable
+        return lambda: False
+    now = time.perf_counter()
+    due = now + ASKED_AFTER * max(0.0, started + _for_search(config, seconds) - now)
+    return lambda: time.perf_counter() >= due
 
 
 def _recover_s(optimizer: AsynDBT) -> float:

@@ -1,15 +1,16 @@
 """Instructions that the proposer writes during the search, from what the best candidates got wrong.
 
-The arms are there from the start, without a text and drawn by nobody (``core.late_arms``). A third of the search's rollouts in,
-the proposer is shown the best candidate so far in place of the student, with its failures and those of the next best. What it
-writes joins and is tried like any arm. Nobody waits for it, unless the run is to be repeatable.
+The arms are there from the start, without a text and drawn by nobody (``core.late_arms``). A third of the search's rollouts or
+seconds in, by whichever bound comes first, the proposer is shown the best candidate so far in place of the student, with its
+failures and those of the next best. What it writes joins and is tried like any arm. Nobody waits for it, unless the run is to
+be repeatable.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import dspy
 
@@ -27,11 +28,11 @@ from asyndbt_dspy.sharding import Shard
 
 logger = logging.getLogger(__name__)
 
-_SHARE = 1 / 3
-"""Part of the search's rollouts after which the proposer is asked. What is under way then goes on without its texts, in a small
-budget another third."""
+ASKED_AFTER = 1 / 3
+"""Part of the search's rollouts, or seconds, after which the proposer is asked. What is under way then goes on without its texts,
+in a small budget another third."""
 _UNBOUNDED = 500
-"""Rollouts in place of that part where they are not bounded."""
+"""Rollouts in place of that part where nothing bounds them."""
 _BEST = 4
 """Candidates whose failures are shown."""
 
@@ -42,6 +43,8 @@ class LaterInstructions:
     Args:
         options: With the proposer, metered.
         waits: Whether the run stands still while the proposer writes, so that timing decides nothing.
+        affordable: Rollouts of the search that the caps on calls, tokens and dollars pay for; 0 or less: they bound none.
+        is_late: Whether a part of the search's time is over; then it is not waited for a part of its rollouts.
         book: What was written for an earlier process of the run is not asked for again.
     """
 
@@ -55,6 +58,8 @@ class LaterInstructions:
         book: TextBook,
         *,
         waits: bool,
+        affordable: float = 0.0,
+        is_late: Callable[[], bool] = lambda: False,
     ) -> None:
         self._programs = programs
         self._server = server
@@ -64,8 +69,11 @@ class LaterInstructions:
         self._seed = seed
         self._book = book
         self._waits = waits
-        left = server.calls_left
-        self._after = _UNBOUNDED if left is None else int(left * _SHARE)
+        bounds = [
+            one for one in (server.calls_left, affordable if affordable > 0 else None) if one is not None
+        ]
+        self._after = int(min(bounds) * ASKED_AFTER) if bounds else _UNBOUNDED
+        self._is_late = is_late
         self._blocks = {
             number: block.predictor for number, block in enumerate(programs.space.lower) if block.late
         }
@@ -110,7 +118,9 @@ class LaterInstructions:
     async def between(self) -> ArmsJoined | None:
         """What joined, once; see ``ListeningEngine``."""
         server = self._server
-        if self._is_over or (self._task is None and server.calls_spent < self._after):
+        if self._is_over:
+            return None
+        if self._task is None and server.calls_spent < self._after and not self._is_late():
             return None
         if server.phase == "race" or server.arms.said:  # too late, or an earlier process of the run did it
             await self.close()

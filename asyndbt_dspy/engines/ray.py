@@ -14,6 +14,7 @@ import asyncio
 import hashlib
 import importlib.util
 import json
+import math
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,8 @@ from asyndbt_dspy.engines.protocols import Engine, Evaluator, Observer, WorkerFa
 from asyndbt_dspy.errors import ConfigurationError
 
 _NAMESPACE = "asyndbt"
+_OF_JOBS = ("working_dir", "py_modules")
+"""Parts of a ``runtime_env`` whose local folders Ray ships with a job, and with nothing smaller."""
 _LONGEST_PAUSE_S = 2.0
 _SPARE_CALLS = 2
 """Of an actor, beside its rollouts: who asks what it is need not wait for them."""
@@ -64,7 +67,8 @@ class RayEngine:
         address: Of the cluster, as ``ray.init`` takes it; ``None`` starts one on this machine. Unused where Ray runs already.
         resources: Custom resources of an actor, for all (``{"gpu_a100": 1}``) or per worker (``{"w0": {"gpu_a100": 1}}``).
         num_cpus, num_gpus: Of each actor; fractions share.
-        runtime_env: Of the actors, as Ray takes it: environment variables, packages, a working directory.
+        runtime_env: Of the actors, as Ray takes it: environment variables, packages, a working directory. A ``working_dir`` or
+            ``py_modules`` on this machine goes with the job, so it needs an engine that connects to Ray by itself.
         name: Of the actors. Compiles that run at the same time need different ones.
         start_timeout_s: How long building the workers may take: finding nodes and loading models.
         recover_s: How long an actor that was lost may take to come back; then its worker is set aside.
@@ -149,8 +153,16 @@ class RayEngine:
             ConfigurationError: no cluster, a setup that fails, or resources that no node has.
         """
         self._check_names(workers)
-        if not ray.is_initialized():
-            options = {"include_dashboard": False} if self.address is None else {}
+        of_job = {name: one for name, one in self.runtime_env.items() if name in _OF_JOBS and _is_here(one)}
+        if ray.is_initialized():
+            if of_job:
+                raise ConfigurationError(
+                    f"runtime_env has {of_job} of this machine, which Ray ships with a whole job, and Ray is connected "
+                    f"already: pass it there, ray.init(…, runtime_env={of_job}), and leave it out here"
+                )
+        else:
+            options: dict[str, Any] = {"include_dashboard": False} if self.address is None else {}
+            options |= {"runtime_env": of_job} if of_job else {}
             try:
                 ray.init(address=self.address, namespace=_NAMESPACE, log_to_driver=False, **options)
             except ConnectionError as error:
@@ -184,17 +196,19 @@ class RayEngine:
         lost_at: float | None = None
         pause = 0.05
         while True:
-            actor = self._actors[worker]
+            actor, asked_at = self._actors[worker], math.inf
             try:
                 if worker in self._absent:
                     lost_at = lost_at or time.monotonic()
                     left_s = lost_at + self.recover_s - time.monotonic()
                     await self._return_of(worker, actor, max(_LONGEST_PAUSE_S, left_s))
+                asked_at = time.monotonic()
                 return str(await self._ask(actor, method, payload))
             except _LOST as error:
                 self._absent.add(worker)
                 now = time.monotonic()
-                lost_at = lost_at or now
+                if lost_at is None or now - asked_at > self.recover_s:
+                    lost_at = now  # it was back for so long that this is another loss; one that dies at once is not back
                 if now - lost_at > self.recover_s:
                     raise self._not_back(worker, _short(error)) from error
                 is_dead = isinstance(error, ActorDiedError)
@@ -264,13 +278,18 @@ class RayEngine:
                 num_cpus=self.num_cpus,
                 num_gpus=self.num_gpus,
                 resources=self._resources(worker),
-                runtime_env=self.runtime_env or None,
+                runtime_env=self._runtime_env_of_actors() or None,
                 max_restarts=-1,
                 max_task_retries=0,
                 max_concurrency=_SPARE_CALLS + self._concurrency[worker],
             )
             .remote(self.setup, worker, json.dumps(self._arguments(worker)), self._fingerprint(worker))
         )
+
+    def _runtime_env_of_actors(self) -> dict[str, Any]:
+        return {
+            name: one for name, one in self.runtime_env.items() if name not in _OF_JOBS or not _is_here(one)
+        }
 
     def _check_names(self, workers: Mapping[str, int]) -> None:
         """Resources given per worker must name workers: Ray would wait for a node with ``w9`` of something."""
@@ -320,6 +339,12 @@ class RayEngine:
             self.runtime_env,
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _is_here(given: Any) -> bool:
+    """Whether a working directory or modules, or one of them, are on this machine, and not at an address."""
+    entries = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    return not all(isinstance(one, str) and "://" in one for one in entries)
 
 
 class HostActor:

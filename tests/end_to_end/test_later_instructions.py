@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dspy
@@ -12,6 +13,7 @@ import kit
 import pytest
 
 from asyndbt_dspy import Budget, ConfigurationError, Worker
+from asyndbt_dspy.engines.local import LocalEngine
 from asyndbt_dspy.programs.slots import build_space
 
 TRAIN = kit.examples(72)
@@ -72,9 +74,50 @@ def test_what_is_written_during_the_search_joins_and_wins(deterministic: bool) -
     assert len(script.asked) == AT_FIRST + 1
     asked = script.asked[-1]
     assert "hint: item" in asked, "the metric's feedback on what the search got wrong"
+    assert 40 <= steps_before_joining(made) <= 90, "a third of the search's calls, and what was under way"
+
+
+def steps_before_joining(made: Any) -> int:
+    """Rollouts of the search before the arms joined."""
     joined = next(n for n, one in enumerate(made.recorded) if type(one.event).__name__ == "ArmsJoined")
-    before = sum(one.event.calls for one in made.recorded[:joined] if type(one.event).__name__ == "StepReply")
-    assert 40 <= before <= 90, "a third of the search's calls, and what was under way"
+    return sum(one.event.calls for one in made.recorded[:joined] if type(one.event).__name__ == "StepReply")
+
+
+@pytest.mark.parametrize(
+    ("budget", "deterministic"),
+    [
+        (Budget(lm_calls=240), False),
+        (Budget(lm_calls=240, seconds=1e6), False),
+        (Budget(metric_calls=10_000, lm_calls=240), False),
+        (Budget(metric_calls=10_000, lm_calls=240), True),
+    ],
+)
+def test_whichever_cap_bounds_the_search_the_proposer_is_asked_a_third_in(
+    budget: Budget, deterministic: bool
+) -> None:
+    script = Proposer()
+    made = optimizer(script, budget=budget, deterministic=deterministic)
+    compiled(made)
+    assert len(script.asked) == AT_FIRST + 1
+    assert 30 <= steps_before_joining(made) <= 90
+
+
+def test_where_only_time_bounds_the_search_the_proposer_is_asked_a_third_of_it_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A clock that goes by the LM's calls: a thousand seconds each, three hundred calls in all."""
+
+    def now_s() -> float:
+        return 1e3 * kit.calls_of(lm)
+
+    script, lm = Proposer(), kit.color_lm()
+    for module in ("compilation", "optimizer"):
+        monkeypatch.setattr(f"asyndbt_dspy.{module}.time", SimpleNamespace(perf_counter=now_s))
+    engine = LocalEngine(clock=now_s, deadline_s=180e3)
+    made = optimizer(script, budget=Budget(seconds=300e3), deterministic=False, engine=engine)
+    compiled(made, lm)
+    assert len(script.asked) == AT_FIRST + 1
+    assert 40 <= steps_before_joining(made) <= 110
 
 
 def test_a_slow_proposer_changes_nothing_where_the_run_is_to_be_repeatable() -> None:
