@@ -12,7 +12,7 @@ import logging
 import platform
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +85,19 @@ def append(path: Path, row: Row) -> None:
         out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
-def run(key: Key, lms: Lms, folder: Path, *, incumbents: bool = False, test_limit: int | None = None) -> Row:
+def run(
+    key: Key,
+    lms: Lms,
+    folder: Path,
+    *,
+    incumbents: bool = False,
+    test_limit: int | None = None,
+    constants: Mapping[str, Any] | None = None,
+) -> Row:
     """Optimize, then score on valid and test; returns the row.
 
     Args:
+        constants: See ``optimizers.Job``.
         incumbents: Also score what AsynDBT would have returned earlier.
         test_limit: At most so many test examples, for smoke runs; kept in the row.
     """
@@ -104,6 +113,7 @@ def run(key: Key, lms: Lms, folder: Path, *, incumbents: bool = False, test_limi
         key.seed,
         metric,
         incumbents,
+        constants or {},
     )
     calls = lms.book.start(key.seed)
     started = time.perf_counter()

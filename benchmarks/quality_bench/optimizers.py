@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,11 @@ THREADS = 16
 
 @dataclass(frozen=True)
 class Job:
-    """What an optimizer gets. The test part is not for it: only ``train`` and ``valid`` of ``examples`` are filled."""
+    """What an optimizer gets. The test part is not for it: only ``train`` and ``valid`` of ``examples`` are filled.
+
+    Attributes:
+        constants: Of the algorithm, where a run of ours is made again that had others than the present ones.
+    """
 
     task: Task
     lms: Lms
@@ -31,6 +35,7 @@ class Job:
     seed: int
     metric: CountedMetric
     incumbents: bool = False
+    constants: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def rollouts(self) -> int:
@@ -195,18 +200,21 @@ def asyndbt(**options: Any) -> Callable[[Job], Outcome]:
 
     def run(job: Job) -> Outcome:
         arguments, config = _split(options)
-        optimizer = _WatchedAsynDBT(
-            job.metric,
-            **{
-                "workers": 3,
-                "budget": Budget(metric_calls=job.rollouts),
-                "seed": job.seed,
-                "deterministic": True,
-                "progress": False,
-                **arguments,
-                "config": config,
-            },
-        )
+        arguments = {
+            "workers": 3,
+            "budget": Budget(metric_calls=job.rollouts),
+            "seed": job.seed,
+            "deterministic": True,
+            "progress": False,
+            **arguments,
+        }
+        present = AsynDBT(job.metric, **arguments, config=config).config.to_dict()
+        of_before = {
+            name: value
+            for name, value in job.constants.items()
+            if name in _CONSTANTS - _RESOLVED and value != present[name]
+        }
+        optimizer = _WatchedAsynDBT(job.metric, **arguments, config={**config, **of_before})
         if not job.incumbents:
             optimizer.make_engine = lambda spent_s=0.0: AsynDBT.make_engine(optimizer, spent_s)  # type: ignore[method-assign]
         made = optimizer.compile(job.task.build(), trainset=job.examples.train, valset=job.examples.valid)
@@ -228,6 +236,10 @@ def asyndbt(**options: Any) -> Callable[[Job], Outcome]:
 
 
 _CONSTANTS = frozenset(AsynDBT(lambda *_: True, progress=False).config.to_dict())
+_RESOLVED = frozenset(
+    {"active_workers", "max_staleness", "auto_active", "auto_staleness", "keep_busy", "balance"}
+)
+"""Constants that a compile fills in from its arguments."""
 
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

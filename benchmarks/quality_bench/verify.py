@@ -1,8 +1,8 @@
 """Reruns random rows of a results file and compares.
 
 Two checks per row. *Program*: the committed instructions and demos score as they did, example by example. *Run*: the
-whole cell again gives the same calls, the same program and the same answers; a run whose order timing decides
-(``deterministic=False``) is not made again. In float32 both hold exactly but for ties
+whole cell again, with the constants of its row, gives the same calls, the same program and the same answers; a run whose
+order timing decides (``deterministic=False``) is not made again. In float32 both hold exactly but for ties
 in the last bits. In bfloat16 an answer depends a little on what else was in the batch, which timing decides: labels
 that are nearly tied may flip, and a search that meets such a tie may go another way.
 """
@@ -20,6 +20,8 @@ import dspy
 
 from quality_bench import cells, lms, tasks
 
+BEFORE = {"accept_score_z": 0.0}
+"""What constants of the algorithm amounted to before they were there; rows from then do not name them."""
 TOLERANCE = 0.02
 """Part of the test examples on which two scorings of one program may differ."""
 
@@ -78,7 +80,8 @@ def compare(row: cells.Row, loaded: lms.Lms, folder: Path) -> Comparison:
     first = Comparison(key=key, examples=count, program_flips=program_flips, test=row["test"])
     if not row["settings"].get("deterministic", True):
         return first
-    again = cells.run(key, loaded, folder, test_limit=count)
+    constants = {**BEFORE, **row["settings"].get("algorithm", {})}
+    again = cells.run(key, loaded, folder, test_limit=count, constants=constants)
     return dataclasses.replace(
         first,
         run_flips=_flips(row["test_bits"], again["test_bits"]),

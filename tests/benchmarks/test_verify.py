@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from quality_bench import cells, lms, measure, tasks, verify
@@ -49,3 +50,27 @@ def test_of_a_run_that_timing_decides_the_program_alone_is_checked(
     cells.append(other := tmp_path / "doctored.jsonl", {**row, "test_bits": "1" * len(row["test_bits"])})
     assert verify.main(other, data, 1) == "1 of 1 rows differ"
     assert made == []
+
+
+def test_a_row_is_made_again_with_its_own_constants(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = tasks.TASKS["trec"]
+    monkeypatch.setattr(lms, "load", lambda name, precision: measure.half_right_lms(task))
+    loaded = measure.half_right_lms(task)
+    row = cells.run(cells.Key("trec", loaded.name, "asyndbt", 45, 0), loaded, data)
+    algorithm = row["settings"]["algorithm"]
+    earlier = {name: value for name, value in algorithm.items() if name != "accept_score_z"}
+    settings = {"algorithm": {**earlier, "race_fraction": 0.25}}
+    cells.append(out := tmp_path / "results.jsonl", {**row, "settings": settings})
+    again: list[dict[str, Any]] = []
+    run = cells.run
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        again.append(run(*arguments, **options))
+        return again[-1]
+
+    monkeypatch.setattr(cells, "run", noted)
+    verify.main(out, data, 1)
+    changed = {"race_fraction": 0.25, "accept_score_z": 0.0}
+    assert again[0]["settings"]["algorithm"] == {**algorithm, **changed}
