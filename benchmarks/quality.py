@@ -58,7 +58,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--test-limit", type=int, default=None, help="test examples, for smoke runs")
     parser.add_argument("--report", type=Path, default=None, metavar="RESULTS")
     parser.add_argument("--json", action="store_true", help="with --report: one JSON line")
-    parser.add_argument("--plots", type=Path, default=None, metavar="DIR")
+    parser.add_argument(
+        "--plots", type=Path, default=None, metavar="DIR", help="default: the folder plots beside the results"
+    )
     parser.add_argument("--write-docs", type=Path, default=None, metavar="FILE")
     parser.add_argument("--verify", type=int, default=0, metavar="N", help="rerun N random rows of --out")
     parser.add_argument("--measure-settings", action="store_true", help="rewrite the others' settings")

@@ -141,7 +141,8 @@ def recorded_keys(folder: pathlib.Path) -> list[str]:
 def overhead(calls: int, rounds: int = 5) -> dict[str, Any]:
     """Wall time per metric call on a scripted LM, here and on the cluster."""
     shards = {name: setups.items(200, 1000 * number) for number, name in enumerate(NAMES)}
-    here, there, starts, used = [], [], [], []
+    here, there, starts = [], [], []
+    results = []
     for number in range(rounds):
         lms = dict.fromkeys(NAMES, setups.scripted())
         _, result, seconds = compiled(setups.sorter(), shards, setups.metric, calls, None, lms, seed=number)
@@ -150,13 +151,15 @@ def overhead(calls: int, rounds: int = 5) -> dict[str, Any]:
         _, result, seconds = compiled(setups.sorter(), shards, setups.metric, calls, engine, seed=number)
         there.append(1000 * (seconds - engine.start_s) / result.metric_calls)
         starts.append(engine.start_s)
-        used.append(result.utilisation)
+        results.append(result)
     return {
         "overhead_ms": round(statistics.median(there) - statistics.median(here), 2),
         "local_ms": [round(one, 2) for one in here],
         "cluster_ms": [round(one, 2) for one in there],
         "start_s": round(statistics.median(starts), 1),
-        "utilisation": round(statistics.median(used), 3),
+        "utilisation": round(statistics.median(one.utilisation for one in results), 3),
+        "largest_staleness": max(one.largest_staleness for one in results),
+        "mean_staleness": round(statistics.fmean(one.mean_staleness for one in results), 3),
     }
 
 

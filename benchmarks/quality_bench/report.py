@@ -20,7 +20,11 @@ BEGIN, END = "<!-- quality tables: begin -->", "<!-- quality tables: end -->"
 
 
 def main(path: Path, as_json: bool, plots: Path | None, docs: Path | None) -> str | None:
-    """Print the report of a results file; returns what is wrong, for ``sys.exit``."""
+    """Print the report of a results file, or its line for programs, and draw the plots; returns what is wrong, for ``sys.exit``.
+
+    Args:
+        plots: Folder; ``None``: ``plots`` beside the results, and none beside a line for programs.
+    """
     rows = cells.read(path)
     if not rows:
         return f"{path} holds no rows; run the benchmark with --out {path} first"
@@ -29,13 +33,22 @@ def main(path: Path, as_json: bool, plots: Path | None, docs: Path | None) -> st
         sys.stdout.write(json.dumps(as_line(found)) + "\n")
     else:
         sys.stdout.write(text(found) + "\n")
-    if plots is not None:
-        from quality_bench import plots as drawing
-
-        drawing.draw(rows, found, plots)
+    if plots is not None or not as_json:
+        _draw(rows, found, plots or path.parent / "plots")
     if docs is not None:
         write_docs(docs, text(found))
     return None
+
+
+def _draw(rows: Sequence[cells.Row], found: Sequence[Summary], folder: Path) -> None:
+    from quality_bench import plots
+
+    try:
+        files = plots.draw(rows, found, folder)
+    except ImportError as error:
+        sys.stderr.write(f"no plots ({error}): pip install 'asyndbt-dspy[report]'\n")
+        return
+    sys.stderr.write(f"plots: {', '.join(map(str, files))}\n")
 
 
 def as_line(found: Sequence[Summary]) -> dict[str, object]:

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
-from quality_bench import report, settings, statistics, summary, tasks
+from quality_bench import cells, report, settings, statistics, summary, tasks
 from quality_bench.settings import Rung
 from result_rows import made_row
 
@@ -233,6 +233,24 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
     [again] = plots.draw(rows, [summary.summarise(rows, 300)], tmp_path / "again")
     assert file.read_bytes() == again.read_bytes()
     assert file.stat().st_size > 1_000
+
+
+def test_a_report_writes_its_plots_beside_the_results_and_a_line_for_programs_writes_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    from quality_bench import plots
+
+    results = tmp_path / "results.jsonl"
+    for row in (made_row("asyndbt", HALF), made_row("student", HALF), made_row("simba", HALF)):
+        cells.append(results, row)
+    report.main(results, True, None, None)
+    assert not (tmp_path / "plots").exists()
+    report.main(results, False, None, None)
+    assert (tmp_path / "plots" / "quality_300.svg").stat().st_size > 1_000
+    monkeypatch.setattr(plots, "draw", lambda *_: (_ for _ in ()).throw(ImportError("no matplotlib here")))
+    assert report.main(results, False, None, None) is None
+    assert "pip install 'asyndbt-dspy[report]'" in capsys.readouterr().err
 
 
 def test_the_others_settings_are_committed_for_every_task_and_budget() -> None:

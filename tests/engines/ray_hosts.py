@@ -74,6 +74,13 @@ def make(worker: str, log: str = "", count: int = 0, start: int = 0) -> RolloutH
     )
 
 
+def make_with_gpu(worker: str, log: str) -> RolloutHost:
+    """A plain host that notes which GPU a model built here would find."""
+    with open(log, "a") as out:
+        out.write(f"{worker} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}\n")
+    return make(worker)
+
+
 def make_broken(worker: str) -> RolloutHost:
     raise FileNotFoundError("no weights here")
 

@@ -172,6 +172,19 @@ def test_an_actor_reads_its_own_shard_and_no_example_travels(cluster: Any) -> No
     assert not any("item 101 " in json.dumps(one["example"]) for one in requests)
 
 
+def test_workers_of_one_node_have_a_gpu_each(cluster: Any, tmp_path: Path) -> None:
+    """Ray takes a node's word for its GPUs, so that their placement can be tried where there are none."""
+    log = tmp_path / "gpus"
+    node = cluster.add_node(**NODE, num_gpus=2)
+    try:
+        compiled(engine("make_with_gpu", name="gpus", num_gpus=1, arguments={"log": str(log)}), count=2)
+    finally:
+        cluster.remove_node(node)
+    assert sorted(lines(log)) in ([["w0", "0"], ["w1", "1"]], [["w0", "1"], ["w1", "0"]])
+    with pytest.raises(ConfigurationError, match=r"no place on the cluster within 2 s.*'GPU': 1"):
+        compiled(engine(name="no-gpus", num_gpus=1, start_timeout_s=2), count=1)
+
+
 def test_without_deterministic_too(cluster: Any) -> None:
     # A busy machine makes stragglers of anybody, and a race of few examples shows too little: neither is what is asked here.
     patient: dict[str, Any] = {"straggler_factor": None, "config": {"accept_z": 0.0}}
