@@ -124,7 +124,7 @@ class Endpoint:
         with self._lock:
             if is_too_much:
                 self._is_guarded = True
-            if not self._is_guarded and passed.slots is None:
+            if not self._is_guarded:
                 self._unguarded -= 1
                 return
         over = 0.0 if tokens is None else tokens - passed.announced_tokens
@@ -142,7 +142,7 @@ class Endpoint:
         self._home.loop.call_soon_threadsafe(gone)
 
     def _enters_freely(self, slots: Slots | None) -> bool:
-        # An endpoint without limits that never said 429 costs no hop to the other thread.
+        # An endpoint without limits, without slots and without a 429 so far costs no hop to the other thread.
         with self._lock:
             if self._is_guarded or slots is not None:
                 return False
@@ -154,8 +154,10 @@ class Endpoint:
         with self._lock:
             if self._gate is None:
                 self._gate = EndpointGate(self.limits, time.monotonic)
-                # Attempts that went out before there was a gate come back through it.
+                # Attempts that went out before there was a gate come back through it, and later ones go out through it:
+                # one that is counted on one side only would hold the endpoint back for ever, or not at all.
                 self._gate.in_flight, self._unguarded = self._unguarded, 0
+                self._is_guarded = True
             return self._gate
 
 
@@ -261,12 +263,26 @@ def endpoint_key(lm: Any, find_env: Callable[[str], str | None] = os.environ.get
     if engine is not None and not isinstance(engine, str):
         named = getattr(engine, "endpoint_key", None)
         return str(named) if named else f"engine:{type(engine).__name__}:{id(engine):x}"
-    settings = getattr(lm, "kwargs", {})
-    provider = str(settings.get("custom_llm_provider") or lm.model.partition("/")[0])
-    prefix = provider.upper()
-    address = settings.get("api_base") or settings.get("base_url")
-    address = address or find_env(f"{prefix}_API_BASE") or find_env(f"{prefix}_BASE_URL")
-    secret = settings.get("api_key") or find_env(f"{prefix}_API_KEY") or ""
+    provider = _provider(lm)
+    secret = getattr(lm, "kwargs", {}).get("api_key") or find_env(f"{provider.upper()}_API_KEY") or ""
     digest = hashlib.sha256(str(secret).encode()).hexdigest()[:16]
-    place = str(address or _PLAIN_PROVIDERS.get(provider, provider)).rstrip("/")
-    return f"{place}#{digest}"
+    address = endpoint_address(lm, find_env) or _PLAIN_PROVIDERS.get(provider, provider)
+    return f"{address.rstrip('/')}#{digest}"
+
+
+def endpoint_address(lm: Any, find_env: Callable[[str], str | None] = os.environ.get) -> str | None:
+    """The address that an LM was given, by its settings or else by the environment; ``None``: its provider's own."""
+    settings = getattr(lm, "kwargs", None) or {}
+    given = settings.get("api_base") or settings.get("base_url")
+    engine = getattr(lm, "engine", None)
+    if given or (engine is not None and engine not in ("auto", "litellm")):
+        return str(given) if given else None  # other engines do not read the environment for it
+    provider = _provider(lm)
+    # LiteLLM's order, where both are set.
+    names = ("BASE_URL", "API_BASE") if provider == "openai" else ("API_BASE", "BASE_URL")
+    return next((found for name in names if (found := find_env(f"{provider.upper()}_{name}"))), None)
+
+
+def _provider(lm: Any) -> str:
+    settings = getattr(lm, "kwargs", None) or {}
+    return str(settings.get("custom_llm_provider") or str(getattr(lm, "model", "")).partition("/")[0])

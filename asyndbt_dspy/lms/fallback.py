@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import dspy
 from dspy.lm15 import RateLimitError, Request, Response
@@ -33,10 +34,20 @@ _LONGEST_S = 600.0
 class _Standing:
     """How one of the LMs is doing."""
 
-    left_out_until_s: float = -math.inf
+    rests_until_s: float = -math.inf
+    """Because of its failures; without a rest, when the last one was counted."""
+    asked_until_s: float = -math.inf
+    """Because it asked for a pause."""
     endpoint_failures: int = 0
     transient_failures: int = 0
     last_error: BaseException | None = None
+
+    def is_left_out(self, now_s: float) -> bool:
+        return max(self.rests_until_s, self.asked_until_s) > now_s
+
+    def may_come_back_s(self, now_s: float) -> float:
+        """When it may be tried again; a rest that outlasts the pause is not waited for (see ``Rotation.order``)."""
+        return self.asked_until_s if self.asked_until_s > now_s else self.rests_until_s
 
 
 class Rotation:
@@ -46,7 +57,9 @@ class Rotation:
       long each further time, at most ten minutes.
     - One that asks for a pause is left out for the pause; after a 429 without one for 1, 2, 4, … seconds.
     - Three other transient failures in a row count as death.
+    - Attempts that fail together are one failure.
     - An answer makes up for everything.
+    - Where no LM is left, those that have asked for no pause are tried early, unless their endpoint is dead.
 
     Raises:
         ConfigurationError: ``retry_dead_after_s`` is not > 0.
@@ -59,43 +72,64 @@ class Rotation:
         self._standings = [_Standing() for _ in range(count)]
 
     def order(self, now_s: float) -> list[int]:
-        """The LMs that are not left out, first choice first."""
-        return [number for number, one in enumerate(self._standings) if one.left_out_until_s <= now_s]
+        """The LMs that may be tried: those not left out, first choice first; else those that rest, first back first."""
+        in_service = [number for number, one in enumerate(self._standings) if not one.is_left_out(now_s)]
+        if in_service:
+            return in_service
+        resting = self._resting()
+        if any(one.asked_until_s > now_s for one in resting.values()):
+            return []  # waiting for the pause's end is surer than an LM that has just failed
+        # A rest spares calls a detour while another LM answers. With no other it only prolongs the outage: the LMs are
+        # then asked as each would be alone, at the pace of DSPy's retries.
+        return sorted(resting, key=lambda number: resting[number].rests_until_s)
 
     def answered(self, number: int) -> None:
         self._standings[number] = _Standing()
 
-    def failed(self, number: int, error: BaseException, now_s: float) -> None:
-        """Book a transient or an endpoint failure."""
+    def failed(self, number: int, error: BaseException, now_s: float, started_s: float | None = None) -> None:
+        """Book a transient or an endpoint failure.
+
+        Args:
+            started_s: When the attempt went out; ``None``: now.
+        """
         one = self._standings[number]
+        started_s = now_s if started_s is None else started_s
+        is_endpoints = classify(error) is FailureKind.ENDPOINT
+        asked_s = None if is_endpoints else retry_after_s(error)
+        if asked_s is not None:
+            one.asked_until_s = max(one.asked_until_s, now_s + min(asked_s, _LONGEST_S))
+        if started_s < one.rests_until_s and (one.endpoint_failures or not is_endpoints):
+            return  # it went out beside the failure that was counted last, or early out of a rest: none further in a row
         one.last_error = error
-        asked_s = retry_after_s(error)
-        if classify(error) is FailureKind.ENDPOINT:
+        if is_endpoints:
             one.endpoint_failures += 1
             rest_s = self._death_s(one.endpoint_failures)
         else:
             one.transient_failures += 1
-            rest_s = 0.0
-            if asked_s is not None:
-                rest_s = min(asked_s, _LONGEST_S)
-            elif is_rate_limited(error):
-                rest_s = _FIRST_REST_S * 2 ** min(one.transient_failures - 1, 6)
-            if one.transient_failures >= _TRANSIENTS_TO_DEATH:
-                deaths = one.transient_failures - _TRANSIENTS_TO_DEATH + 1
-                rest_s = max(rest_s, self._death_s(deaths)) if asked_s is None else rest_s
-        one.left_out_until_s = max(one.left_out_until_s, now_s + rest_s) if rest_s else one.left_out_until_s
+            rest_s = self._own_rest_s(error, one.transient_failures) if asked_s is None else 0.0
+        one.rests_until_s = max(one.rests_until_s, now_s + rest_s)
 
     def unavailable(self, now_s: float) -> BaseException:
-        """What to raise where every LM is left out: DSPy waits for one that rests, and gives up on the dead."""
-        resting = [one for one in self._standings if not one.endpoint_failures]
+        """What to raise where no LM may be tried: DSPy waits for one that rests, and gives up on the dead."""
+        resting = self._resting().values()
         if not resting:
             error = self._standings[0].last_error
             return error if error is not None else RateLimitError("every LM is left out")
-        wait_s = max(0.0, min(one.left_out_until_s for one in resting) - now_s)
+        wait_s = max(0.0, min(one.may_come_back_s(now_s) for one in resting) - now_s)
         return RateLimitError(
             f"all {len(self._standings)} LMs are left out, the first for {wait_s:.1f} s more",
             retry_after=round(wait_s, 3),
         )
+
+    def _resting(self) -> dict[int, _Standing]:
+        """Those whose endpoint is not dead, by number."""
+        return {number: one for number, one in enumerate(self._standings) if not one.endpoint_failures}
+
+    def _own_rest_s(self, error: BaseException, times: int) -> float:
+        """After so many transient failures in a row, where the endpoint did not say how long."""
+        rest_s = _FIRST_REST_S * 2 ** min(times - 1, 6) if is_rate_limited(error) else 0.0
+        deaths = times - _TRANSIENTS_TO_DEATH + 1
+        return max(rest_s, self._death_s(deaths)) if deaths > 0 else rest_s
 
     def _death_s(self, times: int) -> float:
         return min(_LONGEST_S, self.retry_dead_after_s * 2 ** min(times - 1, 10))
@@ -168,12 +202,12 @@ class _Team:
         with self.lock:
             self.rotation.answered(number)
 
-    def failed(self, number: int, error: BaseException) -> bool:
-        """Book a failure; whether another LM may do better."""
+    def failed(self, number: int, error: BaseException, started_s: float) -> bool:
+        """Book a failure of an attempt that went out at ``started_s``; whether another LM may do better."""
         if classify(error) not in (FailureKind.TRANSIENT, FailureKind.ENDPOINT) or _is_budgets(error):
             return False
         with self.lock:
-            self.rotation.failed(number, error, self.clock())
+            self.rotation.failed(number, error, self.clock(), started_s)
         return True
 
 
@@ -195,11 +229,12 @@ class _Engine(EngineFace):
                 raise
         errors: list[BaseException] = []
         for number in team.order():
+            started_s = team.clock()
             try:
                 response = team.members[number].complete(request)
             except Exception as error:  # sorted by kind in failed()
                 errors.append(error)
-                if not team.failed(number, error):
+                if not team.failed(number, error, started_s):
                     raise
                 continue
             team.answered(number)
@@ -218,13 +253,20 @@ class _AsyncEngine(EngineFace):
         return await _Race(self.team, request).run()
 
 
+class _Sent(NamedTuple):
+    """One attempt: which LM, and when it went out."""
+
+    number: int
+    started_s: float
+
+
 @dataclass
 class _Race:
     """One attempt of a team: one LM after the other, a second one beside a straggler."""
 
     team: _Team
     request: Request
-    running: dict[asyncio.Task[Response], int] = field(default_factory=dict)
+    running: dict[asyncio.Task[Response], _Sent] = field(default_factory=dict)
     errors: list[BaseException] = field(default_factory=list)
 
     async def run(self) -> Response:
@@ -244,14 +286,16 @@ class _Race:
                     continue
                 go_on = True
                 for task in done:
-                    number = self.running.pop(task)
+                    sent = self.running.pop(task)
                     error = _error_of(task)
                     if error is None:
-                        self.team.answered(number)
+                        self.team.answered(sent.number)
                         return task.result()
                     self.errors.append(error)
                     # A hedge that the budget refuses does not end the call that it was to hurry.
-                    go_on = self.team.failed(number, error) or (_is_budgets(error) and bool(self.running))
+                    go_on = self.team.failed(sent.number, error, sent.started_s) or (
+                        _is_budgets(error) and bool(self.running)
+                    )
                     if not go_on:
                         raise error
                 if not self.running and waiting and not _is_budgets(self.errors[-1]):
@@ -262,7 +306,7 @@ class _Race:
 
     def _start(self, number: int) -> None:
         task = asyncio.ensure_future(self.team.members[number].acomplete(self.request))
-        self.running[task] = number
+        self.running[task] = _Sent(number, self.team.clock())
 
     def _leave_the_rest(self) -> None:
         for task in self.running:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from asyndbt_dspy.lms.endpoints import endpoint_address
+
 _ENDPOINT_SETTINGS = ("api_base", "base_url")
 _NOT_IDENTITY = frozenset(
     {
@@ -41,13 +43,12 @@ def lm_identity(lm: Any) -> Any:
     if elsewhere is not None:
         return elsewhere
     settings = getattr(lm, "kwargs", None) or {}
+    address = endpoint_address(lm)
     sampling = {name: _plain(value) for name, value in sorted(settings.items()) if _is_identity(name, value)}
     return {
         "model": str(getattr(lm, "model", "")),
         "type": str(getattr(lm, "model_type", "")),
-        "endpoint": next(
-            (_address(settings[name]) for name in _ENDPOINT_SETTINGS if settings.get(name)), None
-        ),
+        "endpoint": None if address is None else _address(address),
         "engine": _engine_identity(lm),
         "sampling": sampling,
     }
@@ -106,9 +107,9 @@ def _engine_identity(lm: Any) -> Any:
     return [type(engine).__qualname__, {name: _plain(value) for name, value in sorted(state.items())}]
 
 
-def _address(value: Any) -> str:
+def _address(value: str) -> str:
     """Scheme, host, port and path: whoever may log in, and query strings that may hold keys, are left out."""
-    parts = urlsplit(str(value))
+    parts = urlsplit(value)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
 
 

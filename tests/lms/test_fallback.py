@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import dspy
@@ -57,9 +58,12 @@ def test_a_dead_endpoint_is_left_out_and_tried_again_ever_later() -> None:
     rotation.answered(0)
     rotation.failed(0, AUTH, 200)
     assert rotation.order(260) == [0, 1]
+    now_s = 300.0
     for _ in range(20):
-        rotation.failed(0, AUTH, 300)
-    assert rotation.order(900) == [0, 1]
+        rotation.failed(0, AUTH, now_s)
+        now_s += 600
+    assert rotation.order(now_s - 1) == [1]
+    assert rotation.order(now_s) == [0, 1]
 
 
 def test_a_pause_is_kept_to_the_second() -> None:
@@ -80,6 +84,63 @@ def test_one_cut_connection_is_forgiven_and_three_are_not() -> None:
     rotation.failed(0, BROKEN, 2)
     assert rotation.order(61) == [1]
     assert rotation.order(62) == [0, 1]
+
+
+@pytest.mark.parametrize(("error", "rest_s"), [(AUTH, 60), (lm15.RateLimitError("busy"), 1)])
+def test_attempts_that_fail_together_leave_an_lm_out_once(error: Exception, rest_s: float) -> None:
+    rotation = Rotation(2, retry_dead_after_s=60)
+    for number in range(8):
+        rotation.failed(0, error, now_s=10 + number / 100, started_s=9)
+    assert rotation.order(10 + rest_s - 0.1) == [1]
+    assert rotation.order(10 + rest_s) == [0, 1]
+
+
+def test_attempts_that_fail_together_are_one_of_three_in_a_row() -> None:
+    rotation = Rotation(2, retry_dead_after_s=60)
+    for wave_s in (10.0, 20.0):
+        for number in range(8):
+            rotation.failed(0, BROKEN, now_s=wave_s + number / 100, started_s=wave_s - 1)
+    assert rotation.order(21) == [0, 1]
+    rotation.failed(0, BROKEN, now_s=30, started_s=29)
+    assert rotation.order(89) == [1]
+    assert rotation.order(90) == [0, 1]
+
+
+def test_among_attempts_that_fail_together_a_dead_endpoint_and_the_longest_pause_are_heard() -> None:
+    rotation = Rotation(3, retry_dead_after_s=60)
+    for error in (BROKEN, AUTH, BROKEN):
+        rotation.failed(0, error, now_s=10, started_s=9)
+    for error in (BROKEN, lm15.RateLimitError("busy", retry_after=5), BUSY):
+        rotation.failed(1, error, now_s=10, started_s=9)
+    assert rotation.order(39) == [2]
+    assert rotation.order(40) == [1, 2]
+    assert rotation.order(70) == [0, 1, 2]
+
+
+def test_with_no_lm_in_service_those_that_rest_are_tried_the_first_back_first() -> None:
+    rotation = Rotation(3, retry_dead_after_s=60)
+    rotation.failed(2, AUTH, 0)
+    for now_s in range(3):
+        rotation.failed(0, BROKEN, now_s + 0.5)
+        rotation.failed(1, BROKEN, now_s)
+    assert rotation.order(3) == [1, 0]
+    for now_s in range(3, 20):  # tried early, in vain: that makes no rest longer
+        rotation.failed(1, BROKEN, now_s + 0.1, started_s=now_s)
+    assert rotation.order(62) == [1, 2]
+    rotation.answered(0)
+    assert rotation.order(20) == [0]
+
+
+def test_a_pause_that_an_endpoint_asked_for_is_not_cut_short_by_those_that_rest() -> None:
+    rotation = Rotation(2, retry_dead_after_s=60)
+    rotation.failed(0, BUSY, 0)
+    for now_s in range(3):
+        rotation.failed(1, BROKEN, now_s)
+    assert rotation.order(29) == []
+    error = rotation.unavailable(20)
+    assert isinstance(error, lm15.RateLimitError)
+    assert error.retry_after == 10
+    assert rotation.order(30) == [0]
 
 
 def test_with_all_left_out_dspy_is_told_to_wait_for_the_first_that_rests() -> None:
@@ -143,6 +204,53 @@ def test_a_dead_key_costs_one_attempt_until_it_is_tried_again(way: str) -> None:
         assert ask(lm, way) == "ok"
     assert (len(provider.seen(key="old")), len(provider.seen(key="new"))) == (3, 5)
     assert ledger.line("a").attempts == provider.attempts == 8
+
+
+@both_ways
+def test_calls_that_fail_side_by_side_leave_an_lm_out_for_no_longer_than_one(way: str) -> None:
+    now, calls = [0.0], 8
+    met = threading.Barrier(calls)
+
+    def script(messages: Any) -> str:
+        if now[0] >= 60:
+            return "first"
+        met.wait(10)  # all are out before one fails
+        raise AUTH
+
+    def plainly(messages: Any) -> str:
+        return "second"
+
+    def tick() -> float:
+        now[0] += 0.001
+        return now[0]
+
+    # In tasks, the calls of a plain script would run one after the other: they get a thread each there too.
+    lm = fallback([scripted_lm(script), scripted_lm(plainly)], retry_dead_after_s=60, clock=tick)
+    with ThreadPoolExecutor(calls) as pool:
+        answers = list(pool.map(lambda _: ask(lm, way), range(calls)))
+    assert answers == ["second"] * calls
+    assert ask(lm, way) == "second"
+    now[0] = 61.0
+    assert ask(lm, way) == "first"
+
+
+@both_ways
+def test_after_an_outage_of_all_the_next_call_is_answered(way: str) -> None:
+    """However long each of them is left out: with nobody else to ask, an LM is asked as if it were alone."""
+    is_out = True
+
+    def script(messages: Any) -> str:
+        if is_out:
+            raise BROKEN
+        return "up"
+
+    lm = fallback([scripted_lm(script), scripted_lm(script)], retry_dead_after_s=60, clock=lambda: 0.0)
+    for _ in range(5):
+        with pytest.raises(dspy.LMError) as caught:
+            ask(lm, way)
+        assert outcome_of(caught.value) == "transient"
+    is_out = False
+    assert ask(lm, way) == "up"
 
 
 @both_ways

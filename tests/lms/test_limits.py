@@ -8,11 +8,13 @@ import time
 from typing import Any
 
 import pytest
+from metering import until
 from virtual_loop import run_virtually
 
 from asyndbt_dspy.errors import ConfigurationError
-from asyndbt_dspy.lms.endpoints import Endpoints, endpoint_key
+from asyndbt_dspy.lms.endpoints import Endpoints, endpoint_address, endpoint_key
 from asyndbt_dspy.lms.limits import EndpointGate, LimiterName, RateLimits, make_pace
+from asyndbt_dspy.lms.scripted import scripted_lm
 from asyndbt_dspy.testing.provider import most_in_window
 
 
@@ -321,6 +323,49 @@ def test_a_429_guards_an_endpoint_that_had_no_limits() -> None:
     endpoints.close()
 
 
+def test_attempts_that_went_out_before_the_gate_leave_through_it() -> None:
+    """Three calls of a judge are out when a worker with slots makes the gate: a 429 must not wait for them for ever."""
+    endpoints = Endpoints()
+    endpoint, slots = endpoints.get("one", RateLimits()), endpoints.slots(8)
+
+    async def run() -> None:
+        judged = [await endpoint.enter(0, None) for _ in range(3)]
+        work = await endpoint.enter(0, slots)
+        assert endpoint.gate().in_flight == 4
+        for passed in (*judged, work):
+            endpoint.leave(passed, was_answered=True)
+        work = await endpoint.enter(0, slots)  # behind them in the queue of the gate's loop
+        assert endpoint.gate().in_flight == 1
+        endpoint.leave(work, is_too_much=True, retry_after_s=0.0)
+        for kind in (slots, None):
+            endpoint.leave(await asyncio.wait_for(endpoint.enter(0, kind), 5))
+
+    asyncio.run(run())
+    endpoints.close()
+
+
+def test_once_there_is_a_gate_attempts_without_slots_are_counted_too() -> None:
+    """Else they would leave a gate that never counted them, and after a 429 it would let too many through."""
+    endpoints = Endpoints()
+    endpoint, slots = endpoints.get("one", RateLimits()), endpoints.slots(8)
+
+    async def run() -> None:
+        work = await endpoint.enter(0, slots)
+        judged = [await endpoint.enter(0, None) for _ in range(3)]
+        judged.append(await asyncio.to_thread(endpoint.enter_blocking, 0, None))
+        assert endpoint.gate().in_flight == 5
+        endpoint.leave(work, is_too_much=True, retry_after_s=0.0)
+        for passed in judged:
+            endpoint.leave(passed, was_answered=True)
+        work = await asyncio.wait_for(endpoint.enter(0, slots), 5)
+        assert endpoint.gate().in_flight >= 1
+        endpoint.leave(work)
+        await until(lambda: endpoint.gate().in_flight == 0)
+
+    asyncio.run(run())
+    endpoints.close()
+
+
 def test_the_smaller_limits_hold_and_later_ones_are_refused() -> None:
     endpoints = Endpoints()
     endpoint = endpoints.get("one", RateLimits(600))
@@ -344,3 +389,24 @@ def test_an_endpoint_is_an_address_and_a_key() -> None:
     assert first != key("openai/a", api_base="http://127.0.0.1:1/v1", api_key="other")
     assert first != key("openai/a", api_key="k")
     assert "#" in first and "k#" not in first
+
+
+def test_an_address_may_come_from_the_environment() -> None:
+    import dspy
+
+    both = {"OPENAI_BASE_URL": "http://a/v1", "OPENAI_API_BASE": "http://b/v1"}
+    claude = {"ANTHROPIC_API_BASE": "http://c", "ANTHROPIC_BASE_URL": "http://d"}
+
+    def address(model: str, env: dict[str, str], **settings: Any) -> str | None:
+        return endpoint_address(dspy.LM(model, **settings), env.get)
+
+    assert address("openai/m", {}) is None
+    assert address("openai/m", both) == address("openai/m", both, engine="litellm") == "http://a/v1"
+    assert address("anthropic/m", both) is None
+    assert address("anthropic/m", claude) == "http://c"
+    assert address("openai/m", both, api_base="http://own/v1") == "http://own/v1"
+    assert address("openai/m", both, engine="lm15") is None  # that engine asks nobody but the provider
+    own = scripted_lm(lambda messages: "ok")
+    assert endpoint_address(own, {"SCRIPTED_BASE_URL": "http://a/v1"}.get) is None
+    here = endpoint_key(dspy.LM("openai/m", api_key="k"), both.get)
+    assert here == endpoint_key(dspy.LM("openai/m", api_key="k", api_base="http://a/v1"), {}.get)
