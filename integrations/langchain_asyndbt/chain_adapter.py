@@ -50,12 +50,17 @@ class TemplateAdapter(dspy.Adapter):
         """The chain's prompt with a predictor's instructions and demos.
 
         Raises:
-            ExportError: the instructions change the template's variables, or a demo cannot be written.
+            ExportError: a demo cannot be written.
         """
         shown = [demo for demo in demos if self._output in demo and self._complete(demo)]
         return self.slots.filled(
             self._new_text(instructions), [(self.by_variable(demo), demo[self._output]) for demo in shown]
         )
+
+    def lacking(self, instructions: str) -> list[str]:
+        """The template's variables that instructions leave out."""
+        text = self._new_text(instructions)
+        return [] if text is None else self.slots.lacking(text)
 
     def by_variable(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Values of input fields under the names of the template's variables."""

@@ -16,6 +16,7 @@ from asyndbt_dspy.errors import ConfigurationError, ExportError
 from langchain_asyndbt.chain_adapter import TemplateAdapter
 from langchain_asyndbt.chain_walk import ModelSite, PromptSite, replace
 from langchain_asyndbt.fields import OUTPUT, field_name
+from langchain_asyndbt.messages import openai_tool_choice
 from langchain_asyndbt.templates import PromptSlots, instructions_of, variables_of
 from langchain_asyndbt.tracing import child_config
 from langchain_asyndbt.worker_lm import base_model, langchain_lm
@@ -102,7 +103,7 @@ class ChainProgram(dspy.Module):
         """The chain with this program's instructions and demos in its prompts.
 
         Raises:
-            ExportError: instructions that change a template's variables, or a demo that cannot be written.
+            ExportError: a demo that cannot be written.
         """
         names = iter(self.plan.predictors)
 
@@ -243,6 +244,8 @@ def bound_settings(model: Any) -> dict[str, Any]:
             raise ExportError(
                 f"the chain's tools have no OpenAI form, so other LMs cannot take them: {error}"
             ) from error
+    if "tool_choice" in found:
+        found["tool_choice"] = openai_tool_choice(found["tool_choice"])
     return found
 
 
@@ -280,4 +283,4 @@ def _all_variables(predictor: PromptPredictor) -> list[str]:
 
 def _prediction(output: Any) -> dspy.Prediction:
     fields = {str(name): value for name, value in output.items()} if isinstance(output, Mapping) else {}
-    return dspy.Prediction(**{**fields, OUTPUT: output})
+    return dspy.Prediction({**fields, OUTPUT: output})

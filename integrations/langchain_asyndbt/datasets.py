@@ -21,6 +21,28 @@ MAX_LABELS = 12
 EXAMPLES_PER_LABEL = 2
 """Fewer than this, and a repeated answer is a coincidence rather than a label."""
 
+LANGSMITH_KEYS = frozenset({"inputs", "outputs", "id", "metadata", "dataset_id", "split"})
+"""With no other key than these, a dictionary is an example of LangSmith whatever the chain's inputs are called."""
+
+
+class SourcedExample(dspy.Example):
+    """An example that remembers the user's own inputs and outputs.
+
+    Its fields have one namespace for both and names that DSPy can take; evaluators get what the user wrote.
+    """
+
+    def __init__(self, base: Any = None, **kwargs: Any) -> None:
+        super().__init__(base, **kwargs)
+        self._source: tuple[dict[str, Any], dict[str, Any]] | None = getattr(base, "_source", None)
+
+
+def source_of(example: dspy.Example) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(inputs, outputs) as the user wrote them; the example's fields where it remembers no others."""
+    source = getattr(example, "_source", None)
+    if source is None:
+        return dict(example.inputs().items()), dict(example.labels().items())
+    return dict(source[0]), dict(source[1])
+
 
 @dataclass(frozen=True)
 class ExampleForm:
@@ -59,10 +81,17 @@ class ExampleForm:
             raise ConfigurationError(
                 f"an example must be a dictionary or a dspy.Example, got {type(item).__name__}"
             )
-        if "inputs" in item and set(item) <= {"inputs", "outputs", "id", "metadata", "dataset_id", "split"}:
+        if self._is_langsmith(item):
             return self._named(item["inputs"]), _outputs(item.get("outputs"))
         inputs = {name: value for name, value in item.items() if name in self.input_keys}
         return inputs, {name: value for name, value in item.items() if name not in self.input_keys}
+
+    def _is_langsmith(self, item: Mapping[str, Any]) -> bool:
+        """``{"inputs": …, "outputs": …}``, whatever else LangSmith exports beside them, and no plain dictionary."""
+        further = set(item) - LANGSMITH_KEYS
+        if not further:
+            return "inputs" in item
+        return {"inputs", "outputs"} <= set(item) and not ({"inputs"} | further) & set(self.input_keys)
 
     def _named(self, inputs: Any) -> dict[str, Any]:
         if isinstance(inputs, Mapping):
@@ -80,7 +109,10 @@ class ExampleForm:
         fields |= {name: value for name, value in outputs.items() if name not in fields}
         if OUTPUT not in fields and outputs:
             fields[OUTPUT] = self._output(outputs, number)
-        return dspy.Example(**fields).with_inputs(*(field_name(name) for name in inputs))
+        # As a dictionary: a field may have the name of an argument.
+        example = SourcedExample(fields)
+        example._source = (inputs, outputs)
+        return example.with_inputs(*(field_name(name) for name in inputs))
 
     def _output(self, outputs: Mapping[str, Any], number: int) -> Any:
         if self.output_key is not None:

@@ -10,15 +10,17 @@ import dspy
 OUTPUT = "output"
 """The field that holds what a chain gives."""
 
-# Keyword arguments of `dspy.Predict` that are not fields, and the name of our output.
+# Keyword arguments of `dspy.Predict` and `dspy.Example` that are not fields, and the name of our output.
 TAKEN = frozenset(
-    {"signature", "new_signature", "demos", "config", "lm", "prediction", "self", "args", OUTPUT}
+    {"signature", "new_signature", "demos", "config", "lm", "prediction", "self", "args", "base", OUTPUT}
 )
 
 
 def field_name(variable: str) -> str:
     """The field for a template variable: the name itself wherever it can be one."""
-    is_plain = variable.isidentifier() and not keyword.iskeyword(variable) and not variable.startswith("_")
+    # Examples do not show fields whose names begin with `dspy_`.
+    is_hidden = variable.startswith(("_", "dspy_"))
+    is_plain = variable.isidentifier() and not keyword.iskeyword(variable) and not is_hidden
     if is_plain and variable not in TAKEN and not hasattr(dspy.Signature, variable):
         return variable
     return "var_" + re.sub(r"\W", "_", variable)

@@ -23,6 +23,9 @@ from langchain_core.messages.tool import tool_call
 FINISH_REASONS = {"tool_call": "tool_calls"}
 """Where lm15's name of a finish reason is not OpenAI's."""
 
+TOOL_CHOICES = {"auto": "auto", "none": "none", "required": "required", "any": "required"}
+"""OpenAI's name of a tool choice for LangChain's; any other text is the name of a tool."""
+
 OPENAI_STOP = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length", "tool_use": "tool_calls"}
 
 
@@ -121,6 +124,18 @@ def tool_choice(request: lm15.Request) -> str | None:
     if len(choice.allowed) == 1:
         return choice.allowed[0]
     return {"required": "any", "none": "none"}.get(choice.mode)
+
+
+def openai_tool_choice(choice: Any) -> Any:
+    """OpenAI's form of a ``tool_choice`` that a chain bound to its model; a form that is not known stays as it is."""
+    if choice is True:
+        return "required"
+    if isinstance(choice, str):
+        return TOOL_CHOICES.get(choice) or _only_tool(choice)
+    kind = choice.get("type") if isinstance(choice, Mapping) else None
+    if kind == "tool" and choice.get("name"):
+        return _only_tool(choice["name"])
+    return TOOL_CHOICES.get(kind, choice) if isinstance(kind, str) else choice
 
 
 def from_response(response: lm15.Response) -> AIMessage:
@@ -268,6 +283,10 @@ def _block(part: Any) -> dict[str, Any]:
     raise lm15.UnsupportedFeatureError(
         f"a {part.type} part has no form in a LangChain chat message", feature=part.type
     )
+
+
+def _only_tool(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
 
 
 def _openai_call(call: Mapping[str, Any], number: int) -> dict[str, Any]:

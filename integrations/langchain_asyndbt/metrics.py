@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import dspy
 
 from asyndbt_dspy.errors import MetricError
+from langchain_asyndbt.datasets import source_of
 from langchain_asyndbt.fields import OUTPUT
 
 LANGSMITH_ARGUMENTS = frozenset({"run", "example", "inputs", "outputs", "reference_outputs", "attachments"})
 LANGSMITH_ONLY = frozenset({"run", "outputs", "reference_outputs"})
 
 
-def as_dspy_metric(metric: Callable[..., Any], *, has_output: bool) -> Callable[..., Any]:
+def as_dspy_metric(metric: Callable[..., Any]) -> Callable[..., Any]:
     """``metric`` as DSPy calls it, ``(gold, prediction)``.
 
     An evaluator of LangSmith is known by the names of its arguments: ``(run, example)``, or some of ``inputs``,
     ``outputs``, ``reference_outputs``. It may return a number, a bool, ``{"key": …, "score": …}``, an
     ``EvaluationResult``, or several results, whose scores are averaged. It may be ``async``.
-
-    Args:
-        metric: In either form.
-        has_output: Whether the user's examples have an output of the name ``output``.
     """
     names = _langsmith_arguments(metric)
     if names is None:
         return metric
 
     def arguments(gold: dspy.Example, prediction: Any) -> dict[str, Any]:
-        inputs = dict(gold.inputs().items())
-        labels = dict(gold.labels().items())
-        reference = {
-            name: value for name, value in labels.items() if has_output or name != OUTPUT or len(labels) == 1
-        }
+        inputs, reference = source_of(gold)
         output = prediction[OUTPUT]
         outputs = dict(output) if isinstance(output, Mapping) else {OUTPUT: output}
         found = {
@@ -53,15 +46,13 @@ def as_dspy_metric(metric: Callable[..., Any], *, has_output: bool) -> Callable[
         }
         return {name: found[name] for name in names}
 
-    if inspect.iscoroutinefunction(metric):
-
-        async def ascore(gold: dspy.Example, prediction: Any) -> Any:
-            return _score(await metric(**arguments(gold, prediction)), metric)
-
-        return ascore
+    async def ascore(returned: Awaitable[Any]) -> Any:
+        return _score(await returned, metric)
 
     def score(gold: dspy.Example, prediction: Any) -> Any:
-        return _score(metric(**arguments(gold, prediction)), metric)
+        # Only the call tells whether a metric is async: it may be an object, or a function around one.
+        returned = metric(**arguments(gold, prediction))
+        return ascore(returned) if inspect.isawaitable(returned) else _score(returned, metric)
 
     return score
 

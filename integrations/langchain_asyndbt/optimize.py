@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,6 @@ from asyndbt_dspy import AsynDBT, Worker
 from asyndbt_dspy.errors import ConfigurationError
 from langchain_asyndbt.chain_program import AMBIENT_SETTING, ChainProgram, to_program
 from langchain_asyndbt.datasets import ExampleForm, example_form, infer_labels, warn_of_unwritable
-from langchain_asyndbt.fields import OUTPUT
 from langchain_asyndbt.metrics import as_dspy_metric
 
 OnDone = Callable[[AsynDBT, ChainProgram], None]
@@ -63,6 +62,7 @@ def optimize_chain(
         ConfigurationError: examples or options that cannot work; before any call of a model.
     """
     job = _prepare(chain, metric, trainset, valset, workers, labels, input_keys, input_key, output_key)
+    _check_instructions(job.program, optimizer_options.get("instructions"))
     optimizer = AsynDBT(metric=job.metric, **{**job.options, **optimizer_options})
     with job.context():
         program = optimizer.compile(job.program, trainset=job.trainset, valset=job.valset)
@@ -85,6 +85,7 @@ async def aoptimize_chain(
 ) -> Runnable[Any, Any]:
     """``optimize_chain`` as a coroutine of the running event loop."""
     job = _prepare(chain, metric, trainset, valset, workers, labels, input_keys, input_key, output_key)
+    _check_instructions(job.program, optimizer_options.get("instructions"))
     optimizer = AsynDBT(metric=job.metric, **{**job.options, **optimizer_options})
     with job.context():
         program = await optimizer.acompile(job.program, trainset=job.trainset, valset=job.valset)
@@ -130,19 +131,32 @@ def _prepare(
     known = [*(train or ()), *(example for worker in converted for example in worker.trainset)]
     program = to_program(chain, labels=labels or infer_labels(known), input_key=input_key)
     warn_of_unwritable(program.plan, known)
-    raw = [*(trainset or ()), *(item for worker in listed for item in worker.trainset)]
     # A chain's own template shows demos as it shows the last turn; what DSPy's adapters add is none of its business.
     options: dict[str, Any] = {"demo_ending": False}
     if workers is not None:
         options["workers"] = converted if listed else workers
     return _Job(
         program=program,
-        metric=as_dspy_metric(metric, has_output=any(OUTPUT in form.split(item)[1] for item in raw)),
+        metric=as_dspy_metric(metric),
         trainset=train,
         valset=form.examples(valset) if valset is not None else None,
         options=options,
         uses_ambient=any(worker.lm is not None and worker.lm is dspy.settings.lm for worker in listed),
     )
+
+
+def _check_instructions(program: ChainProgram, texts: Mapping[str, Sequence[str]] | None) -> None:
+    """Refuse texts of the user that leave out a variable of the chain's own; what else is wrong AsynDBT says."""
+    for name, listed in (texts or {}).items():
+        predictor = program.plan.predictors.get(name)
+        if predictor is None or isinstance(listed, str):
+            continue
+        for text in listed:
+            lacking = predictor.adapter.lacking(text) if isinstance(text, str) else []
+            if lacking:
+                raise ConfigurationError(
+                    f"instructions for {name!r} leave out the variables {lacking} of the chain's prompt: {text[:80]!r}"
+                )
 
 
 def _converted(worker: Worker, form: ExampleForm) -> Worker:

@@ -19,7 +19,7 @@ from pydantic import ConfigDict
 from asyndbt_dspy.deploy import PredictorPrompt, export_prompt, find_predictor, format_inputs
 from asyndbt_dspy.errors import ExportError
 from langchain_asyndbt.messages import response_format as openai_response_format
-from langchain_asyndbt.templates import escaped
+from langchain_asyndbt.template_text import escaped
 
 LITERAL: Mapping[str, type[BaseMessage]] = {
     "system": SystemMessage,
@@ -134,17 +134,28 @@ def response_format(
     """OpenAI's ``response_format`` that DSPy sends beside the messages; ``None`` where it sends none.
 
     It is no part of a prompt: bind it to the model, ``model.bind(response_format=…)``.
+
+    Raises:
+        ExportError: the predictor has an input (``dspy.History``) that a fixed prompt cannot express.
     """
-    _, predict = find_predictor(program, predictor)
+    name, predict = find_predictor(program, predictor)
+    for field, info in predict.signature.input_fields.items():
+        if info.annotation is dspy.History:
+            raise ExportError(
+                f"predictor {name!r}: field {field!r} is a History, which a fixed prompt cannot express"
+            )
     engine = _Recorder()
     lm = dspy.LM("export/recorder", engine=engine, async_engine=None, cache=False, num_retries=0)
     used = adapter or dspy.settings.adapter or dspy.ChatAdapter()
     try:
         inputs = dict.fromkeys(predict.signature.input_fields, "")
         used(lm, {}, signature=predict.signature, demos=[], inputs=inputs)
-    except (dspy.LMError, AdapterParseError) as error:
+    except Exception as error:
+        # An adapter may raise anything on inputs that are no real ones; what it sent counts all the same.
         if engine.request is None:
-            raise ExportError(f"{type(used).__name__} sends nothing for this predictor: {error}") from error
+            raise ExportError(
+                f"{type(used).__name__} sends nothing for this predictor: {type(error).__name__}: {error}"
+            ) from error
     return openai_response_format(engine.request.config.response_format) if engine.request else None
 
 

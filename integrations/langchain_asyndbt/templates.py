@@ -32,9 +32,7 @@ from langchain_core.runnables import Runnable
 from asyndbt_dspy.errors import ExportError
 from langchain_asyndbt.answers import answer_messages, as_message
 from langchain_asyndbt.messages import text_of
-
-SEPARATOR = "\n\n"
-"""Between the demos of a text prompt."""
+from langchain_asyndbt.template_text import SEPARATOR, escaped, lacking_variables, with_text
 
 
 @dataclass(frozen=True)
@@ -121,11 +119,12 @@ class PromptSlots:
         """The prompt with other instructions and with demos.
 
         Args:
-            instructions: ``None`` leaves them as they are.
+            instructions: ``None`` leaves them as they are. Braces in them that hold none of the text's variables
+                are literal; variables that they lack are named after them.
             demos: (inputs by variable, output) each.
 
         Raises:
-            ExportError: the instructions have other variables, or a demo cannot be written.
+            ExportError: a demo cannot be written.
         """
         prompt = self.prompt
         if isinstance(prompt, PromptTemplate):
@@ -141,6 +140,20 @@ class PromptSlots:
             m for inputs, output in demos for m in self._demo(prompt, turn, inputs, output)
         ]
         return prompt.model_copy(update={"messages": messages})
+
+    def lacking(self, instructions: str) -> list[str]:
+        """Variables of the prompt's own instructions that ``instructions`` would lose."""
+        template = self._template
+        return [] if template is None else lacking_variables(template, instructions)
+
+    @property
+    def _template(self) -> PromptTemplate | None:
+        """The template of the instructions, ``None`` where they are literal."""
+        if self.place.literal:
+            return None
+        assert isinstance(self.prompt, ChatPromptTemplate)
+        template = self.prompt.messages[self.place.message].prompt
+        return template if self.place.block is None else template[self.place.block]
 
     def _with_instructions(self, messages: list[Any], text: str) -> list[Any]:
         place = self.place
@@ -193,7 +206,7 @@ class PromptSlots:
             answer = text_of(answer_messages(self.parser, output)[0])
             gap = "" if asked[-1:].isspace() else " "
             parts.append(escaped(f"{asked}{gap}{answer}"))
-        return with_text(prompt, SEPARATOR.join([*parts, prompt.template]))
+        return prompt.model_copy(update={"template": SEPARATOR.join([*parts, prompt.template])})
 
 
 def turn_start(prompt: ChatPromptTemplate) -> int:
@@ -210,32 +223,6 @@ def turn_start(prompt: ChatPromptTemplate) -> int:
         ):
             after = index + 1
     return after
-
-
-def with_text(prompt: PromptTemplate, text: str) -> PromptTemplate:
-    """``prompt`` with another template text.
-
-    Raises:
-        ExportError: the text is no template, or its variables are others.
-    """
-    try:
-        changed = PromptTemplate.from_template(
-            text, template_format=prompt.template_format, partial_variables=dict(prompt.partial_variables)
-        )
-    except (ValueError, KeyError) as error:
-        raise ExportError(f"the instructions are no {prompt.template_format} template: {error}") from error
-    before = set(prompt.input_variables) | set(prompt.partial_variables)
-    after = set(changed.input_variables) | set(changed.partial_variables)
-    if not after <= before or set(prompt.input_variables) != set(changed.input_variables):
-        raise ExportError(
-            f"the instructions change the template's variables from {sorted(before)} to {sorted(after)}"
-        )
-    return prompt.model_copy(update={"template": text})
-
-
-def escaped(text: str) -> str:
-    """``text`` as the literal part of an f-string template."""
-    return text.replace("{", "{{").replace("}", "}}")
 
 
 def readable(inputs: Mapping[str, Any]) -> dict[str, Any]:

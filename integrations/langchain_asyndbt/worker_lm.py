@@ -178,7 +178,8 @@ class LangChainEngine:
         options = request_options(request)
         model = self.chat_model
         tools = openai_tools(request)
-        if tools and call is None:
+        if tools:
+            # A chain's own model has its tools bound; only another one is sent them in the request.
             model = _with_tools(model, tools, tool_choice(request))
         return model, messages, options
 

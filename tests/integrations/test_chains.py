@@ -9,9 +9,11 @@ from typing import Any
 
 import dspy
 import pytest
-from langchain_asyndbt import to_program
+from langchain_asyndbt import langchain_lm, to_program
 from langchain_asyndbt.chain_program import ChainProgram
 from langchain_asyndbt.chain_walk import replace
+from langchain_asyndbt.datasets import example_form
+from langchain_asyndbt.messages import openai_tool_choice
 from langchain_core.documents import Document
 from langchain_core.language_models import BaseChatModel
 from langchain_core.load import dumps, loads
@@ -42,6 +44,7 @@ from langchain_core.runnables import (
 from langchain_core.tools import tool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import BaseModel, Field
+from scripted_chat import chat_lm
 
 from asyndbt_dspy.errors import ExportError
 
@@ -347,21 +350,113 @@ def test_bound_settings_reach_the_model() -> None:
     assert sent_by(chain)[-1][1]["stop"] == ["\n"]
 
 
-def test_a_candidate_that_changes_the_variables_is_refused() -> None:
-    program = to_program(CONSTRUCTS["system_variables"][0]())
-    for text in (
-        "Answer in {tongue}.",
-        "Answer.",
-        "Answer in {language} and {{tongue}} {x}.",
-        "Answer in {language",
-    ):
-        program.prompt.signature = program.prompt.signature.with_instructions(text)
-        with pytest.raises(ExportError):
-            program.to_chain()
-        with pytest.raises(ExportError):
-            program(text="a", language="b")
-    program.prompt.signature = program.prompt.signature.with_instructions("Speak {language}! {{literal}}")
-    assert "literal" in str(program.to_chain().first.invoke({"text": "a", "language": "b"}))
+@pytest.fixture
+def classifier() -> Runnable:
+    """A chain whose answer is a forced tool call."""
+    return Model(answer=with_tool("Review", lambda v: {"label": v, "stars": 3})).bind_tools([Review])
+
+
+def test_another_lm_is_asked_with_what_the_chain_binds(classifier: Any) -> None:
+    other = Model(answer=with_tool("Review", lambda v: {"label": "other", "stars": 1}))
+    own = classifier.bound.bind(**classifier.kwargs, stop=["END"]).bind(tool_choice="required")
+    program = to_program(chat() | own)
+    with dspy.context(lm=langchain_lm(other)):
+        assert program(**TEXT).output.tool_calls[0]["args"]["label"] == "other"
+        asyncio.run(program.acall(**TEXT))
+    for _, bound in other.asked:
+        assert [tool["function"]["name"] for tool in bound["tools"]] == ["Review"]
+        assert bound["tool_choice"] == "any"
+        assert bound["stop"] == ["END"]
+    assert classifier.bound.asked == []
+
+
+ONLY_REVIEW = {"type": "function", "function": {"name": "Review"}}
+
+
+@pytest.mark.parametrize(
+    ("choice", "mode", "allowed"),
+    [
+        ("auto", "auto", ()),
+        ("none", "none", ()),
+        ("required", "required", ()),
+        ("any", "required", ()),
+        (True, "required", ()),
+        ("Review", "required", ("Review",)),
+        (ONLY_REVIEW, "required", ("Review",)),
+        ({"type": "auto"}, "auto", ()),
+        ({"type": "any"}, "required", ()),
+        ({"type": "tool", "name": "Review"}, "required", ("Review",)),
+    ],
+)
+def test_another_lm_takes_the_tool_choice_of_any_provider(
+    classifier: Any, choice: Any, mode: str, allowed: tuple[str, ...]
+) -> None:
+    lm = chat_lm()
+    program = to_program(chat() | classifier.bind(tool_choice=choice))
+    with dspy.context(lm=lm):
+        program(**TEXT)
+    sent = lm.engine.requests[0].config.tool_choice
+    assert (sent.mode, tuple(sent.allowed)) == (mode, allowed)
+
+
+def test_a_tool_choice_of_no_known_form_stays_as_it_is() -> None:
+    allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [ONLY_REVIEW]}}
+    for choice in (ONLY_REVIEW, allowed, {"mode": "ANY"}, 3):
+        assert openai_tool_choice(choice) is choice
+
+
+@pytest.mark.parametrize("name", ["base", "dspy_text", "demos", "output", "class"])
+def test_variables_may_have_names_that_dspy_takes(name: str) -> None:
+    chain = chat(("system", "Classify."), ("human", f"{{{name}}} {{text}}")) | model() | StrOutputParser()
+    program = to_program(chain)
+    example = example_form(program.plan, input_keys=None, input_key=None, output_key=None).examples(
+        [{"inputs": {name: "given", "text": "t"}, "outputs": {"label": "a"}}]
+    )[0]
+    found = program(**dict(example.inputs().items()))
+    assert found.output == chain.invoke({name: "given", "text": "t"})
+
+
+def test_a_chain_may_give_fields_that_dspy_takes() -> None:
+    chain = RunnableParallel(
+        {"base": chat() | model() | StrOutputParser(), "self": RunnableLambda(lambda value: 1)}
+    )
+    found = to_program(chain)(**TEXT)
+    assert found.output == {"base": found["base"], "self": 1}
+
+
+SYSTEM_TEXTS = [
+    # (template, format, instructions, what the model reads)
+    ("f-string", "In {language}.", "Speak {language}! {{literal}}", "Speak Latin! {literal}"),
+    ("f-string", "In {language}.", 'In {language}: {"a": {"b": {}}}.', 'In Latin: {"a": {"b": {}}}.'),
+    ("f-string", "In {language}.", "In {language}, {{tongue}} {x}.", "In Latin, {tongue} {x}."),
+    ("f-string", "In {language}.", "In {{{language}}} or {x}.", "In {Latin} or {x}."),
+    ("f-string", "In {language}.", "In {tongue}.", "In {tongue}.\n\nlanguage: Latin"),
+    ("f-string", "In {language}.", "Answer.", "Answer.\n\nlanguage: Latin"),
+    ("f-string", "In {language}.", "In {language", "In {language\n\nlanguage: Latin"),
+    ("f-string", "Classify.", 'Return {"label": 1} for {text}.', 'Return {"label": 1} for {text}.'),
+    ("mustache", "In {{language}}.", 'Speak {{language}}: {"a": {{x}}}', 'Speak Latin: {"a": {{x}}}'),
+    ("mustache", "In {{language}}.", "Answer {{#x}}.", "Answer {{#x}}.\n\nlanguage: Latin"),
+    ("jinja2", "In {{ language }}.", "{{language}} {% if %} {{x}} {#}", "Latin {% if %} {{x}} {#}"),
+    ("jinja2", "In {{ language }}.", "Answer {{.", "Answer {{.\n\nlanguage: Latin"),
+]
+
+
+@pytest.mark.parametrize(("form", "template", "instructions", "read"), SYSTEM_TEXTS)
+def test_instructions_keep_the_variables_and_their_other_braces_are_literal(
+    form: Any, template: str, instructions: str, read: str
+) -> None:
+    if form == "jinja2":
+        pytest.importorskip("jinja2")
+    text = "{text}" if form == "f-string" else "{{text}}"
+    prompt = ChatPromptTemplate([("system", template), ("human", text)], template_format=form)
+    scripted = model()
+    program = to_program(prompt | scripted | StrOutputParser())
+    program.prompt.signature = program.prompt.signature.with_instructions(instructions)
+    inputs = {"text": "a", **({"language": "Latin"} if "language" in template else {})}
+    program(**inputs)
+    program.to_chain().invoke(inputs)
+    assert [messages[0].content for messages, _ in scripted.asked] == [read, read]
+    assert program.to_chain().get_input_jsonschema() == (prompt | scripted).get_input_jsonschema()
 
 
 def test_a_demo_that_the_chain_would_not_read_back_is_refused() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
+import pickle
 from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
@@ -12,7 +14,13 @@ from typing import Any
 import dspy
 import pytest
 from langchain_asyndbt import aoptimize_chain, langchain_lm, optimize_chain, to_program
-from langchain_asyndbt.datasets import ExampleForm, example_form, infer_labels, warn_of_unwritable
+from langchain_asyndbt.datasets import (
+    ExampleForm,
+    example_form,
+    infer_labels,
+    source_of,
+    warn_of_unwritable,
+)
 from langchain_asyndbt.metrics import as_dspy_metric
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
@@ -24,7 +32,7 @@ from pydantic import BaseModel, Field
 
 from asyndbt_dspy import Budget, Worker
 from asyndbt_dspy.deploy import load_artifact, read_artifact, save_artifact
-from asyndbt_dspy.errors import ConfigurationError
+from asyndbt_dspy.errors import ArtifactError, ConfigurationError
 
 WORDS = ["red apple", "green tree", "blue sky", "red car", "green frog", "blue sea"]
 LABELS = {"red": "warm", "green": "calm", "blue": "cold"}
@@ -162,9 +170,12 @@ def test_a_chain_program_is_saved_and_loaded_as_any_other(tmp_path: Any) -> None
         on_done=lambda optimizer, program: kept.update(result=optimizer.result, program=program),
     )  # fmt: skip
     path = save_artifact(kept["program"], tmp_path / "a", result=kept["result"], trainset=None)
-    again = load_artifact(path, to_program(chain, labels=sorted(set(LABELS.values())))).to_chain()
+    student = to_program(chain, labels=["calm", "cold", "warm"])
+    again = load_artifact(path, student=student).to_chain()
     assert again.bound.first == optimized.bound.first
     assert read_artifact(path).manifest["scores"]["optimized"]["score"] == 1.0
+    with pytest.raises(ArtifactError, match="'calm', 'cold', 'warm'"):
+        load_artifact(path, student=to_program(chain))
 
 
 def test_chains_whose_input_is_no_dictionary() -> None:
@@ -205,6 +216,62 @@ def test_examples_without_inputs_are_refused_with_the_way_to_write_them() -> Non
         optimize_chain(chain_of(Copycat()), metric=dspy_metric)
 
 
+def test_what_langsmith_exports_beside_inputs_and_outputs_is_ignored() -> None:
+    row = {
+        "inputs": {"text": "t"},
+        "outputs": {"label": "a"},
+        "id": "1",
+        "created_at": "today",
+        "source_run_id": None,
+    }
+    (example,) = form_of(chain_of(Copycat())).examples([row])
+    assert dict(example.items()) == {"text": "t", "label": "a", "output": "a"}
+
+
+def test_inputs_may_have_the_names_of_langsmiths_keys() -> None:
+    prompt = ChatPromptTemplate([("human", "{inputs} {outputs}")])
+    row = {"inputs": "a", "outputs": "b", "label": "c"}
+    (example,) = form_of(prompt | Copycat()).examples([row])
+    assert dict(example.inputs().items()) == {"inputs": "a", "outputs": "b"}
+    assert example.output == "c"
+
+
+def test_evaluators_get_inputs_and_outputs_of_one_name_as_they_were_written() -> None:
+    given: list[Any] = []
+
+    def evaluate(run: Any, example: Any, inputs: dict, outputs: dict, reference_outputs: dict) -> bool:
+        given.append((inputs, reference_outputs, run.inputs, example.inputs, example.outputs))
+        return outputs["output"] == reference_outputs["text"]
+
+    prompt = ChatPromptTemplate([("system", "Name the mood."), ("human", "Text: {text} {base}")])
+    chain = prompt | Copycat() | StrOutputParser()
+    rows = [
+        {"inputs": {"text": r["text"], "base": "b"}, "outputs": {"text": r["label"], "why": "w"}}
+        for r in DATA
+    ]
+    kept: dict[str, Any] = {}
+    optimize_chain(
+        chain, metric=evaluate, trainset=rows, output_key="text", budget=Budget(metric_calls=150), progress=False,
+        on_done=lambda optimizer, program: kept.update(program=program),
+    )  # fmt: skip
+    assert kept["program"](text="red apple", var_base="b").output == "warm"
+    for inputs, reference, of_run, of_example, outputs in given:
+        assert inputs == of_run == of_example
+        assert reference == outputs
+        assert {"inputs": inputs, "outputs": reference} in rows
+
+
+@pytest.mark.parametrize(
+    "made", [copy.copy, copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e)), lambda e: e.copy()]
+)
+def test_copies_of_an_example_remember_what_was_written(made: Callable[[Any], Any]) -> None:
+    row = {"inputs": {"text": "a"}, "outputs": {"text": "b"}}
+    (example,) = form_of(chain_of(Copycat())).examples([row])
+    copied = made(example)
+    assert source_of(copied) == ({"text": "a"}, {"text": "b"})
+    assert copied.toDict() == {"text": "a", "output": "b"}
+
+
 def test_several_outputs_are_one_answer_unless_one_is_named() -> None:
     row = {"text": "t", "label": "a", "why": "b"}
     chain = chain_of(Copycat())
@@ -240,13 +307,76 @@ def test_outputs_that_cannot_be_demos_are_counted(caplog: pytest.LogCaptureFixtu
     ],
 )
 def test_results_of_langsmith_evaluators_are_read(returned: Any, expected: float) -> None:
-    metric = as_dspy_metric(lambda outputs, reference_outputs: returned, has_output=False)
+    metric = as_dspy_metric(lambda outputs, reference_outputs: returned)
     gold = dspy.Example(text="t", label="a", output="a").with_inputs("text")
     assert metric(gold, dspy.Prediction(output="a")) == expected
 
 
+class Judge:
+    async def __call__(self, outputs: dict, reference_outputs: dict) -> dict:
+        return {"score": float(outputs["output"] == reference_outputs["label"])}
+
+
+def test_an_evaluator_may_be_an_object_with_an_async_call() -> None:
+    optimized = optimize_chain(
+        chain_of(Copycat()),
+        metric=Judge(),
+        trainset=DATA,
+        budget=Budget(metric_calls=150),
+        progress=False,
+    )
+    assert score(optimized) == 1.0
+
+
+class Obedient(BaseChatModel):
+    """Names moods where the system message has some words."""
+
+    words: str
+
+    @property
+    def _llm_type(self) -> str:
+        return "obedient"
+
+    def _generate(
+        self, messages: Any, stop: Any = None, run_manager: Any = None, **kwargs: Any
+    ) -> ChatResult:
+        mood = LABELS[str(messages[-1].content).split()[1]]
+        answer = mood if self.words in str(messages[0].content) else "unknown"
+        return ChatResult(generations=[ChatGeneration(message=AIMessage(answer))])
+
+
+def test_instructions_of_the_user_may_hold_braces() -> None:
+    optimized = optimize_chain(
+        chain_of(Obedient(words='like {"mood": "calm"}.')),
+        metric=dspy_metric,
+        trainset=DATA,
+        mode="instructions",
+        instructions={"prompt": ['Write JSON like {"mood": "calm"}.']},
+        budget=Budget(metric_calls=120),
+        progress=False,
+    )
+    assert score(optimized) == 1.0
+
+
+@pytest.mark.parametrize("text", ["Name the mood.", "Name the mood in {tongue}.", "In {language"])
+def test_instructions_of_the_user_that_lack_a_variable_are_refused(text: str) -> None:
+    model = Copycat()
+    prompt = ChatPromptTemplate([("system", "Name the mood in {language}."), ("human", "Text: {text}")])
+    options: dict[str, Any] = {
+        "metric": dspy_metric,
+        "trainset": [{**row, "language": "English"} for row in DATA],
+        "instructions": {"prompt": ["In {language}: name the mood.", text]},
+        "progress": False,
+    }
+    with pytest.raises(ConfigurationError, match=r"'prompt' leave out the variables \['language'\]"):
+        optimize_chain(prompt | model | StrOutputParser(), **options)
+    with pytest.raises(ConfigurationError, match="language"):
+        asyncio.run(aoptimize_chain(prompt | model | StrOutputParser(), **options))
+    assert model.asked == []
+
+
 def test_comments_become_feedback_and_dspy_metrics_stay_as_they_are() -> None:
-    metric = as_dspy_metric(lambda run, example: {"score": 0.5, "comment": "half"}, has_output=False)
+    metric = as_dspy_metric(lambda run, example: {"score": 0.5, "comment": "half"})
     found = metric(dspy.Example(text="t", output="a").with_inputs("text"), dspy.Prediction(output="a"))
     assert (found.score, found.feedback) == (0.5, "half")
-    assert as_dspy_metric(dspy_metric, has_output=False) is dspy_metric
+    assert as_dspy_metric(dspy_metric) is dspy_metric

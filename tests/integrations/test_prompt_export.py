@@ -155,6 +155,19 @@ def test_what_cannot_be_exact_is_refused() -> None:
         to_prompt(dspy.Predict("history: dspy.History, q -> a"))
 
 
+def test_no_response_format_of_inputs_that_a_prompt_cannot_express() -> None:
+    program = dspy.Predict("history: dspy.History, q -> a: list[int]")
+    with pytest.raises(ExportError, match="'history' is a History"):
+        response_format(program, adapter=dspy.JSONAdapter())
+
+    class Strict(dspy.JSONAdapter):
+        def format(self, signature: Any, demos: Any, inputs: Any) -> Any:
+            raise KeyError("no such value")
+
+    with pytest.raises(ExportError, match=r"Strict sends nothing.*KeyError"):
+        response_format(dspy.Predict("q -> a"), adapter=Strict())
+
+
 class Extract(dspy.Signature):
     """Find the label."""
 
