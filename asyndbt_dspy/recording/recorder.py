@@ -13,7 +13,7 @@ from typing import Any
 
 import dspy
 
-from asyndbt_dspy.core.messages import Outcome
+from asyndbt_dspy.core.messages import Outcome, WorkerLost
 from asyndbt_dspy.errors import JournalError
 from asyndbt_dspy.lms.ledger import Ledger
 from asyndbt_dspy.programs.paid_rollouts import PaidRollout, RolloutKey
@@ -107,6 +107,9 @@ class _Read:
     elapsed_s: float = 0.0
     search_began_s: float | None = None
     finished: bool = False
+    raised: bool = False
+    """The budget was raised, and the events are still those of the smaller one."""
+    rewinds: int = 0
 
 
 class RunRecorder(KeysOnly):
@@ -138,16 +141,19 @@ class RunRecorder(KeysOnly):
     ) -> None:
         super().__init__(scope, noisy, directory.run_id)
         self.directory = directory
-        self.events = EventLog(self._write_server, may_diverge=bool(directory.raised))
+        self.events = EventLog(self._write_server)
         self._workers = tuple(workers)
         self._private = private
         self._lock = threading.Lock()
         self._read = _Read()
         self._shared: dict[str, _Paid] = {}
         self._warned = False
+        self._has_skipped = False
         self._goes_another_way = False
         self._journals: dict[str, JournalWriter] = {}
         self._load()
+        self._goes_another_way = self._read.rewinds > 0
+        self.events.may_diverge = self._read.raised or bool(directory.raised)
         self._outcomes = {(one.worker, one.task): one.outcomes for one in self.events.scored()}
         self.events.on_rewind = self._forget_tasks
         self._began_s = time.monotonic() - self.elapsed_s
@@ -156,6 +162,11 @@ class RunRecorder(KeysOnly):
             journal = JournalWriter(self._path(name), fsync=fsync, heading=heading)
             self._journals[name] = journal
             journal.append({"kind": "process", "pid": os.getpid(), "t": self._now()})
+        if directory.raised:
+            # First in the journal: with the manifest alone, the next process would not know that its events are of less.
+            self._write_server({"kind": "raised", "caps": list(directory.raised)})
+            self._read.finished = False
+            directory.keep_budget()
 
     # -- what was read
 
@@ -238,7 +249,8 @@ class RunRecorder(KeysOnly):
         self._journals[worker].append(entry)
 
     def keep_failure(self, worker: str, task: int, reason: str) -> None:
-        self._write(worker, {"kind": "worker_failed", "task": task, "reason": reason})
+        entry = {"kind": "worker_failed", "task": task, "reason": reason, "rewinds": self._read.rewinds}
+        self._write(worker, entry)
 
     def keep_texts(self, predictor: str, texts: Sequence[str]) -> None:
         self._write_server({"kind": "instructions", "predictor": predictor, "texts": list(texts)})
@@ -263,7 +275,7 @@ class RunRecorder(KeysOnly):
 
     def finish(self, reason: str, winner: Sequence[int]) -> None:
         """The run is over; resuming it returns its result."""
-        if not self._read.finished or self.directory.raised:
+        if not self._read.finished:
             self._write_server({"kind": "finished", "reason": reason, "winner": [int(arm) for arm in winner]})
 
     def close(self) -> None:
@@ -277,6 +289,7 @@ class RunRecorder(KeysOnly):
     def _forget_tasks(self) -> None:
         """From here on a task's number means another task than in the earlier process."""
         self._goes_another_way = True
+        self._read.rewinds += 1
         self._outcomes.clear()
         self._read.failures.clear()
 
@@ -299,7 +312,8 @@ class RunRecorder(KeysOnly):
             read.paid.setdefault(name, {}).setdefault(key, []).append(recorded)
             read.rollouts += 1
         elif kind == "worker_failed":
-            read.failures[name, entry["task"]] = entry["reason"]
+            if self._holds(name, entry):
+                read.failures[name, entry["task"]] = entry["reason"]
         elif kind == "instructions":
             read.texts[entry["predictor"]] = entry["texts"]
         elif kind == "setup":
@@ -307,10 +321,25 @@ class RunRecorder(KeysOnly):
         elif kind == "space":
             read.space, read.search_began_s = entry["sha256"], entry["t"]
         elif kind == "finished":
-            read.finished = True
+            read.finished, read.raised = True, False
+        elif kind == "raised":
+            read.finished, read.raised = False, True
         else:
+            if kind == "rewind":
+                read.rewinds += 1
+            if kind in ("rewind", "event"):
+                # A new event is written once all that were known have happened again, or never will.
+                read.finished, read.raised = False, False
             read.spent.read(name, entry)
             self.events.read(entry)
+
+    def _holds(self, worker: str, failure: Mapping[str, Any]) -> bool:
+        """Whether a task of this number is still the one that failed; the server's journal has been read."""
+        if failure.get("rewinds", 0) == self._read.rewinds:
+            return True
+        # Before the turn all is as it was; and who was lost there is asked nothing after it.
+        lost = (one.event for one in self.events.outside_events())
+        return any(isinstance(event, WorkerLost) and event.worker == worker for event in lost)
 
     def _load_shared(self, number: int) -> None:
         """Answers of earlier runs; those of a private worker are its own."""
@@ -318,16 +347,24 @@ class RunRecorder(KeysOnly):
         owners = {self._path(name, number): name for name in self._workers}
         for path in sorted(folder.glob("*.jsonl")):
             owner = owners.get(path)
-            is_private = owner in self._private or _is_private(path)
-            if owner is None and is_private:
+            try:
+                is_private = owner in self._private or _is_private(path)
+                if owner is None and is_private:
+                    continue
+                found = _repeatable(path)
+            except JournalError as error:  # what happened to another run is no reason to refuse this one
+                self._skip(error)
                 continue
             known = self._shared.setdefault(str(owner) if is_private else _SERVER, {})
-            for entry in read_journal(path):
-                if entry["kind"] == "rollout" and entry.get("repeatable"):
-                    recorded = decode_rollout(entry)
-                    if recorded.is_answer:
-                        key = _name(recorded.key, recorded.trace is not None)
-                        known.setdefault(key, [recorded])
+            for recorded in found:
+                known.setdefault(_name(recorded.key, recorded.trace is not None), [recorded])
+
+    def _skip(self, error: JournalError) -> None:
+        if not self._has_skipped:
+            self._has_skipped = True
+            logger.warning(
+                "the rollouts of an earlier run in this run_dir are not used: %s; this is said once", error
+            )
 
     def _path(self, name: str, number: int | None = None) -> Any:
         return self.directory.worker_journal(name, number) if name else self.directory.server_journal
@@ -336,8 +373,9 @@ class RunRecorder(KeysOnly):
         self._write(_SERVER, entry)
 
     def _write(self, name: str, entry: Mapping[str, Any]) -> None:
-        # Attempts that belong to no worker of the run (a proposer's) are the server's.
-        journal = self._journals.get(name, self._journals[_SERVER])
+        journal = self._journals.get(name)
+        if journal is None:  # attempts that belong to no worker of the run (a proposer's) are the server's
+            journal, entry = self._journals[_SERVER], {**entry, "worker": name}
         journal.append({**entry, "t": self._now()})
 
     def _now(self) -> float:
@@ -347,6 +385,12 @@ class RunRecorder(KeysOnly):
 def _is_private(path: Any) -> bool:
     heading = next(read_journal(path), {})
     return bool(heading.get("private"))
+
+
+def _repeatable(path: Any) -> list[RecordedRollout]:
+    """Answers in a journal that any run may use."""
+    entries = (one for one in read_journal(path) if one["kind"] == "rollout" and one.get("repeatable"))
+    return [recorded for recorded in map(decode_rollout, entries) if recorded.is_answer]
 
 
 def _name(digest: bytes, trace: bool) -> bytes:

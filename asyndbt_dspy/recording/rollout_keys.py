@@ -11,7 +11,13 @@ import dspy
 from asyndbt_dspy.deploy.fingerprints import canonical_json
 from asyndbt_dspy.lms.identity import is_deterministic, lm_identity
 from asyndbt_dspy.programs.paid_rollouts import RolloutKey
-from asyndbt_dspy.recording.identities import digest, example_digest, predictors_identity, structure_identity
+from asyndbt_dspy.recording.identities import (
+    FirstSeen,
+    digest,
+    example_digest,
+    predictors_identity,
+    structure_identity,
+)
 
 
 class RolloutKeys:
@@ -27,6 +33,9 @@ class RolloutKeys:
         self._scope = digest(scope)
         self._programs: weakref.WeakKeyDictionary[dspy.Module, dict[int, tuple[Any, bytes, bool]]]
         self._programs = weakref.WeakKeyDictionary()
+        # Once per program, however many LMs run it: what it holds may change as it runs.
+        self._contents: weakref.WeakKeyDictionary[dspy.Module, list[Any]] = weakref.WeakKeyDictionary()
+        self._first_seen = FirstSeen()
         # The examples are kept alive, so that none gets the address of another.
         self._examples: dict[int, tuple[dspy.Example, bytes]] = {}
 
@@ -43,12 +52,13 @@ class RolloutKeys:
         entry = known.get(id(lm))
         if entry is None or entry[0] is not lm:
             lms = [predictor.lm or lm for _, predictor in program.named_predictors()]
-            content = [
-                self._scope,
-                structure_identity(program),
-                predictors_identity(program),
-                [lm_identity(one) for one in lms],
-            ]
+            own = self._contents.get(program)
+            if own is None:
+                own = self._contents[program] = [
+                    structure_identity(program, self._first_seen),
+                    predictors_identity(program),
+                ]
+            content = [self._scope, *own, [lm_identity(one) for one in lms]]
             settings = [getattr(predictor, "config", None) for _, predictor in program.named_predictors()]
             same = not self._noisy and all(
                 is_deterministic(one, config) for one, config in zip(lms, settings, strict=True)

@@ -12,7 +12,7 @@ from asyndbt_dspy.lms.failures import Fate
 from asyndbt_dspy.lms.ledger import Attempt, Ledger, LedgerLine, Reservation
 
 Write = Callable[[str, Mapping[str, Any]], None]
-"""``(worker, entry)``; the empty name is the server."""
+"""``(worker, entry)``; the empty name is the server. Whose attempts share a journal with others', its entries name."""
 
 
 def record_spending(ledger: Ledger, write: Write) -> None:
@@ -47,34 +47,34 @@ class SpentSoFar:
 
     def __init__(self) -> None:
         self._lines: dict[str, LedgerLine] = {}
-        self._held: dict[tuple[str, int], Charge] = {}
+        self._held: dict[tuple[str, int], tuple[str, Charge]] = {}
 
-    def read(self, worker: str, entry: Mapping[str, Any]) -> None:
-        """Take one entry of the journal of ``worker``; entries of other kinds do nothing."""
-        kind = entry["kind"]
+    def read(self, journal: str, entry: Mapping[str, Any]) -> None:
+        """Take one entry of the journal of a worker, or of the server; entries of other kinds do nothing."""
+        kind, worker = entry["kind"], entry.get("worker", journal)
         if kind == "reserved":
             prompt, completion, dollars = entry["worst"]
-            self._held[worker, entry["number"]] = Charge(prompt, completion, Decimal(dollars))
+            self._held[journal, entry["number"]] = worker, Charge(prompt, completion, Decimal(dollars))
             self._add(worker, attempts=1)
         elif kind == "withdrawn":
-            self._held.pop((worker, entry["number"]))
+            self._held.pop((journal, entry["number"]))
             self._add(worker, attempts=-1)
         elif kind == "attempt":
-            self._held.pop((worker, entry["number"]))
+            self._held.pop((journal, entry["number"]))
             self._settle(worker, entry)
         elif kind == "process":  # numbers begin again, and what was in flight is lost
-            self.cut(worker)
+            self.cut(journal)
 
-    def cut(self, worker: str) -> None:
-        """The process of ``worker`` is gone."""
-        for key in [key for key in self._held if key[0] == worker]:
-            held = self._held.pop(key)
+    def cut(self, journal: str) -> None:
+        """The process that wrote ``journal`` is gone."""
+        for key in [key for key in self._held if key[0] == journal]:
+            worker, held = self._held.pop(key)
             self._add(worker, cut=1, cut_tokens=held.tokens, cut_dollars=held.dollars)
 
     def saved(self) -> dict[str, Any] | None:
         """What ``Ledger.restore`` takes; ``None`` where nothing was spent."""
-        for worker in {worker for worker, _ in self._held}:
-            self.cut(worker)
+        for journal in {journal for journal, _ in self._held}:
+            self.cut(journal)
         if not self._lines:
             return None
         lines = self._lines.values()

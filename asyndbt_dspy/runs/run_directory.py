@@ -49,7 +49,7 @@ class RunDirectory:
         folder: Of this run.
         run_id: Of this run in all its processes; no other run has it.
         is_resumed: Whether it continues an earlier process.
-        raised: Caps of the budget that are higher than those of the earlier process.
+        raised: Caps of the budget that are higher than those of the earlier process; ``keep_budget`` writes them down.
 
     Raises:
         ConfigurationError: a file in the place of the folder, or a folder that cannot be written.
@@ -66,6 +66,7 @@ class RunDirectory:
             numbers = self.numbers()
             self.is_resumed = resume and bool(numbers)
             self.raised: tuple[str, ...] = ()
+            self._manifest = manifest
             self.run_id = uuid.uuid4().hex
             if self.is_resumed:
                 self.number = numbers[-1]
@@ -97,6 +98,11 @@ class RunDirectory:
         """Numbers of all runs, oldest first."""
         found = (self.path / "runs").iterdir()
         return sorted(int(one.name) for one in found if re.fullmatch(r"\d{4,}", one.name))
+
+    def keep_budget(self) -> None:
+        """From now on the raised budget is that of the run; after its journal says that it was raised."""
+        if self.raised:
+            self._write_manifest(self.folder, self._manifest)
 
     def close(self) -> None:
         """Let others in."""
@@ -159,8 +165,6 @@ class RunDirectory:
             name for name, cap in manifest["budget"].items() if cap != known["budget"].get(name)
         )
         self.run_id = str(known.get("run_id") or self.run_id)  # runs of before it have none
-        if self.raised:
-            self._write_manifest(self.folder, manifest)
 
 
 def safe_name(worker: str) -> str:

@@ -133,6 +133,20 @@ def test_attempts_are_added_up_and_what_was_in_flight_is_charged_in_full() -> No
     assert SpentSoFar().saved() is None
 
 
+def test_attempts_in_the_servers_journal_are_told_apart_by_their_names() -> None:
+    found = SpentSoFar()
+    for number, name in enumerate(("proposer", "judge", None)):  # older versions write no name
+        named = {} if name is None else {"worker": name}
+        found.read("", {"kind": "reserved", "number": number, "worst": [10, 5, "0.1"], **named})
+    attempt = {"model": "m", "fate": None, "charge": [1, 1, "0.01"], "priced": True, "waited_s": 0.0}
+    found.read("", {"kind": "attempt", "number": 0, "worker": "proposer", **attempt})
+    found.read("", {"kind": "process"})  # cuts whatever of the server's journal was in flight
+    saved = found.saved()
+    assert saved is not None
+    lines = {name: (line["answers"], line["cut"]) for name, line in saved["lines"].items()}
+    assert lines == {"proposer": (1, 0), "judge": (0, 1), "": (0, 1)}
+
+
 def test_a_reservation_is_recorded_before_its_attempt_can_go_out() -> None:
     entries: list[str] = []
     ledger = Ledger()

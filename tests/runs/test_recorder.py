@@ -6,12 +6,14 @@ from pathlib import Path
 
 import dspy
 import kit
+from crashes import entries
 
-from asyndbt_dspy.core.messages import StopSearch
+from asyndbt_dspy.core.messages import StopSearch, WorkerLost
 from asyndbt_dspy.engines.protocols import SERVER, Recorded
 from asyndbt_dspy.programs.paid_rollouts import PaidRollout, RolloutKey
 from asyndbt_dspy.programs.rollout import Rollout
 from asyndbt_dspy.recording.recorder import RunRecorder
+from asyndbt_dspy.runs.journal import JournalWriter
 from asyndbt_dspy.runs.run_directory import RunDirectory
 
 STUDENT = dspy.Predict(kit.Sort)
@@ -53,3 +55,85 @@ def test_after_a_turn_a_worker_takes_what_another_was_paid_for_and_no_longer_ask
     again = third.take("idle", key(1), STUDENT, False)
     assert again is not None and again.is_shared and again.usage == (1, 20, 3)
     third.close()
+
+
+SPENT = Recorded(SERVER, StopSearch("budget", race=True), 0.0)
+PATIENCE = Recorded(SERVER, StopSearch("patience", race=True), 0.0)
+LOST = Recorded(SERVER, WorkerLost("asked", "down"), 0.0)
+
+
+def test_failures_that_a_turn_forgot_are_forgotten_by_the_next_process_too(tmp_path: Path) -> None:
+    paid = PaidRollout(Rollout(0.5, seconds=1.0), (1, 20, 3))
+    first = process(tmp_path, 10)
+    first.keep("asked", key(1), STUDENT, paid)
+    first.keep_failure("asked", 3, "down")
+    first.events(SPENT)
+    first.close()
+    of_before = JournalWriter(tmp_path / "runs" / "0001" / "workers" / "clinic.jsonl")
+    of_before.append(
+        {"kind": "worker_failed", "task": 2, "reason": "down", "t": 0.0}
+    )  # as older versions write it
+    of_before.close()
+
+    second = process(tmp_path, 20)
+    assert second.failure("asked", 3) == second.failure("clinic", 2) == "down"
+    second.events(PATIENCE)
+    assert second.failure("asked", 3) is None
+    second.keep_failure("idle", 1, "gone")
+    second.close()
+
+    third = process(tmp_path, 20)
+    assert third.failure("asked", 3) is third.failure("clinic", 2) is None, "it is another task now"
+    assert third.failure("idle", 1) == "gone"
+    assert third.take("idle", key(1), STUDENT, False) is not None, "it still goes another way than the first"
+    third.close()
+
+
+def test_who_was_lost_before_a_turn_is_not_asked_for_the_same_again(tmp_path: Path) -> None:
+    first = process(tmp_path, 10)
+    first.keep_failure("asked", 3, "down")
+    first.events(LOST)
+    first.events(SPENT)
+    first.close()
+    second = process(tmp_path, 20)
+    second.events(LOST)
+    second.events(PATIENCE)
+    second.close()
+    third = process(tmp_path, 20)
+    assert third.failure("asked", 3) == "down"
+    third.close()
+
+
+def test_a_raised_budget_lets_the_run_turn_until_it_has_turned(tmp_path: Path) -> None:
+    first = process(tmp_path, 10)
+    first.events(SPENT)
+    first.finish("budget", (0,))
+    first.close()
+    process(tmp_path, 20).close()  # dies before anything happens
+    third = process(tmp_path, 20)
+    assert third.events.may_diverge
+    third.events(PATIENCE)
+    third.close()
+    fourth = process(tmp_path, 20)
+    assert not fourth.events.may_diverge, "what is recorded now is of the larger budget"
+    fourth.events(PATIENCE)
+    fourth.finish("patience", (1,))
+    fourth.close()
+    assert [one["reason"] for one in entries(tmp_path, "finished")] == ["budget", "patience"]
+    process(tmp_path, 20).close()
+
+
+def test_a_raised_budget_that_comes_to_the_same_is_over_once(tmp_path: Path) -> None:
+    first = process(tmp_path, 10)
+    first.events(PATIENCE)
+    first.finish("patience", (0,))
+    first.close()
+    for budget, lines in ((20, 2), (20, 2), (30, 3)):
+        again = process(tmp_path, budget)
+        again.events(PATIENCE)
+        again.finish("patience", (0,))
+        again.close()
+        assert len(entries(tmp_path, "finished")) == lines
+    again = process(tmp_path, 30)
+    assert not again.events.may_diverge
+    again.close()

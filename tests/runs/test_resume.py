@@ -10,7 +10,7 @@ from typing import Any
 import dspy
 import kit
 import pytest
-from crashes import Asked, compiled, entries, killed_after, lines_written, steady
+from crashes import Asked, compiled, entries, killed_after, killed_before, lines_written, steady
 
 from asyndbt_dspy import Budget, Worker
 from asyndbt_dspy.errors import ConfigurationError, JournalError, ResumeError
@@ -193,6 +193,72 @@ def test_a_raised_budget_goes_on_where_the_smaller_one_ended(tmp_path: Path) -> 
         assert len(keys) == len(set(keys)) == calls, "what was paid for is used"
         again, _ = compiled(folder, None, lm=lm, deterministic=deterministic, budget=Budget(metric_calls=120))
         assert kit.calls_of(lm) == calls and steady(again.result) == steady(more.result)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_raised_budget_survives_a_death_at_any_moment(tmp_path: Path, deterministic: bool) -> None:
+    def go(folder: Path, calls: int) -> Any:
+        budget = Budget(metric_calls=calls)
+        return compiled(folder, kit.stairs(1), deterministic=deterministic, budget=budget)
+
+    for lines in (0, 1, 3, 4, 5, 20, 60):
+        folder = tmp_path / str(lines)
+        go(folder, 60)
+        with killed_after(lines):
+            go(folder, 120)
+        optimizer, program = go(folder, 120)
+        assert program is not None and 60 < optimizer.result.metric_calls <= 120
+        again, same = go(folder, 120)
+        assert steady(again.result) == steady(optimizer.result)
+        assert kit.state_of(same) == kit.state_of(program)
+
+
+def test_a_worker_that_is_well_again_under_a_raised_budget_stays_so_after_a_death(tmp_path: Path) -> None:
+    asked = 0
+
+    def recovering(messages: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if 35 < asked <= 35 + down:
+            raise dspy.lm15.ServerError("down")
+        return kit.stairs(1)(messages)
+
+    def go(folder: Path, calls: int) -> Any:
+        lms = [kit.scripted_lm(script, name=name, temperature=0.0) for name, script in scripts.items()]
+        workers = [
+            Worker(name, kit.examples(60, start), lm=lm)
+            for name, start, lm in zip(scripts, (0, 60), lms, strict=True)
+        ]
+        options: dict[str, Any] = {"workers": workers, "deterministic": False}
+        optimizer, _ = compiled(folder, None, lm=lms[0], budget=Budget(metric_calls=calls), **options)
+        return optimizer.result
+
+    scripts = {"well": kit.stairs(1), "recovering": recovering}
+    down = 1000
+    first = go(tmp_path, 100)
+    assert first.workers[1].set_aside and entries(tmp_path, "worker_failed")
+    down, seen = 0, []
+
+    def is_after_the_turn(entry: dict[str, Any]) -> bool:
+        seen.append(entry["kind"])
+        return "rewind" in seen and len(seen) - seen.index("rewind") > 2
+
+    with killed_before(is_after_the_turn) as lost:
+        go(tmp_path, 160)
+    assert lost
+    assert not go(tmp_path, 160).workers[1].set_aside
+
+
+def test_what_a_proposer_spent_keeps_its_name(tmp_path: Path) -> None:
+    def propose(messages: Any) -> str:
+        return '{"new_instructions": "Look at the number."}'
+
+    options: dict[str, Any] = {"instructions": None, "budget": Budget(metric_calls=60, lm_calls=500)}
+    spent = []
+    for _ in range(2):
+        optimizer, _ = compiled(tmp_path, kit.stairs(1), proposer=kit.make_lm(propose, "p"), **options)
+        spent.append({name: line["attempts"] for name, line in optimizer.result.spending.items()})
+    assert spent[0] == spent[1] and spent[0]["proposer"] > 0
 
 
 def test_a_run_of_something_else_is_refused_with_all_that_differs(tmp_path: Path) -> None:

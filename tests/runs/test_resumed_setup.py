@@ -14,8 +14,8 @@ import pytest
 from crashes import compiled, entries, killed_after, steady
 
 from asyndbt_dspy import Budget, Worker
+from asyndbt_dspy.core import call_times
 from asyndbt_dspy.lms.scripted import AsyncScriptedEngine
-from asyndbt_dspy.programs import stragglers
 
 _TRACES = 18
 """Calls of the setup for traces: 12 % of 150."""
@@ -31,7 +31,7 @@ def json_prompts() -> Any:
 def impatience() -> Iterator[None]:
     """Eight times as long as the others is long, however short."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stragglers, "_LEAST_S", 0.0)
+        patch.setattr(call_times, "_LEAST_S", 0.0)
         yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,28 @@ def test_another_lm_metric_or_setting_shares_nothing(tmp_path: Path) -> None:
         tmp_path, None, lm=greedy_lm(asked), resume=False, metric=lambda gold, said: gold.label == said.label
     )
     assert len(asked.prompts) == 4 * count
+
+
+def test_a_damaged_journal_of_an_earlier_run_is_left_out_and_the_others_serve(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = Asked(kit.stairs(1))
+    compiled(tmp_path, None, lm=greedy_lm(asked), resume=False)
+    count = len(asked.prompts)
+    for name in ("worker-1", "worker-2"):
+        path = tmp_path / "runs" / "0001" / "workers" / f"{name}.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join([*lines[:3], b"x" + lines[3], *lines[4:]]))
+        asked.prompts.clear()
+        caplog.clear()
+        _, program = compiled(tmp_path, None, lm=greedy_lm(asked), resume=False)
+        assert program is not None
+        warned = [one.getMessage() for one in caplog.records if "of an earlier run" in one.getMessage()]
+        assert len(warned) == 1 and "line 4 is damaged" in warned[0]
+        if name == "worker-1":
+            assert 0 < len(asked.prompts) < count
+            shutil.rmtree(tmp_path / "runs" / "0002")  # which has all of them
+    assert len(asked.prompts) == count, "both are left out, and that is said once"
 
 
 def test_two_candidates_that_are_one_program_are_paid_for_once() -> None:

@@ -98,6 +98,10 @@ def test_a_budget_may_be_raised_and_never_lowered(tmp_path: Path) -> None:
     higher = opened(tmp_path, budget={"metric_calls": 400, "dollars": None})
     assert higher.raised == ("metric_calls",)
     higher.close()
+    opened(tmp_path).close()  # nothing was done with it
+    higher = opened(tmp_path, budget={"metric_calls": 400, "dollars": None})
+    higher.keep_budget()
+    higher.close()
     with pytest.raises(ResumeError, match="below the 400"):
         opened(tmp_path)
     lifted = opened(tmp_path, budget={"metric_calls": None, "dollars": None})
