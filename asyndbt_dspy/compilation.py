@@ -77,6 +77,8 @@ async def prepare(
         workers = await elsewhere(
             optimizer.engine, optimizer.budget, student, teacher, workers, optimizer.metric
         )
+    if teacher is not None:
+        checks.check_teacher(student, teacher)
     _check_data(optimizer, student, workers, valset)
     config = make_config(optimizer, len(workers))
     needs_pool = optimizer.options.mode != "instructions"
@@ -375,7 +377,10 @@ class Run:
         observers: list[Any] = [self.recorded.append, self.curve, self.meter]
         if self.bar is not None:
             observers.append(self.bar)
-        engine = self.optimizer.make_engine(time.perf_counter() - self.started)
+        spent_s = time.perf_counter() - self.started
+        if self.recorder is not None:
+            spent_s -= self.recorder.search_elapsed_s  # the engine counts these by itself when it resumes
+        engine = self.optimizer.make_engine(spent_s)
         observers += [self._open_what_was_kept, self.later.observe]
         if isinstance(engine, ListeningEngine):
             engine.between = self.later.between

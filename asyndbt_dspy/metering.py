@@ -223,7 +223,11 @@ def _known_price(metering: Metering, worker: Worker, lm: Any) -> Price | None:
 
 
 def _prompt_tokens(adapter: Any, predictor: Any, example: dspy.Example) -> int:
-    fields = predictor.signature.input_fields
-    inputs = {name: example.get(name, "") for name in fields}
-    messages = adapter.format(signature=predictor.signature, demos=list(predictor.demos), inputs=inputs)
-    return rough_tokens(messages)
+    """About how long a prompt is; what the program makes itself is not known. An estimate ends no compile."""
+    known = {name: example.get(name, "") for name in predictor.signature.input_fields}
+    try:
+        messages = adapter.format(signature=predictor.signature, demos=list(predictor.demos), inputs=known)
+        return rough_tokens(messages)
+    except Exception:  # noqa: BLE001 - adapters and users' types raise what they like
+        text = f"{predictor.signature.instructions} {predictor.demos} {known}"
+        return rough_tokens([{"role": "user", "content": text.encode("utf-8", "replace").decode()}])

@@ -17,7 +17,7 @@ import dspy
 from dspy.teleprompt import Teleprompter
 
 from asyndbt_dspy import preparation
-from asyndbt_dspy.compilation import prepare
+from asyndbt_dspy.compilation import Run, prepare
 from asyndbt_dspy.core.budget import Budget
 from asyndbt_dspy.core.config import PRESETS, AlgorithmConfig
 from asyndbt_dspy.engines.local import LocalEngine
@@ -172,12 +172,12 @@ class AsynDBT(Teleprompter):
             mode=mode,
             instructions=instructions,
             proposer=proposer,
-            tips=tuple(tips),
+            tips=(tips,) if isinstance(tips, str) else tuple(tips),
             instruction_candidates=instruction_candidates,
             later_instructions=later_instructions,
             demos_per_class=demos_per_class,
             demo_slots=demo_slots,
-            demo_candidates=demo_candidates or (50 if paper else 12),
+            demo_candidates=(50 if paper else 12) if demo_candidates is None else demo_candidates,
             demo_order=not paper if demo_order is None else demo_order,
             demo_ending=not paper if demo_ending is None else demo_ending,
             max_demo_tokens=max_demo_tokens,
@@ -195,6 +195,14 @@ class AsynDBT(Teleprompter):
             raise ConfigurationError(
                 f"{'resume' if self.resume else 'fsync'}=True needs the run_dir=… that the journals are kept in"
             )
+        if self.options.demo_candidates < 1:
+            raise ConfigurationError(
+                f"demo_candidates={self.options.demo_candidates} must be at least 1; mode='instructions' shows no demos"
+            )
+        if isinstance(self.failure_score, bool) or not (
+            isinstance(self.failure_score, int | float) and math.isfinite(self.failure_score)
+        ):
+            raise ConfigurationError(f"failure_score={self.failure_score!r} must be a finite number")
         if self.straggler_factor is not None and not self.straggler_factor > 1:
             raise ConfigurationError(f"straggler_factor={self.straggler_factor!r} must be > 1, or None")
         if self.deterministic and self.budget.metric_calls is None:
@@ -293,6 +301,7 @@ class AsynDBT(Teleprompter):
     ) -> dspy.Module:
         """``compile`` as a coroutine of the running loop."""
         self.result, self.recorded = None, []
+        held_out = None if valset is None else list(valset)  # a generator may be read once
         stop = StopRequest(
             "Without run_dir= it cannot go on later."
             if self.run_dir is None
@@ -301,7 +310,9 @@ class AsynDBT(Teleprompter):
         self._stops.append(stop)
         timer = self._end_in(stop, 0.0)
         try:
-            run = await stop.unless_asked(prepare(self, student, trainset, teacher, valset, stop))
+            run = await stop.unless_asked(
+                prepare(self, student, trainset, teacher, held_out, stop), drop=Run.aclose
+            )
             if run is None:  # nothing is known yet that could be better
                 return copy_program(student, shared_parts(student))
             self.recorded = run.recorded

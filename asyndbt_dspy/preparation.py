@@ -211,16 +211,28 @@ def _by_class(student: dspy.Module, pool: Sequence[dspy.Example], first: int) ->
     return [number for turn in turns for number in turn if number is not None]
 
 
+_NO_LM = "No LM is loaded"
+"""How DSPy's ``ValueError`` begins where a predictor has no LM."""
+
+
 def check_lm(student: dspy.Module, shards: Sequence[Shard], probes: Sequence[Rollout | None]) -> None:
-    """Say that there is no LM, where that is why every first rollout failed: DSPy raises a plain ``ValueError`` then."""
+    """Say that there is no LM, where that is why every first rollout failed, and tell of it where another error is."""
     nowhere = dspy.settings.lm is None and all(shard.worker.first_lm is None for shard in shards)
     unset = [name for name, predictor in student.named_predictors() if predictor.lm is None]
     failed = all(one is not None and one.failure is FailureKind.PROGRAM for one in probes)
-    if nowhere and unset and failed:
+    if not failed:
+        return
+    if nowhere and unset and all(_NO_LM in (one.error or "") for one in probes if one is not None):
         raise ConfigurationError(
             f"no LM for the predictors {unset}: none is set by dspy.configure or dspy.context, on a worker or on the "
             "program; give one, for instance Worker(…, lm=dspy.LM(…))"
         )
+    kinds = sorted({(one.error or "").partition(":")[0] for one in probes if one is not None})
+    logger.warning(
+        "The student failed on the first example of every worker (%s): if it fails on all of them, nothing can be found, and "
+        "the budget is spent all the same.",
+        ", ".join(kinds),
+    )
 
 
 def choose_demos(items: Sequence[DemoItem], options: SearchSpaceOptions, seed: int) -> list[DemoItem]:

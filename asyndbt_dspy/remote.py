@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import dspy
+from dspy.adapters.utils import serialize_for_json
 from dspy.utils.usage_tracker import track_usage
 
 from asyndbt_dspy.core.budget import Budget
@@ -249,7 +250,8 @@ class RemoteRunner:
     ) -> dict[str, Any]:
         state = self._states.get(program)
         if state is None:
-            state = self._states[program] = json.dumps(_dump(program), sort_keys=True)
+            # Keys are not sorted: prompts show dicts and models in their own order.
+            state = self._states[program] = json.dumps(_dump(program))
         return {
             "worker": worker,
             "program": state,
@@ -319,18 +321,37 @@ async def elsewhere(
 
 
 def _dump(program: dspy.Module) -> dict[str, Any]:
-    """Instructions and demos per predictor."""
-    return {
-        name: {key: value for key, value in predictor.dump_state().items() if key != "lm"}
-        for name, predictor in program.named_predictors()
-    }
+    """Instructions and demos per predictor, as JSON data."""
+    found = {}
+    for name, predictor in program.named_predictors():
+        bare = predictor.__class__.__new__(predictor.__class__)
+        bare.__dict__.update(predictor.__dict__)
+        bare.lm, bare.traces, bare.train, bare.demos = None, [], [], []
+        demos = [{key: _dump_value(value) for key, value in sorted(demo.items())} for demo in predictor.demos]
+        found[name] = {**bare.dump_state(), "demos": demos}
+    return found
 
 
 def _load(program: dspy.Module, state: Mapping[str, Any]) -> None:
     for name, predictor in program.named_predictors():
         lm = predictor.lm
-        predictor.load_state({**state[name], "lm": None})
+        demos = [{key: _load_value(value) for key, value in demo.items()} for demo in state[name]["demos"]]
+        predictor.load_state({**state[name], "demos": demos})
         predictor.lm = lm
+
+
+def _dump_value(value: Any) -> Any:
+    """A demo's value in the form that DSPy's adapters give it in a prompt.
+
+    They number the items of a list in a text field, but not those of a tuple or set, so these stay apart: ``[value]``
+    or ``{"tuple": value}``.
+    """
+    plain = serialize_for_json(value)
+    return {"tuple": plain} if isinstance(plain, list) and not isinstance(value, list) else [plain]
+
+
+def _load_value(encoded: Any) -> Any:
+    return tuple(encoded["tuple"]) if isinstance(encoded, Mapping) else encoded[0]
 
 
 def _check_alike(worker: str, described: Mapping[str, Any], structure: Any, metric: Metric) -> None:

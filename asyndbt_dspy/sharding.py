@@ -9,6 +9,7 @@ from typing import Any, overload
 import dspy
 import numpy as np
 
+from asyndbt_dspy import splitting
 from asyndbt_dspy.core.config import AlgorithmConfig
 from asyndbt_dspy.errors import ConfigurationError
 from asyndbt_dspy.programs import checks
@@ -92,17 +93,29 @@ def split_shards(
         takers = [number for number, worker in enumerate(workers) if not worker.valset] or [0]
         for place, number in enumerate(order):
             shares[takers[place % len(takers)]].append(valset[int(number)])
+    given = [
+        list(worker.valset) if worker.valset else share for worker, share in zip(workers, shares, strict=True)
+    ]
+    trainsets = [list(worker.trainset) for worker in workers]
+    splitting.tell_of_copies(trainsets)
+    seeds = [seed + index for index in range(len(workers))]
+    fractions = [0.25 if config.race and not one else None for one in given]
+    rests, raced = splitting.split(trainsets, fractions, student, seeds)
+    raced = splitting.dealt(raced)
+    # An example must not be scored by a program that shows it, so demos and estimates part ways.
+    fractions = [
+        min(0.6, max(0.4, 2 * config.minibatch / len(rest)))
+        if needs_pool and len(rest) >= 2 * config.minibatch
+        else None
+        for rest in rests
+    ]
+    pools, estimates = splitting.split(rests, fractions, student, [1000 + one for one in seeds])
     result = []
-    for index, (worker, share) in enumerate(zip(workers, shares, strict=True)):
-        rest = list(worker.trainset)
-        held_out = list(worker.valset) if worker.valset else share
-        if not held_out and config.race:
-            rest, held_out = _split(rest, 0.25, student, seed + index)
-        estimate, pool = rest, rest
-        if needs_pool and len(rest) >= 2 * config.minibatch:
-            # An example must not be scored by a program that shows it, so demos and estimates part ways.
-            fraction = min(0.6, max(0.4, 2 * config.minibatch / len(rest)))
-            pool, estimate = _split(rest, fraction, student, seed + 1000 + index)
+    for index, worker in enumerate(workers):
+        held_out = given[index] or raced[index]
+        pool, estimate = pools[index], estimates[index]
+        if fractions[index] is None or len(estimate) < config.minibatch <= len(rests[index]):
+            pool = estimate = rests[index]
         if len(estimate) < config.minibatch:
             raise ConfigurationError(
                 f"worker {worker.name!r} has {len(estimate)} examples left to estimate on (of {len(worker.trainset)} in "
@@ -195,12 +208,3 @@ def _mixed(
         for rank, place in enumerate(rng.permutation(len(members))):
             places.append(((rank + offset) / len(members), members[int(place)]))
     return tuple(examples[number] for _, number in sorted(places))
-
-
-def _split(
-    examples: Sequence[dspy.Example], fraction: float, student: dspy.Module, seed: int
-) -> tuple[list[dspy.Example], list[dspy.Example]]:
-    """Two stratified parts, the second with ``fraction`` of the examples."""
-    strata = example_labels(student, examples)
-    first, second = checks.held_out(range(len(examples)), fraction=fraction, seed=seed, strata=strata)
-    return [examples[one] for one in first], [examples[one] for one in second]

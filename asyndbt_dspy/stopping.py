@@ -7,7 +7,7 @@ import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -81,16 +81,26 @@ class StopRequest:
         await self.asked()
         await self.gate.drained()
 
-    async def unless_asked(self, work: Coroutine[Any, Any, _Found]) -> _Found | None:
-        """The result of ``work``; ``None`` where the end was asked for and came first (``work`` is cancelled)."""
+    async def unless_asked(
+        self, work: Coroutine[Any, Any, _Found], drop: Callable[[_Found], Awaitable[None]]
+    ) -> _Found | None:
+        """The result of ``work``; ``None`` where the end was asked for and came first (``work`` is cancelled).
+
+        Args:
+            drop: What is found all the same, and returned to nobody, is handed to it: a compile may be cancelled just then.
+        """
         task, drained = asyncio.ensure_future(work), asyncio.ensure_future(self.drained())
+        is_wanted = False
         try:
             await asyncio.wait({task, drained}, return_when=asyncio.FIRST_COMPLETED)
-            return task.result() if task.done() else None
+            is_wanted = task.done()
         finally:
             task.cancel()
             drained.cancel()
-            await asyncio.gather(task, drained, return_exceptions=True)
+            found, _ = await asyncio.gather(task, drained, return_exceptions=True)
+            if not (is_wanted or isinstance(found, BaseException)):
+                await drop(found)
+        return task.result() if is_wanted else None
 
 
 @contextlib.contextmanager

@@ -27,7 +27,8 @@ class Worker:
         lm: The LM of this worker; ``None``: the LM of the surrounding ``dspy.context`` or ``dspy.configure``. Predictors
             with an LM of their own keep it. A list: LMs or keys in order; one that is dead is left out and tried again
             later.
-        max_concurrency: Rollouts in flight at a time, at least 1; LM calls likewise.
+        max_concurrency: Rollouts in flight at a time, at least 1; LM calls likewise where they are metered (a cap on calls, tokens
+            or dollars, prices, a rate limit, several LMs).
         requests_per_minute, tokens_per_minute: Of this worker's endpoint, > 0; workers on one endpoint share the tightest.
         hedge_after_s: A call without an answer for so long is sent to the worker's next LM too; the first answer counts,
             the other call is cancelled, both are counted. > 0; ``None``: never.
@@ -54,6 +55,8 @@ class Worker:
     price: Price | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise ConfigurationError(f"worker name {self.name!r} must be a str")
         if not self.name or self.name == "server":
             raise ConfigurationError(
                 f"worker name {self.name!r} is empty or taken by the server; choose another"

@@ -64,7 +64,14 @@ PARTS = {
         "asyndbt_dspy.lms", CORE, libraries=f"{LM} torch transformers tokenizers safetensors gguf llguidance"
     ),
     "asyndbt_dspy.programs": _part(CORE, libraries=f"numpy {DSPY}"),
-    "asyndbt_dspy.deploy": _part(CORE, libraries=DSPY),
+    # An evaluation reads the metric and tells errors apart as a compile does.
+    "asyndbt_dspy.deploy": _part(
+        "asyndbt_dspy.programs.metrics",
+        "asyndbt_dspy.programs.rollout",
+        "asyndbt_dspy.lms.failures",
+        CORE,
+        libraries=DSPY,
+    ),
     "asyndbt_dspy.runs": _part(CORE, libraries="tqdm filelock"),
     "asyndbt_dspy.runs.report": _part("asyndbt_dspy.runs", CORE, libraries="jinja2 matplotlib"),
     "asyndbt_dspy.simulation": _part(
@@ -79,6 +86,7 @@ PARTS = {
     "asyndbt_dspy.remote": WHOLE_PACKAGE,
     "asyndbt_dspy.setup_rollouts": WHOLE_PACKAGE,
     "asyndbt_dspy.sharding": WHOLE_PACKAGE,
+    "asyndbt_dspy.splitting": WHOLE_PACKAGE,
     "asyndbt_dspy.recording": WHOLE_PACKAGE,
     "asyndbt_dspy.reporting": WHOLE_PACKAGE,
     "asyndbt_dspy.stopping": WHOLE_PACKAGE,

@@ -42,7 +42,7 @@ from asyndbt_dspy.deploy.public_state import (
 from asyndbt_dspy.deploy.rebuild import program_class, rebuilt_program
 from asyndbt_dspy.deploy.result_summary import summarize_result
 from asyndbt_dspy.deploy.state_checks import check_state
-from asyndbt_dspy.errors import ArtifactError, ExportError
+from asyndbt_dspy.errors import ArtifactError, ConfigurationError, ExportError
 
 PathLike = str | os.PathLike[str]
 
@@ -167,6 +167,7 @@ def load_artifact(
     Raises:
         ArtifactError: the artifact was changed, is newer than this package, fits another signature, or has an
             LM of an unknown class. The message says what differs.
+        ConfigurationError: ``lms`` names a predictor that there is not.
     """
     artifact = read_artifact(path)
     if student is None:
@@ -174,6 +175,9 @@ def load_artifact(
     _check_signature(artifact.manifest, student)
     program = student.deepcopy()
     own = {name: predictor.lm for name, predictor in student.named_predictors()}
+    unknown = sorted(set(lms or {}) - set(own))
+    if unknown:
+        raise ConfigurationError(f"lms names {unknown}, but the program's predictors are {sorted(own)}")
     chosen = {name: _external_lm(name, artifact.manifest, own[name], lms or {}) for name in own}
     try:
         for name, predictor in program.named_predictors():

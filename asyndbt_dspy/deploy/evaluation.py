@@ -16,10 +16,12 @@ from typing import Any
 
 import dspy
 from dspy.utils.callback import BaseCallback
-from dspy.utils.exceptions import is_retryable_lm_error
 
 from asyndbt_dspy.deploy.artifact import load_artifact
 from asyndbt_dspy.errors import ArtifactError, ConfigurationError, MetricError
+from asyndbt_dspy.lms.failures import FailureKind
+from asyndbt_dspy.programs.metrics import bind_metric, excerpt, metric_name, read_score
+from asyndbt_dspy.programs.rollout import kind_of
 
 Z_95 = 1.959964
 HISTORY = 10**9
@@ -33,9 +35,10 @@ class Evaluation:
     Attributes:
         score: Mean of the metric over the examples that could be run; a program that raises scores 0.
         interval: 95 % interval of the mean: Wilson's for scores of 0 and 1, else normal.
-        scores: Per example in order; ``None`` where the LM could not be reached.
+        scores: Per example in order; ``None`` where it is missing.
         failures: Examples on which the program or the metric raised.
-        missing: Examples left out because the LM could not be reached (rate limit, timeout, server).
+        missing: Examples left out, as in ``compile``, because the LM could not be reached (rate limit, timeout,
+            server, no valid key, unknown model) or refused them (content filter, context too long).
         calls: LM calls, those answered by DSPy's cache included.
         seconds_per_call: Mean, median and 95th percentile of an LM call's duration in seconds.
         seconds_per_example: Mean duration of the program in seconds.
@@ -75,7 +78,8 @@ def evaluate_artifact(
     Args:
         path: The artifact's folder.
         data: Examples with their inputs declared, at least one.
-        metric: ``(gold, prediction)`` and optionally a trace; plain or ``async``.
+        metric: As for ``compile``: ``(gold, prediction)`` and optionally a trace, which is ``None``; plain or
+            ``async``.
         student: See ``load_artifact``.
         lm: For predictors without an own LM; default: that of ``dspy.settings``.
         lms: See ``load_artifact``.
@@ -84,11 +88,13 @@ def evaluate_artifact(
 
     Raises:
         ArtifactError: the artifact must not be loaded, or no example could be run.
-        ConfigurationError: no examples, or no threads.
-        MetricError: the metric returned something that is no finite number.
+        ConfigurationError: no examples, no threads, a metric that cannot take (gold, prediction), or ``lms`` of
+            predictors that there are not.
+        MetricError: the metric returned something that is no finite number, or it raised wherever it was asked.
     """
     if not data or num_threads < 1:
         raise ConfigurationError(f"need examples and num_threads >= 1, got {len(data)} and {num_threads}")
+    runner = _Runner(metric)
     program = load_artifact(path, student, lms=lms)
     ledger = _Ledger()
     default = ledger.own(lm or dspy.settings.lm)
@@ -102,47 +108,58 @@ def evaluate_artifact(
     }
     if adapter is not None:
         settings["adapter"] = adapter
-    runner = _Runner(program, metric)
     with dspy.context(**settings), ThreadPoolExecutor(num_threads) as threads:
         # DSPy's settings travel in context variables, which threads do not inherit.
-        runs = [threads.submit(contextvars.copy_context().run, runner.run, example) for example in data]
+        runs = [
+            threads.submit(contextvars.copy_context().run, runner.run, program, example) for example in data
+        ]
         outcomes = [run.result() for run in runs]
+    _check_measured(outcomes, metric)
     return _summary(outcomes, ledger)
 
 
 @dataclass(frozen=True)
 class _Outcome:
     score: float | None
-    failed: bool
     seconds: float
+    error: Exception | None = None
+    metric_raised: bool = False
 
 
 class _Runner:
     """Runs and scores one example; called from several threads at once."""
 
-    def __init__(self, program: dspy.Module, metric: Callable[..., Any]) -> None:
-        self._program = program
+    def __init__(self, metric: Callable[..., Any]) -> None:
         self._metric = metric
+        self._score = bind_metric(metric)
 
-    def run(self, example: dspy.Example) -> _Outcome:
+    def run(self, program: dspy.Module, example: dspy.Example) -> _Outcome:
         start = time.perf_counter()
-        seconds = None
         try:
-            prediction = self._call(example.inputs().toDict())
-            seconds = time.perf_counter() - start
-            returned = self._metric(example, prediction)
+            # Not `toDict`, which makes dicts of models, histories and nested examples.
+            prediction = _call(program, dict(example.inputs().items()))
+        except Exception as error:  # noqa: BLE001 - the user's program may raise anything
+            return _failed(error, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        try:
+            returned = self._score(example, prediction)
             if inspect.isawaitable(returned):
                 returned = asyncio.run(_awaited(returned))
-        except Exception as error:  # noqa: BLE001 - the user's program and metric may raise anything
-            missing = is_retryable_lm_error(error)
-            return _Outcome(None if missing else 0.0, not missing, seconds or time.perf_counter() - start)
-        return _Outcome(_number(returned), False, seconds)
+        except Exception as error:  # noqa: BLE001 - as above, for the user's metric
+            return _failed(error, seconds, metric_raised=True)
+        return _Outcome(read_score(returned, metric=self._metric, example=example).score, seconds)
 
-    def _call(self, inputs: Mapping[str, Any]) -> Any:
-        # A module with `aforward` alone cannot be called plainly.
-        if not hasattr(type(self._program), "forward"):
-            return asyncio.run(self._program.acall(**inputs))
-        return self._program(**inputs)
+
+def _call(program: dspy.Module, inputs: Mapping[str, Any]) -> Any:
+    # A module with `aforward` alone cannot be called plainly.
+    if not hasattr(type(program), "forward"):
+        return asyncio.run(program.acall(**inputs))
+    return program(**inputs)
+
+
+def _failed(error: Exception, seconds: float, *, metric_raised: bool = False) -> _Outcome:
+    missing = kind_of(error) is not FailureKind.PROGRAM
+    return _Outcome(None if missing else 0.0, seconds, error, metric_raised)
 
 
 class _Ledger(BaseCallback):
@@ -175,31 +192,33 @@ async def _awaited(value: Any) -> Any:
     return await value
 
 
-def _number(returned: Any) -> float:
-    value = returned.get("score") if isinstance(returned, dspy.Prediction) else returned
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
+def _check_measured(outcomes: Sequence[_Outcome], metric: Callable[..., Any]) -> None:
+    """Refuse a score where nothing was measured: it would look like that of a bad program."""
+    known = [outcome for outcome in outcomes if outcome.score is not None]
+    if not known:
+        error = outcomes[0].error
+        raise ArtifactError(
+            f"none of {len(outcomes)} examples could be run: the LM could not be reached or refused them "
+            f"({type(error).__name__})"
+        ) from error
+    raised = [outcome.error for outcome in known if outcome.metric_raised]
+    if raised and all(outcome.error is not None for outcome in known):
         raise MetricError(
-            f"the metric returned {repr(returned)[:200]}; it must return a finite number or a bool"
-        )
-    return number
+            f"metric {metric_name(metric)!r} raised for each of the {len(raised)} predictions that it was given: "
+            f"{excerpt(raised[0])}"
+        ) from raised[0]
 
 
 def _summary(outcomes: Sequence[_Outcome], ledger: _Ledger) -> Evaluation:
     scores = [outcome.score for outcome in outcomes]
     known = [score for score in scores if score is not None]
-    if not known:
-        raise ArtifactError(f"none of {len(outcomes)} examples could be run: the LM could not be reached")
     entries = ledger.entries()
     costs = [entry.get("cost") for entry in entries]
     return Evaluation(
         score=statistics.fmean(known),
         interval=mean_interval(known),
         scores=tuple(scores),
-        failures=sum(outcome.failed for outcome in outcomes),
+        failures=sum(o.score is not None and o.error is not None for o in outcomes),
         missing=len(scores) - len(known),
         calls=len(entries),
         seconds_per_call=_durations(ledger.seconds),

@@ -43,6 +43,16 @@ KEY_SETTINGS = ("api_key",)
 """Settings that are never written, but that an LM finds again in its environment."""
 
 SECRET_NAME = re.compile(r"(api_?key|token|secret|password|passwd|credential)", re.IGNORECASE)
+SECRET_SETTING = re.compile(
+    r"((?<!cache_)key(?!word)|token(?!iz)|secret|passw|credential|auth(?:$|[_-]|ori[sz])|cookie|header"  # keys
+    r"|_base$|url|uri$|endpoint|host(?:name)?$|proxy|proxies|address"  # addresses
+    r"|organi[sz]ation|(?:^|_)org(?:_id)?$|tenant|account|client_id|project_id$|_project$)",  # accounts
+    re.IGNORECASE,
+)
+"""Names of an LM's settings whose values are secret. Those of providers, tiers and models are ordinary words."""
+SECRET_MAPPING = re.compile(r"(credential|cookie|header)", re.IGNORECASE)
+"""Names of settings of which every value is secret, whatever its name."""
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://\S+", re.IGNORECASE)
 PLAIN_COUNT = re.compile(r"^(max_.*tokens|.*_tokens)$")
 MIN_SECRET_CHARACTERS = 8
 PATH_OR_ADDRESS = re.compile(r"(://|^[/~\\]|/[/~]|^[A-Za-z]:[\\/]|\\)")
@@ -164,12 +174,12 @@ def numbers_only(value: Any, depth: int = 6) -> Any:
 
 
 def known_secrets(lms: Iterable[Any]) -> set[str]:
-    """Texts that must not be in any file: keys and addresses of the LMs, and secrets of the environment."""
+    """Texts that must not be in any file: keys, addresses, headers and account names of the LMs, and secrets of
+    the environment.
+    """
     found: set[str] = set()
     for lm in lms:
-        for name, value in (getattr(lm, "kwargs", None) or {}).items():
-            if name not in SAMPLING_KEYS:
-                found.update(_texts(value))
+        found |= _secret_texts(getattr(lm, "kwargs", None) or {})
     for name, value in os.environ.items():
         if SECRET_NAME.search(name) and not PLAIN_COUNT.match(name.lower()):
             found.add(value)
@@ -192,14 +202,32 @@ def check_no_secret(files: Mapping[str, bytes], secrets: Iterable[str]) -> None:
                 )
 
 
-def _texts(value: Any) -> set[str]:
+def _secret_texts(value: Any, *, named: bool = False, whole: bool = False) -> set[str]:
+    """Secrets in a setting of an LM.
+
+    Args:
+        value: Of the setting.
+        named: Whether its name says that its text, or the texts in its list, are secret.
+        whole: Whether all that it holds is secret.
+    """
     if isinstance(value, str):
-        return {value}
+        return {value} if named or whole or ADDRESS.fullmatch(value) else set()
     if isinstance(value, Mapping):
-        return {text for item in value.values() for text in _texts(item)}
+        found: set[str] = set()
+        for name, item in value.items():
+            found |= _secret_texts(
+                item,
+                named=_is_secret_setting(str(name)),
+                whole=whole or SECRET_MAPPING.search(str(name)) is not None,
+            )
+        return found
     if isinstance(value, list | tuple):
-        return {text for item in value for text in _texts(item)}
+        return {text for item in value for text in _secret_texts(item, named=named, whole=whole)}
     return set()
+
+
+def _is_secret_setting(name: str) -> bool:
+    return SECRET_SETTING.search(name) is not None and PLAIN_COUNT.match(name.lower()) is None
 
 
 def _is_scalar(value: Any) -> bool:

@@ -21,7 +21,9 @@ __all__ = [
     "check_inputs",
     "check_overlap",
     "check_student",
+    "check_teacher",
     "held_out",
+    "inputs_text",
     "shards",
 ]
 
@@ -90,6 +92,18 @@ def check_student(student: Any) -> None:
     )
 
 
+def check_teacher(student: dspy.Module, teacher: Any) -> None:
+    """Refuse a teacher whose traces could become demos of no predictor of the student."""
+    if not isinstance(teacher, dspy.Module):
+        raise ConfigurationError(f"teacher must be one dspy.Module, got {type(teacher).__name__}")
+    own, others = ([name for name, _ in one.named_predictors()] for one in (student, teacher))
+    if not set(own) & set(others) and not len(own) == len(others) == 1:
+        raise ConfigurationError(
+            f"the teacher's predictors {others} have none of the names of the student's, {own}: its traces could not become "
+            "demos. Name them alike, or leave the teacher out"
+        )
+
+
 def check_examples(student: dspy.Module, examples: Sequence[Any], *, name: str = "trainset") -> None:
     """Refuse an empty set, what is no ``dspy.Example``, undeclared inputs, and labels declared as inputs.
 
@@ -126,8 +140,8 @@ def check_overlap(
     trainset: Sequence[dspy.Example], valset: Sequence[dspy.Example], *, name: str = "trainset"
 ) -> int:
     """How many validation examples have the inputs of a training example; logs a warning if any have."""
-    trained = {_inputs_text(example) for example in trainset}
-    shared = sum(_inputs_text(example) in trained for example in valset)
+    trained = {inputs_text(example) for example in trainset}
+    shared = sum(inputs_text(example) in trained for example in valset)
     if shared:
         logger.warning(
             "%d of %d examples of the valset have the inputs of an example of the %s: the final comparison "
@@ -217,6 +231,7 @@ def _warn_of_unknown_labels(
             )
 
 
-def _inputs_text(example: dspy.Example) -> str:
+def inputs_text(example: dspy.Example) -> str:
+    """Equal for examples with equal inputs."""
     # Field values need not be hashable.
     return repr(sorted(example.inputs().toDict().items(), key=lambda pair: str(pair[0])))

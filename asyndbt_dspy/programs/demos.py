@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import dspy
+import numpy as np
 from dspy.adapters.utils import annotation_allows_none, serialize_for_json
 from pydantic_core import PydanticUndefined
 
@@ -118,6 +119,10 @@ def bootstrapped_demos(
         return []
     signatures = {name: one.signature for name, one in (student or program).named_predictors()}
     names = {id(one): name for name, one in program.named_predictors() if name in signatures}
+    if (
+        not names and len(signatures) == len(program.named_predictors()) == 1
+    ):  # whatever a teacher's is called
+        names = {id(program.predictors()[0]): next(iter(signatures))}
     went_well = rollout.score >= threshold
     answers = frozenset() if went_well else _answers(rollout)
     source: Source = "bootstrapped" if went_well else "corrected"
@@ -225,7 +230,7 @@ class _Collected:
 
 def _labelled(signature: type[dspy.Signature], example: dspy.Example) -> dspy.Example | None:
     held = {
-        name: example[name]
+        name: example[name].item() if isinstance(example[name], np.generic) else example[name]
         for name, declared in signature.fields.items()
         if name in example and (example[name] is not None or annotation_allows_none(declared.annotation))
     }

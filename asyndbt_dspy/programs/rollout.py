@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import dspy
+from dspy.utils.exceptions import AdapterParseError
 
 from asyndbt_dspy.errors import BudgetExceededError, MetricError
 from asyndbt_dspy.lms.distributions import collect
-from asyndbt_dspy.lms.failures import FailureKind, classify
+from asyndbt_dspy.lms.failures import FailureKind, causes, classify
 from asyndbt_dspy.programs.cross_entropy import right_label
 from asyndbt_dspy.programs.metrics import (
     Metric,
@@ -121,6 +122,7 @@ class RolloutRunner:
         self._metric_is_fast = False
         self._metric_was_slow = self._metric_is_module
         self._metric_has_raised = False
+        self._program_has_raised = False
         self._clock = clock
         self._executor = executor
         self._owns_executor = executor is None
@@ -160,6 +162,7 @@ class RolloutRunner:
             with dspy.context(**settings), collect() as distributions:
                 prediction = await self._call_program(program, example)
         except Exception as error:  # noqa: BLE001 - whatever the user's program raises counts as its failure
+            self._warn_of_program(error)
             return self._failed(error, "", start, settings["trace"] if trace else None)
         try:
             verdict = await self._call_metric(example, prediction, lm)
@@ -190,10 +193,15 @@ class RolloutRunner:
             self._executor = None
 
     async def _call_program(self, program: dspy.Module, example: dspy.Example) -> Any:
-        inputs = example.inputs().toDict()
-        if runs_async(program):
-            return await program.acall(**inputs)
-        return await self._in_thread(lambda: program(**inputs))
+        inputs = dict(
+            example.inputs().items()
+        )  # as dspy.Evaluate passes them: toDict() would take models apart
+        if not runs_async(program):
+            return await self._in_thread(lambda: program(**inputs))
+        if has_plain_tools(program):  # DSPy calls these on the event loop, whatever they wait for
+            with dspy.context(allow_tool_async_sync_conversion=True):
+                return await self._in_thread(lambda: program(**inputs))
+        return await program.acall(**inputs)
 
     async def _call_metric(self, example: dspy.Example, prediction: Any, lm: dspy.BaseLM | None) -> Score:
         # A judge uses the caller's LM, not the one under optimization; that one only where there is no other.
@@ -244,7 +252,7 @@ class RolloutRunner:
         refused = budget_error(error)
         if refused is not None:
             raise refused
-        kind = classify(error)
+        kind = kind_of(error)
         return Rollout(
             score=self.failure_score if kind is FailureKind.PROGRAM else None,
             failure=kind,
@@ -255,19 +263,72 @@ class RolloutRunner:
         )
 
     def _warn_of_metric(self, error: Exception) -> None:
-        if not self._metric_has_raised and classify(error) is FailureKind.PROGRAM:
+        if not self._metric_has_raised and kind_of(error) is FailureKind.PROGRAM:
             self._metric_has_raised = True
-            # Where, not what: the message may quote an example of a private worker. Rollout.error has it.
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            logger.warning(
-                "The metric %r raised %s (%s, line %s). Such examples count as failures (score %g); "
-                "this is said once.",
-                metric_name(self.metric),
-                type(error).__name__,
-                where.filename,
-                where.lineno,
-                self.failure_score,
-            )
+            self._warn(f"The metric {metric_name(self.metric)!r}", error)
+
+    def _warn_of_program(self, error: Exception) -> None:
+        """An answer that does not parse is every small LM's; anything else is more likely a mistake in the program."""
+        is_unparsed = any(isinstance(one, AdapterParseError) for one in causes(error))
+        if not (self._program_has_raised or is_unparsed) and kind_of(error) is FailureKind.PROGRAM:
+            self._program_has_raised = True
+            self._warn("The program", error)
+
+    def _warn(self, what: str, error: Exception) -> None:
+        # Where, not what: the message may quote an example of a private worker. Rollout.error has it.
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        logger.warning(
+            "%s raised %s (%s, line %s). Such examples count as failures (score %g); this is said once.",
+            what,
+            type(error).__name__,
+            where.filename,
+            where.lineno,
+            self.failure_score,
+        )
+
+
+_LM_PACKAGES = (
+    "dspy.clients",
+    "dspy.utils.dummies",
+    "dspy.utils.exceptions",
+    "lm15",
+    "litellm",
+    "openai",
+    "anthropic",
+    "google.genai",
+    "google.generativeai",
+    "google.api_core",
+    "vertexai",
+    "cohere",
+    "mistralai",
+    "groq",
+    "ollama",
+    "together",
+    "huggingface_hub",
+    "langchain_core.language_models",
+    "asyndbt_dspy.lms",
+    "langchain_asyndbt",
+)
+"""Where calls of LMs are made. ``langchain_openai`` and its like go through ``langchain_core``."""
+
+
+def kind_of(error: BaseException) -> FailureKind:
+    """The kind of a failed run: of the LM only if an LM's client raised it or what it comes from, or has such errors.
+
+    A program's or a tool's own ``NotFoundError`` or 404 is a failure of the program, whatever such an error of a provider
+    would mean.
+    """
+    return classify(error) if any(map(_is_of_an_lm, causes(error))) else FailureKind.PROGRAM
+
+
+def _is_of_an_lm(error: BaseException) -> bool:
+    frames = (str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__))
+    classes = (cls.__module__ for cls in type(error).__mro__)
+    return any(
+        module == one or module.startswith(f"{one}.")
+        for module in (*classes, *frames)
+        for one in _LM_PACKAGES
+    )
 
 
 def runs_async(program: dspy.Module) -> bool:
@@ -282,6 +343,26 @@ def runs_async(program: dspy.Module) -> bool:
         if "forward" in vars(cls):
             return False
     return False
+
+
+def has_plain_tools(program: dspy.Module) -> bool:
+    """Whether ``program``, which can run in a thread as well, has a tool of the user's that is no coroutine function."""
+    if not hasattr(type(program), "forward"):
+        return False
+    for _, module in program.named_sub_modules():
+        for value in vars(module).values():
+            held = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+            )
+            if any(isinstance(one, dspy.Tool) and _may_block(one.func) for one in held):
+                return True
+    return False
+
+
+def _may_block(function: Callable[..., Any]) -> bool:
+    if str(getattr(function, "__module__", "")).partition(".")[0] == "dspy":
+        return False  # DSPy's own, such as ReAct's "finish"
+    return not any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
 
 
 def budget_error(error: BaseException) -> BudgetExceededError | None:

@@ -143,12 +143,14 @@ class Result:
             outcome = "won" if one.won else "eliminated" if one.eliminated else "lost"
             score = "-" if one.score is None else f"{one.score:.3f}"
             lines.append(f"{one.name:<14}{score:>9}{interval:>20}{versus:>20}{one.examples:>10}  {outcome}")
-        header = f"{'worker':<14}{'calls':>9}{'missing':>9}{'cached':>9}{'tokens':>10}{'steps':>7}{'staleness':>16}{'busy s':>9}"
-        lines += ["", header]
+        counts = ("calls", "failed", "missing", "cached")
+        head = "".join(f"{one:>9}" for one in counts)
+        lines += ["", f"{'worker':<14}{head}{'tokens':>10}{'steps':>7}{'staleness':>16}{'busy s':>9}"]
         for worker in self.workers:
             late = f"max {worker.largest_staleness}, mean {worker.mean_staleness:.1f}"
             tokens = worker.prompt_tokens + worker.completion_tokens
-            row = f"{worker.name:<14}{worker.calls:>9}{worker.missing:>9}{worker.reused:>9}{tokens:>10}{worker.steps:>7}"
+            numbers = (worker.calls, worker.failed, worker.missing, worker.reused)
+            row = f"{worker.name:<14}{''.join(f'{one:>9}' for one in numbers)}{tokens:>10}{worker.steps:>7}"
             lines.append(f"{row}{late:>16}{worker.busy_s:>9.1f}  {worker.set_aside}".rstrip())
         lines.append(
             f"{self.utilisation:.0%} of the workers' time spent evaluating; staleness at most "

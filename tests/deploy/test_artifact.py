@@ -15,7 +15,7 @@ import pytest
 
 from asyndbt_dspy.deploy import load_artifact, read_artifact, save_artifact
 from asyndbt_dspy.deploy.manifest import pretty_json, seal
-from asyndbt_dspy.errors import ArtifactError
+from asyndbt_dspy.errors import ArtifactError, ConfigurationError
 
 FRESH = """
 import json, sys
@@ -109,6 +109,14 @@ def test_another_signature_is_refused_with_what_differs(other: type, said: str, 
     with pytest.raises(ArtifactError, match=said) as refused:
         load_artifact(path, dspy.Predict(other))
     assert refused.value.differences
+
+
+def test_an_lm_for_a_predictor_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    path = save_artifact(kit.tuned("two_steps"), tmp_path / "a")
+    lm = kit.hash_lm()
+    with pytest.raises(ConfigurationError, match=r"\['sumarize'\].*\['decide.predict', 'summarize'\]"):
+        load_artifact(path, kit.TwoSteps(), lms={"sumarize": lm})
+    assert load_artifact(path, kit.TwoSteps(), lms={"summarize": lm}).summarize.lm is lm
 
 
 def test_other_predictors_are_refused(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import artifact_kit as kit
 import dspy
+import pydantic
 import pytest
-from dspy.lm15 import RateLimitError
+from dspy.lm15 import AuthError, RateLimitError
 
 from asyndbt_dspy.deploy import diff, evaluate_artifact, save_artifact
 from asyndbt_dspy.deploy.comparison import word_changes
@@ -102,10 +103,116 @@ def test_an_unreachable_lm_is_missing_and_a_broken_program_scores_zero(tmp_path:
         evaluate_artifact(path, kit.examples("single")[3:4], metric, lm=lm)
 
 
+class Order(pydantic.BaseModel):
+    item: str
+
+
+class TypedInputs(dspy.Module):
+    """Uses its inputs as what they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.predict = dspy.Predict("text -> label")
+
+    def forward(self, order: Order, history: dspy.History, earlier: dspy.Example) -> dspy.Prediction:
+        return self.predict(text=f"{order.item} {len(history.messages)} {earlier.label}")
+
+
+def test_inputs_reach_the_program_as_they_are(tmp_path: Path) -> None:
+    path = save_artifact(TypedInputs(), tmp_path / "a")
+    inputs = {
+        "order": Order(item="lamp"),
+        "history": dspy.History(messages=[{"text": "hello"}]),
+        "earlier": dspy.Example(label="low"),
+    }
+    data = [dspy.Example(**inputs).with_inputs(*inputs)]
+    found = evaluate_artifact(path, data, lambda *_: True, student=TypedInputs(), lm=kit.hash_lm())
+    assert (found.score, found.failures, found.calls) == (1.0, 0, 1)
+
+
+class JudgedBy(dspy.Module):
+    """A metric whose forward has a trace of its own."""
+
+    def forward(self, example: Any, pred: Any, trace: Any = None) -> float:
+        return metric(example, pred)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda gold, prediction, trace: metric(gold, prediction) if trace is None else 0.0,
+        lambda gold, prediction, *, trace: metric(gold, prediction) if trace is None else 0.0,
+        JudgedBy(),
+    ],
+)
+def test_a_metric_takes_what_a_compile_gives_it(form: Any, tmp_path: Path) -> None:
+    path, data = save_artifact(kit.tuned("single"), tmp_path / "a"), kit.examples("single")
+    expected = evaluate_artifact(path, data, metric, lm=kit.hash_lm()).scores
+    assert 1.0 in expected
+    assert evaluate_artifact(path, data, form, lm=kit.hash_lm()).scores == expected
+
+
+class RefusingEngine(kit.HashEngine):
+    def __init__(self, error: Exception, where: str = "message") -> None:
+        super().__init__()
+        self.error = error
+        self.where = where
+
+    def complete(self, request: Any) -> Any:
+        if self.where in request.messages[-1].text:
+            raise self.error
+        return super().complete(request)
+
+
+@pytest.mark.parametrize("error", [AuthError("401 bad key"), TimeoutError("late"), ConnectionError("cut")])
+def test_an_lm_that_refuses_its_key_or_is_not_there_gives_no_score(error: Exception, tmp_path: Path) -> None:
+    path, data = save_artifact(kit.tuned("single"), tmp_path / "a"), kit.examples("single")
+    lm = dspy.LM("test/off", engine=RefusingEngine(error), cache=False, num_retries=0)
+    with pytest.raises(ArtifactError, match="none of 12 examples could be run"):
+        evaluate_artifact(path, data, metric, lm=lm)
+    lm = dspy.LM("test/once", engine=RefusingEngine(error, "message 3 "), cache=False, num_retries=0)
+    found = evaluate_artifact(path, data, metric, lm=lm)
+    assert (found.scores[3], found.failures, found.missing) == (None, 0, 1)
+
+
+class ToolOff(dspy.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.predict = dspy.Predict("message -> label")
+
+    def forward(self, message: str) -> dspy.Prediction:
+        raise ConnectionError("the program's own tool")
+
+
+def test_a_tool_that_cannot_be_reached_is_the_programs_failure(tmp_path: Path) -> None:
+    path = save_artifact(ToolOff(), tmp_path / "a")
+    data = kit.examples("two_steps", 4)
+    found = evaluate_artifact(path, data, metric, student=ToolOff(), lm=kit.hash_lm())
+    assert (found.score, found.failures, found.missing) == (0.0, 4, 0)
+
+
+def test_a_metric_that_always_raises_is_no_measured_zero(tmp_path: Path) -> None:
+    path, data = save_artifact(kit.tuned("single"), tmp_path / "a"), kit.examples("single")
+
+    def broken(gold: dspy.Example, prediction: dspy.Prediction) -> float:
+        return float(gold.no_such_field == prediction.label)
+
+    with pytest.raises(MetricError, match=r"'broken' raised for each of the 12 .*no_such_field"):
+        evaluate_artifact(path, data, broken, lm=kit.hash_lm())
+
+    def breaks_once(gold: dspy.Example, prediction: dspy.Prediction) -> float:
+        return broken(gold, prediction) if "message 3 " in gold.message else 1.0
+
+    found = evaluate_artifact(path, data, breaks_once, lm=kit.hash_lm())
+    assert (found.scores[3], found.failures, found.missing) == (0.0, 1, 0)
+
+
 def test_bad_arguments_are_refused(tmp_path: Path) -> None:
     path = save_artifact(kit.tuned("single"), tmp_path / "a")
     with pytest.raises(ConfigurationError):
         evaluate_artifact(path, [], metric, lm=kit.hash_lm())
+    with pytest.raises(ConfigurationError, match="must take"):
+        evaluate_artifact(path, kit.examples("single"), lambda gold: 1.0, lm=kit.hash_lm())
     with pytest.raises(MetricError, match="None"):
         evaluate_artifact(path, kit.examples("single"), lambda gold, prediction: None, lm=kit.hash_lm())
 

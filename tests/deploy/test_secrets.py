@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import artifact_kit as kit
 import dspy
 import pytest
 
-from asyndbt_dspy.deploy import load_artifact, save_artifact
+from asyndbt_dspy.deploy import load_artifact, read_artifact, save_artifact
 from asyndbt_dspy.deploy.public_state import public_model_id
 from asyndbt_dspy.errors import ArtifactError
 
@@ -76,6 +77,51 @@ def test_a_secret_inside_the_prompt_is_refused_without_being_quoted(place: str, 
         save_artifact(program, tmp_path / "a", lm=lm)
     assert KEY not in str(refused.value)
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"api_key": KEY},
+        {"azure_ad_token": KEY},
+        {"aws_access_key_id": KEY},
+        {"api_base": f"https://user:{KEY}@{HOST}/v1"},
+        {"gateway": f"https://user:{KEY}@{HOST}/v1"},
+        {"extra_headers": {"X-Team": KEY}},
+        {"organization": KEY},
+        {"model_list": [{"litellm_params": {"model": "openai/x", "api_key": KEY}}]},
+        {"extra_body": {"stop_keys": ["short", KEY]}},
+        {"vertex_credentials": {"client_email": KEY}},
+        {"vertex_project": KEY},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_every_secret_setting_of_an_lm_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    program = kit.tuned("single")
+    value = next((text for text in settings.values() if isinstance(text, str)), KEY)
+    program.signature = program.signature.with_instructions(f"Use {value}.")
+    with pytest.raises(ArtifactError, match="secret"):
+        save_artifact(program, tmp_path / "a", lm=dspy.LM("openai/gpt-4o-mini", **settings))
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ("openai/gpt-4o-mini", {"service_tier": "priority"}),
+        ("vertex_ai/gemini-2.0-flash", {"custom_llm_provider": "vertex_ai"}),
+        ("openai/gpt-4o-mini", {"metadata": {"purpose": "deciding on a priority"}}),
+        ("openai/gpt-4o-mini", {"extra_body": {"guided_decoding_backend": "instructions"}}),
+        ("openai/gpt-4o-mini", {"tokenizer": "priority"}),
+        ("openai/gpt-4o-mini", {"response_format": {"properties": {"url": {"description": "priority"}}}}),
+    ],
+)
+def test_names_of_tiers_providers_and_models_are_no_secrets(
+    model: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    program = dspy.Predict(dspy.Signature("ticket -> level", "You are deciding on a priority."))
+    program.lm = dspy.LM(model, **settings)
+    manifest = read_artifact(save_artifact(program, tmp_path / "a")).manifest
+    assert manifest["lms"]["predictors"]["self"]["left_out"] == list(settings)
 
 
 def test_a_secret_of_the_environment_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

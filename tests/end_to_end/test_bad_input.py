@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import dspy
 import kit
+import numpy as np
 import pytest
 
 from asyndbt_dspy import AsynDBT, Budget, ConfigurationError, Worker
+from asyndbt_dspy.programs.demos import bootstrapped_demos
+from asyndbt_dspy.programs.rollout import RolloutRunner
 
 
 class Empty(dspy.Module):
@@ -210,3 +216,98 @@ def test_labels_that_the_program_cannot_answer_are_warned_of(caplog: pytest.LogC
     said = [one.message for one in caplog.records if "1 of 41 examples" in one.message]
     assert said
     assert "purple" not in said[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"demo_candidates": 0}, "demo_candidates=0 must be at least 1"),
+        ({"failure_score": math.nan}, "failure_score=nan must be a finite number"),
+        ({"failure_score": "0"}, "failure_score='0' must be a finite number"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        kit.optimizer(**options)
+    with pytest.raises(ConfigurationError, match="worker name 3 must be a str"):
+        Worker(3, kit.examples(9))  # type: ignore[arg-type]
+    assert kit.optimizer(tips="Be brief.").options.tips == ("Be brief.",)
+
+
+def test_a_teacher_that_can_show_the_student_nothing_is_refused_before_any_call() -> None:
+    lm = kit.color_lm()
+    for teacher, said in (([dspy.Predict(kit.Sort)], "got list"), (kit.TwoSteps(), "have none of the names")):
+        with pytest.raises(ConfigurationError, match=said), dspy.context(lm=lm):
+            kit.optimizer().compile(dspy.Predict(kit.Sort), trainset=kit.examples(60), teacher=teacher)
+    assert kit.calls_of(lm) == 0
+
+
+def test_a_teacher_of_one_predictor_teaches_a_student_of_one_whatever_they_are_called() -> None:
+    student, teacher = dspy.Predict(kit.Sort), dspy.ChainOfThought(kit.Sort)
+    runner = RolloutRunner(lambda gold, prediction: 1.0)
+    with dspy.context(lm=kit.color_lm(), adapter=dspy.JSONAdapter()):
+        run = asyncio.run(runner.run(teacher, kit.example(3), trace=True))
+    [item] = bootstrapped_demos(
+        run, kit.example(3), program=teacher, worker="w", example_index=0, student=student
+    )
+    assert (item.predictor, dict(item.demo.items())["label"]) == ("self", "red")
+    assert "reasoning" not in item.demo
+
+
+def test_a_student_that_fails_on_every_first_example_is_told_of_and_its_failures_are_in_the_table(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Typo(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sort = dspy.Predict(kit.Sort)
+
+        def forward(self, message: str) -> dspy.Prediction:
+            return self.sort(mesage=message).lable
+
+    made = kit.optimizer()
+    with caplog.at_level(logging.WARNING), dspy.context(lm=kit.color_lm(), adapter=dspy.JSONAdapter()):
+        made.compile(Typo(), trainset=kit.examples(60))
+    assert "The student failed on the first example of every worker (AttributeError)" in caplog.text
+    assert "The program raised AttributeError" in caplog.text
+    failed = sum(worker.failed for worker in made.result.workers)
+    assert failed == made.result.metric_calls
+    assert "failed" in str(made.result) and str(made.result.workers[0].failed) in str(made.result)
+
+
+def test_another_error_than_no_lm_is_not_taken_for_it() -> None:
+    class Own(dspy.Module):
+        """Brings its LM along, and fails of its own."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.sort = dspy.Predict(kit.Sort)
+
+        def forward(self, message: str) -> dspy.Prediction:
+            raise KeyError("label")
+
+    made = kit.optimizer(budget=Budget(metric_calls=30))
+    with dspy.context(lm=None):
+        made.compile(Own(), trainset=kit.examples(60))
+    assert made.result.winner == "student"
+
+
+def test_a_valset_may_be_a_generator_and_labels_numpys(tmp_path: Path) -> None:
+    class Count(dspy.Signature):
+        message: str = dspy.InputField()
+        count: int = dspy.OutputField()
+
+    data = [
+        dspy.Example(message=f"item {number}", count=np.int64(number % 3)).with_inputs("message")
+        for number in range(60)
+    ]
+
+    def script(messages: Any) -> str:
+        shown = any(one["role"] == "assistant" for one in messages)
+        return kit.answer(messages, count=kit.number_in(messages) % 3 if shown else 7)
+
+    made = kit.optimizer(metric=lambda gold, pred, trace=None: gold.count == pred.count, mode="demos")
+    with dspy.context(lm=kit.make_lm(script), adapter=dspy.JSONAdapter()):
+        program = made.compile(dspy.Predict(Count), trainset=data, valset=(one for one in data[:20]))
+    assert program.demos and all(type(demo.count) is int for demo in program.demos)
+    program.save(tmp_path / "program.json")

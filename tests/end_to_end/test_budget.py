@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import dspy
 import kit
@@ -10,6 +11,7 @@ import pytest
 
 from asyndbt_dspy import AsynDBT, Budget, Worker
 from asyndbt_dspy.engines.local import LocalEngine
+from asyndbt_dspy.recording.recorder import RunRecorder
 
 
 class Counted:
@@ -139,3 +141,51 @@ def test_concurrency_of_a_worker_is_bounded() -> None:
     workers = [Worker("w", kit.examples(48), lm=lm, max_concurrency=3)]
     kit.optimizer(workers=workers, budget=Budget(metric_calls=60)).compile(dspy.Predict(kit.Sort))
     assert most[0] == 3
+
+
+def test_seconds_of_an_earlier_search_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setup of ten seconds, then ninety of search, in an earlier process: a search that may take six hundred goes on."""
+    spent: list[float] = []
+    make_engine = AsynDBT.make_engine
+
+    def noted(optimizer: AsynDBT, spent_s: float = 0.0) -> Any:
+        spent.append(spent_s)
+        return make_engine(optimizer, spent_s)
+
+    monkeypatch.setattr(RunRecorder, "elapsed_s", 100.0)
+    monkeypatch.setattr(RunRecorder, "search_elapsed_s", 90.0)
+    monkeypatch.setattr(AsynDBT, "make_engine", noted)
+    made = kit.optimizer(budget=Budget(seconds=1_000, metric_calls=60), run_dir=tmp_path, deterministic=False)
+    with dspy.context(lm=kit.color_lm(), adapter=dspy.JSONAdapter()):
+        made.compile(dspy.Predict(kit.Sort), trainset=kit.examples(60))
+    assert 10.0 <= spent[0] < 60.0
+
+
+def test_a_program_that_makes_its_own_history_is_estimated_and_compiled() -> None:
+    class Ask(dspy.Signature):
+        """Sort the message."""
+
+        history: dspy.History = dspy.InputField()
+        message: str = dspy.InputField()
+        label: Literal["red", "green", "blue"] = dspy.OutputField()
+
+    class Chat(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ask = dspy.Predict(Ask)
+
+        def forward(self, message: str) -> dspy.Prediction:
+            return self.ask(history=dspy.History(messages=[]), message=message)
+
+    made = kit.optimizer(instructions={"ask": [kit.MAGIC]})
+    with dspy.context(lm=kit.color_lm(), adapter=dspy.JSONAdapter()):
+        program = made.compile(Chat(), trainset=kit.examples(60))
+    assert program.ask.signature.instructions == kit.MAGIC
+
+
+def test_a_lone_surrogate_is_a_failed_example_and_no_failed_compile() -> None:
+    broken = dspy.Example(message="item \ud800 3", label="red").with_inputs("message")
+    made = kit.optimizer(instructions={"self": [kit.MAGIC]})
+    with dspy.context(lm=kit.color_lm(), adapter=dspy.JSONAdapter()):
+        made.compile(dspy.Predict(kit.Sort), trainset=[broken, *kit.examples(60)])
+    assert made.result.metric_calls > 60

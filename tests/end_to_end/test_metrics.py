@@ -109,7 +109,7 @@ def test_a_metric_that_raises_counts_as_a_failure_of_the_example(caplog: pytest.
     assert optimized.signature.instructions == kit.MAGIC
     assert sum(worker.failed for worker in optimizer.result.workers) > 0
     assert optimizer.result.candidates[0].score == 0.0
-    assert sum("'metric' raised KeyError" in one.message for one in caplog.records) == 1
+    assert sum("The metric 'metric' raised KeyError" in one.message for one in caplog.records) == 1
 
 
 def test_a_judge_uses_the_callers_lm_and_not_the_workers() -> None:

@@ -214,7 +214,9 @@ def test_seconds_end_a_race_that_would_go_on_and_what_it_has_paid_for_decides(
     student, *challengers = optimizer.result.candidates
     counted = student.examples + sum(one.examples for one in challengers)
     assert len(raced) <= counted, "all that was paid for, and what another candidate's answer stands for"
-    assert_better(optimizer, program)
+    winner = next(one for one in challengers if one.won)
+    assert winner.score == 1.0, "how many examples each was raced on by then is the machine's business"
+    assert kit.state_of(program) != kit.state_of(dspy.Predict(kit.Sort))
 
 
 def test_when_time_is_over_in_the_setup_the_student_comes_back() -> None:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import datetime
+import enum
 import json
+from decimal import Decimal
 from typing import Any
 
 import dspy
+import numpy as np
+import pydantic
 import pytest
 import ray_hosts as hosts
 
@@ -101,6 +107,67 @@ def test_instructions_and_demos_arrive() -> None:
     assert predictor is program
     assert inputs == {"message": "item 2"}
     assert prediction.label == hosts.COLORS[2] or found.score == 0.0
+
+
+class Team(enum.Enum):
+    BILLING = "billing"
+
+
+class Order(pydantic.BaseModel):
+    item: str
+
+
+@pytest.mark.parametrize("adapter", [dspy.JSONAdapter(), dspy.ChatAdapter()])
+@pytest.mark.parametrize(
+    "value",
+    [
+        Team.BILLING,
+        datetime.date(2020, 1, 2),
+        Decimal("1.10"),
+        np.int64(3),
+        np.float32(0.5),
+        np.array([1, 2]),
+        {1, 2},
+        (1, 2),
+        ["a", "b"],
+        {"team": Team.BILLING, "orders": [Order(item="lamp")]},
+        Order(item="lamp"),
+        dspy.Example(a=1),
+        dspy.Image(url="https://example.com/a.png"),
+        float("nan"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_demos_of_any_type_prompt_there_as_they_do_here(value: Any, adapter: dspy.Adapter) -> None:
+    seen: list[Any] = []
+
+    def script(messages: Any) -> str:
+        seen.append(messages)
+        return hosts.answer(messages)
+
+    def program() -> dspy.Predict:
+        return dspy.Predict(hosts.Sort)
+
+    changed = program()
+    changed.demos = [
+        dspy.Example(message=value, label=value, augmented=True),
+        dspy.Example(message="item 7", label="green"),
+    ]
+    lm = scripted_lm(script, name="colors")
+    with dspy.context(lm=lm, adapter=adapter):
+        # What the LM says fits one adapter only; its prompt is what counts.
+        with contextlib.suppress(Exception):
+            changed(message="item 0")
+        here = seen[:]
+        run(runner(Channel(RolloutHost(program(), hosts.metric, lm=lm, adapter=adapter))), program=changed)
+    assert here and seen[len(here)] == here[0]
+    assert len(here[0]) == 6, "system, two demos, question"
+
+
+def test_training_data_and_traces_of_a_predictor_stay_here() -> None:
+    program = dspy.Predict(hosts.Sort)
+    program.train, program.traces = [object()], [object()]
+    assert run(runner(Channel(host_with(hosts.answer))), program=program).score == 1.0
 
 
 def test_a_repeated_rollout_is_made_again_where_scores_are_noisy_and_remembered_where_not() -> None:

@@ -19,7 +19,7 @@ from asyndbt_dspy.core.messages import Evaluate
 from asyndbt_dspy.engines.driver import Driver
 from asyndbt_dspy.lms.scripted import AsyncScriptedEngine, ScriptedEngine
 from asyndbt_dspy.recording.events import EventLog
-from asyndbt_dspy.stopping import stopped_by_interrupt
+from asyndbt_dspy.stopping import StopRequest, stopped_by_interrupt
 
 
 @pytest.fixture(autouse=True)
@@ -169,15 +169,18 @@ def test_an_engine_with_one_task_per_worker_can_be_stopped_in_search_and_race(at
 
 
 def test_with_an_engine_that_cannot_repeat_its_order_a_run_goes_on_from_its_rollouts(tmp_path: Path) -> None:
-    script = Interrupted(60, press_ctrl_c)
-    for order in (1, 2):
-        engine = kit.TurnsEngine(AsyncScriptedEngine(script, True), order, 40)
-        lm = kit.lm_over(script, engine, "colors")
-        optimizer, _ = compiled(tmp_path, None, engine=WorkerTasksEngine(), deterministic=False, lm=lm)
-    assert entries(tmp_path, "rewind"), "the other order was no other order"
-    keys = [entry["key"] for entry in entries(tmp_path, "rollout")]
-    assert optimizer.result.stopped == "the budget of the search is spent"
-    assert len(keys) == len(set(keys)) == len(script.prompts)
+    rewinds = 0
+    for second_order in range(2, 7):  # one of them is another order for sure
+        folder, script = tmp_path / str(second_order), Interrupted(60, press_ctrl_c)
+        for order in (1, second_order):
+            engine = kit.TurnsEngine(AsyncScriptedEngine(script, True), order, 40)
+            lm = kit.lm_over(script, engine, "colors")
+            optimizer, _ = compiled(folder, None, engine=WorkerTasksEngine(), deterministic=False, lm=lm)
+        rewinds += len(entries(folder, "rewind"))
+        keys = [entry["key"] for entry in entries(folder, "rollout")]
+        assert optimizer.result.stopped == "the budget of the search is spent"
+        assert len(keys) == len(set(keys)) == len(script.prompts)
+    assert rewinds
 
 
 def test_an_end_during_setup_returns_the_student(tmp_path: Path) -> None:
@@ -302,3 +305,35 @@ def test_a_job_in_the_background_goes_on_ignoring_ctrl_c() -> None:
     with stopped_by_interrupt(lambda: pytest.fail("nobody asked")):
         press_ctrl_c()
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+@pytest.mark.parametrize("is_cancelled", [True, False])
+def test_what_is_found_while_the_compile_is_cancelled_is_closed(is_cancelled: bool) -> None:
+    """Else its run_dir would stay locked for as long as the process lives."""
+    dropped: list[str] = []
+
+    async def drop(found: str) -> None:
+        dropped.append(found)
+
+    async def main() -> Any:
+        stop = StopRequest("")
+        ready = asyncio.Event()
+
+        async def work() -> str:
+            await ready.wait()
+            return "a run"
+
+        waiting = asyncio.ensure_future(stop.unless_asked(work(), drop))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        ready.set()
+        await asyncio.sleep(0)  # the work is over, and nobody has been told
+        if is_cancelled:
+            waiting.cancel()
+        return await asyncio.gather(waiting, return_exceptions=True)
+
+    [found] = asyncio.run(main())
+    if is_cancelled:
+        assert isinstance(found, asyncio.CancelledError) and dropped == ["a run"]
+    else:
+        assert found == "a run" and not dropped
