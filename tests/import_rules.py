@@ -67,7 +67,6 @@ PARTS = {
     # An evaluation reads the metric and tells errors apart as a compile does.
     "asyndbt_dspy.deploy": _part(
         "asyndbt_dspy.programs.metrics",
-        "asyndbt_dspy.programs.rollout",
         "asyndbt_dspy.lms.failures",
         CORE,
         libraries=DSPY,

@@ -19,9 +19,8 @@ from dspy.utils.callback import BaseCallback
 
 from asyndbt_dspy.deploy.artifact import load_artifact
 from asyndbt_dspy.errors import ArtifactError, ConfigurationError, MetricError
-from asyndbt_dspy.lms.failures import FailureKind
+from asyndbt_dspy.lms.failures import FailureKind, kind_of
 from asyndbt_dspy.programs.metrics import bind_metric, excerpt, metric_name, read_score
-from asyndbt_dspy.programs.rollout import kind_of
 
 Z_95 = 1.959964
 HISTORY = 10**9

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import json
 import math
+import traceback
 from collections.abc import Iterator
 from enum import Enum
 from typing import Any
@@ -164,12 +165,55 @@ _GATEWAY_CUTS = frozenset({408, 499, 502, 504, *range(520, 528)})
 
 
 def classify(error: BaseException) -> FailureKind:
-    """The kind of ``error``, or of the first of its causes (or of an exception group's members) that has one."""
+    """The kind of an LM's ``error``, or of the first of its causes (or of an exception group's members) that has one."""
     for one in causes(error):
         kind = _kind_of(one)
         if kind is not None:
             return kind
     return FailureKind.PROGRAM
+
+
+_LM_PACKAGES = (
+    "dspy.clients",
+    "dspy.utils.dummies",
+    "dspy.utils.exceptions",
+    "lm15",
+    "litellm",
+    "openai",
+    "anthropic",
+    "google.genai",
+    "google.generativeai",
+    "google.api_core",
+    "vertexai",
+    "cohere",
+    "mistralai",
+    "groq",
+    "ollama",
+    "together",
+    "huggingface_hub",
+    "langchain_core.language_models",
+    "asyndbt_dspy.lms",
+)
+"""Where calls of LMs are made. ``langchain_openai`` and its like go through ``langchain_core``."""
+
+
+def kind_of(error: BaseException) -> FailureKind:
+    """The kind of a failed run: of the LM only if an LM's client raised it or what it comes from, or has such errors.
+
+    A program's or a tool's own ``NotFoundError`` or 404 is a failure of the program, whatever such an error of a provider
+    would mean.
+    """
+    return classify(error) if any(map(_is_of_an_lm, causes(error))) else FailureKind.PROGRAM
+
+
+def _is_of_an_lm(error: BaseException) -> bool:
+    frames = (str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__))
+    classes = (cls.__module__ for cls in type(error).__mro__)
+    return any(
+        module == one or module.startswith(f"{one}.")
+        for module in (*classes, *frames)
+        for one in _LM_PACKAGES
+    )
 
 
 def fate_of(error: BaseException) -> Fate:

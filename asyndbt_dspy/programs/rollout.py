@@ -19,7 +19,7 @@ from dspy.utils.exceptions import AdapterParseError
 
 from asyndbt_dspy.errors import BudgetExceededError, MetricError
 from asyndbt_dspy.lms.distributions import collect
-from asyndbt_dspy.lms.failures import FailureKind, causes, classify
+from asyndbt_dspy.lms.failures import FailureKind, causes, kind_of
 from asyndbt_dspy.programs.cross_entropy import right_label
 from asyndbt_dspy.programs.metrics import (
     Metric,
@@ -285,50 +285,6 @@ class RolloutRunner:
             where.lineno,
             self.failure_score,
         )
-
-
-_LM_PACKAGES = (
-    "dspy.clients",
-    "dspy.utils.dummies",
-    "dspy.utils.exceptions",
-    "lm15",
-    "litellm",
-    "openai",
-    "anthropic",
-    "google.genai",
-    "google.generativeai",
-    "google.api_core",
-    "vertexai",
-    "cohere",
-    "mistralai",
-    "groq",
-    "ollama",
-    "together",
-    "huggingface_hub",
-    "langchain_core.language_models",
-    "asyndbt_dspy.lms",
-    "langchain_asyndbt",
-)
-"""Where calls of LMs are made. ``langchain_openai`` and its like go through ``langchain_core``."""
-
-
-def kind_of(error: BaseException) -> FailureKind:
-    """The kind of a failed run: of the LM only if an LM's client raised it or what it comes from, or has such errors.
-
-    A program's or a tool's own ``NotFoundError`` or 404 is a failure of the program, whatever such an error of a provider
-    would mean.
-    """
-    return classify(error) if any(map(_is_of_an_lm, causes(error))) else FailureKind.PROGRAM
-
-
-def _is_of_an_lm(error: BaseException) -> bool:
-    frames = (str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__))
-    classes = (cls.__module__ for cls in type(error).__mro__)
-    return any(
-        module == one or module.startswith(f"{one}.")
-        for module in (*classes, *frames)
-        for one in _LM_PACKAGES
-    )
 
 
 def runs_async(program: dspy.Module) -> bool:

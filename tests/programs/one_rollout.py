@@ -20,3 +20,12 @@ def exact(gold: dspy.Example, prediction: Any) -> bool:
 def run(program: dspy.Module, metric: Any = exact, answers: Any = None, **options: Any) -> Rollout:
     lm = DummyLM(answers or [{"label": "billing"}] * 10)
     return asyncio.run(RolloutRunner(metric).run(program, EXAMPLE, lm=lm, **options))
+
+
+class Raising(dspy.Module):
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, message: str) -> Any:
+        raise self.error
