@@ -193,9 +193,8 @@ class RolloutRunner:
             self._executor = None
 
     async def _call_program(self, program: dspy.Module, example: dspy.Example) -> Any:
-        inputs = dict(
-            example.inputs().items()
-        )  # as dspy.Evaluate passes them: toDict() would take models apart
+        # As dspy.Evaluate passes them: toDict() would take models, histories and nested examples apart.
+        inputs = dict(example.inputs().items())
         if not runs_async(program):
             return await self._in_thread(lambda: program(**inputs))
         if has_plain_tools(program):  # DSPy calls these on the event loop, whatever they wait for

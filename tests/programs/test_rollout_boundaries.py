@@ -45,9 +45,19 @@ def test_the_same_errors_of_an_lm_are_the_lms(error: Exception) -> None:
     def script(messages: Any) -> str:
         raise error
 
+    class Own(dspy.BaseLM):
+        """A client of somebody's own."""
+
+        def forward(self, *arguments: Any, **options: Any) -> Any:
+            raise error
+
+        async def aforward(self, *arguments: Any, **options: Any) -> Any:
+            raise error
+
     program = dspy.Predict("message -> label")
-    rollout = asyncio.run(RolloutRunner(exact).run(program, EXAMPLE, lm=scripted_lm(script)))
-    assert rollout.score is None and rollout.failure in (FailureKind.ENDPOINT, FailureKind.TRANSIENT)
+    for lm in (scripted_lm(script), Own("own")):
+        rollout = asyncio.run(RolloutRunner(exact).run(program, EXAMPLE, lm=lm))
+        assert rollout.score is None and rollout.failure in (FailureKind.ENDPOINT, FailureKind.TRANSIENT)
 
 
 class Point(pydantic.BaseModel):

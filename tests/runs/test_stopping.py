@@ -116,6 +116,25 @@ def test_an_end_during_the_replay_comes_after_it_and_gives_what_is_paid_for(
     assert last.result.metric_calls == len(script.prompts) >= first.result.metric_calls
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_the_end_waits_for_the_replay_however_long_it_stands_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    script = Interrupted(60, press_ctrl_c)
+    first, _ = compiled(tmp_path, script, deterministic=deterministic)
+    monkeypatch.setattr("asyndbt_dspy.compilation._STILL_TURNS", 0)
+    make_engine = AsynDBT.make_engine
+
+    def stopped(optimizer: AsynDBT, *arguments: Any) -> Any:
+        optimizer.stop()
+        return make_engine(optimizer, *arguments)
+
+    monkeypatch.setattr(AsynDBT, "make_engine", stopped)
+    again, _ = compiled(tmp_path, script, deterministic=deterministic)
+    assert again.result.stopped == "stopped before its end, with the best so far"
+    assert len(script.prompts) == first.result.metric_calls
+
+
 class WorkerTasksEngine:
     """An engine of somebody's own, with one task per worker for the whole run."""
 
