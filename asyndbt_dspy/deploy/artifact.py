@@ -294,7 +294,8 @@ def _data(trainset: Iterable[Any] | None, valset: Iterable[Any] | None) -> dict[
 
 def _json_file(value: Any, name: str) -> bytes:
     try:
-        return pretty_json(value)
+        # A prompt shows the keys of a demo's dictionary in their order, which loading has to give back.
+        return pretty_json(value, sort_keys=name != PROGRAM)
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"{name} cannot be written as JSON: {str(error)[:200]}") from error
 

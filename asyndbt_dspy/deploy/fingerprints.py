@@ -56,7 +56,7 @@ def data_record(examples: Iterable[Any]) -> dict[str, Any]:
     for example in examples:
         fields = dict(example.items()) if isinstance(example, dspy.Example | Mapping) else {"value": example}
         inputs = sorted(getattr(example, "_input_keys", None) or ())
-        digest.update(canonical_json([jsonable(fields), inputs]))
+        digest.update(canonical_json([hashable_json(fields), inputs]))
         count += 1
     return {"examples": count, "sha256": digest.hexdigest()}
 
@@ -69,6 +69,21 @@ def jsonable(value: Any) -> Any:
     except (TypeError, ValueError):
         return str(value)
     return plain
+
+
+def hashable_json(value: Any) -> Any:
+    """``jsonable``, the same in every process: sets are sorted, as their order hangs on the process."""
+    return jsonable(_with_sorted_sets(value))
+
+
+def _with_sorted_sets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_sorted_sets(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return [_with_sorted_sets(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(hashable_json, value), key=canonical_json)
+    return value
 
 
 def _field_record(name: str, field: Any) -> dict[str, Any]:

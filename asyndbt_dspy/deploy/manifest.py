@@ -25,9 +25,9 @@ OBJECT_KEYS = ("signature", "files", "versions", "adapter", "lms")
 OPTIONAL_OBJECT_KEYS = ("data", "scores", "budget")
 
 
-def pretty_json(value: Any) -> bytes:
+def pretty_json(value: Any, sort_keys: bool = True) -> bytes:
     """The one form in which the JSON files are written."""
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False)
     return (text + "\n").encode("utf-8")
 
 

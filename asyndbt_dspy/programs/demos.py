@@ -14,6 +14,7 @@ import numpy as np
 from dspy.adapters.utils import annotation_allows_none, serialize_for_json
 from pydantic_core import PydanticUndefined
 
+from asyndbt_dspy.errors import ExportError
 from asyndbt_dspy.programs.labels import enumeration
 from asyndbt_dspy.programs.program_space import Source
 from asyndbt_dspy.programs.rollout import Rollout
@@ -52,7 +53,8 @@ def labelled_demos(
 
     A demo needs all inputs of the predictor's signature (those with a default or allowing ``None`` may be
     absent) and all outputs but the reasoning: as in DSPy, a ``ChainOfThought`` demo may lack it. Repeats are
-    dropped, and so are demos longer than ``max_demo_tokens``: one warning says how many.
+    dropped, and so are demos longer than ``max_demo_tokens``: one warning says how many. Where the program brings a
+    prompt format of its own (``prompt_adapter(predictor)``), so are demos that it refuses with an ``ExportError``.
 
     Args:
         student: The program.
@@ -65,7 +67,7 @@ def labelled_demos(
     Returns:
         Items in the order of predictors, then of examples, keys ``"d:<worker>:<predictor>:<example index>"``.
     """
-    collected = _Collected(worker, shared, "labelled", max_demo_tokens, count_tokens)
+    collected = _Collected(student, worker, shared, "labelled", max_demo_tokens, count_tokens)
     for name, predictor in student.named_predictors():
         for index, example in enumerate(examples):
             demo = _labelled(predictor.signature, example)
@@ -126,7 +128,7 @@ def bootstrapped_demos(
     went_well = rollout.score >= threshold
     answers = frozenset() if went_well else _answers(rollout)
     source: Source = "bootstrapped" if went_well else "corrected"
-    collected = _Collected(worker, shared, source, max_demo_tokens, count_tokens)
+    collected = _Collected(student or program, worker, shared, source, max_demo_tokens, count_tokens)
     for number, (predictor, inputs, prediction) in enumerate(rollout.trace):
         name = names.get(id(predictor))
         if name is None:
@@ -179,8 +181,9 @@ def _answers(rollout: Rollout) -> frozenset[int]:
 
 @dataclass
 class _Collected:
-    """Demos of one worker, without repeats and without those that are too long."""
+    """Demos of one worker, without repeats, those that are too long, and those that the program's format cannot write."""
 
+    program: dspy.Module
     worker: str
     shared: bool
     source: Source
@@ -201,6 +204,8 @@ class _Collected:
         tokens = demo_tokens(demo, self.count_tokens)
         if tokens > self.max_demo_tokens:
             self.left_out.append(tokens)
+            return
+        if not _can_be_written(self.program, predictor, signature, demo):
             return
         item = DemoItem(
             key=key,
@@ -271,6 +276,20 @@ def _corrected(
     made = {name: inputs[name] for name in signature.input_fields if name in inputs}
     demo = _labelled(signature, dspy.Example(**made, **labels))
     return None if demo is None else dspy.Example(augmented=True, **demo)
+
+
+def _can_be_written(
+    program: dspy.Module, predictor: str, signature: type[dspy.Signature], demo: dspy.Example
+) -> bool:
+    """Whether the prompt format that a program brings for a predictor (a chain's, say) takes the demo."""
+    own_format = getattr(program, "prompt_adapter", None)
+    if not callable(own_format):
+        return True
+    try:
+        own_format(predictor).format_demos(signature, [dict(demo)])
+    except ExportError:
+        return False
+    return True
 
 
 def _is_reasoning(name: str, annotation: Any) -> bool:

@@ -20,7 +20,13 @@ from typing import Any
 import dspy
 from pydantic import BaseModel
 
-from asyndbt_dspy.deploy.fingerprints import canonical_json, jsonable, sha256_of, signature_record
+from asyndbt_dspy.deploy.fingerprints import (
+    canonical_json,
+    hashable_json,
+    jsonable,
+    sha256_of,
+    signature_record,
+)
 from asyndbt_dspy.lms.identity import lm_identity
 
 _LIBRARIES = ("dspy.", "asyndbt_dspy.")
@@ -128,9 +134,7 @@ def versions() -> dict[str, str]:
 
 
 def _fields(example: Any) -> Any:
-    return (
-        jsonable(dict(example.items())) if isinstance(example, dspy.Example | Mapping) else jsonable(example)
-    )
+    return hashable_json(dict(example.items()) if isinstance(example, dspy.Example | Mapping) else example)
 
 
 @functools.lru_cache(maxsize=256)

@@ -85,6 +85,14 @@ def test_plain_programs_are_rebuilt_without_a_student(made: str, cls: type, tmp_
     assert loaded.dump_state() == program.dump_state()
 
 
+def test_demos_keep_the_order_of_the_keys_in_their_dictionaries(tmp_path: Path) -> None:
+    program = dspy.Predict("order: dict[str, int] -> parts: dict[str, int]")
+    program.demos = [dspy.Example(order={"lamp": 2, "bulb": 1}, parts={"wire": 3, "foot": 2})]
+    loaded = load_artifact(save_artifact(program, tmp_path / "a"), program)
+    (demo,) = loaded.demos
+    assert (list(demo.order), list(demo.parts)) == (["lamp", "bulb"], ["wire", "foot"])
+
+
 def test_other_programs_are_not_rebuilt_without_a_student(tmp_path: Path) -> None:
     path = save_artifact(kit.tuned("two_steps"), tmp_path / "a")
     with pytest.raises(ArtifactError, match="student"):

@@ -33,6 +33,7 @@ from pydantic import BaseModel, Field
 from asyndbt_dspy import Budget, Worker
 from asyndbt_dspy.deploy import load_artifact, read_artifact, save_artifact
 from asyndbt_dspy.errors import ArtifactError, ConfigurationError
+from asyndbt_dspy.programs.demos import labelled_demos
 
 WORDS = ["red apple", "green tree", "blue sky", "red car", "green frog", "blue sea"]
 LABELS = {"red": "warm", "green": "calm", "blue": "cold"}
@@ -286,13 +287,15 @@ def test_labels_are_found_where_answers_repeat() -> None:
     assert infer_labels([dspy.Example(output={"a": 1})] * 4) is None
 
 
-def test_outputs_that_cannot_be_demos_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+def test_outputs_that_cannot_be_demos_are_none(caplog: pytest.LogCaptureFixture) -> None:
     chain = ChatPromptTemplate([("human", "{text}")]) | Copycat() | PydanticOutputParser(pydantic_object=Mood)
     plan = to_program(chain).plan
     examples = form_of(chain).examples([{"text": "a", "o": {"mood": "x"}}, {"text": "b", "o": {"other": 1}}])
     with caplog.at_level(logging.WARNING):
         warn_of_unwritable(plan, examples)
     assert "1 of 2 examples" in caplog.text
+    demos = labelled_demos(to_program(chain), examples, worker="all")
+    assert [item.demo.text for item in demos] == ["a"]
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ import asyncio
 import copy
 import json
 import threading
+import types
 from typing import Any
 
 import dspy
+import numpy as np
 import pytest
 from dspy.utils.dummies import DummyLM
 from hypothesis import given, settings
@@ -236,6 +238,21 @@ def test_a_program_that_cannot_be_deep_copied_still_builds(plain: dspy.Module) -
         assert program.listed[0] is not plain.listed[0]
         assert program.classify.lm is plain.classify.lm and program.lock is plain.lock
         assert program.notes == plain.notes and program.notes is not plain.notes
+
+
+def test_lms_in_containers_and_large_arrays_stay_one(plain: dspy.Module) -> None:
+    plain.judges = {"strict": [DummyLM([{"label": "a"}]), DummyLM([{"label": "b"}])]}
+    plain.index = types.SimpleNamespace(vectors=np.zeros((300, 1024), dtype="float32"), weights=np.zeros(3))
+    program = build_space(plain).build((0,))
+    assert program.judges is not plain.judges
+    assert [
+        one is other for one, other in zip(program.judges["strict"], plain.judges["strict"], strict=True)
+    ] == [
+        True,
+        True,
+    ]
+    assert program.index is not plain.index and program.index.vectors is plain.index.vectors
+    assert program.index.weights is not plain.index.weights
 
 
 def test_a_shared_predictor_stays_shared(kinds: Any) -> None:

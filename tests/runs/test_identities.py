@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import enum
 import functools
+import os
 import re
 import subprocess
 import sys
@@ -314,3 +315,28 @@ def test_a_run_with_another_setting_of_the_metric_is_refused(tmp_path: Path, mak
     with pytest.raises(ResumeError, match="the metric"):
         compiled(tmp_path, kit.stairs(1), metric=make(0.25), **options)
     compiled(tmp_path, kit.stairs(1), metric=make(1.0), **options)
+
+
+SETS = """
+import dspy
+from asyndbt_dspy.deploy.fingerprints import data_record
+from asyndbt_dspy.recording.identities import example_digest
+tags = {"red", "green", "blue", "black", "white"}
+example = dspy.Example(tags=tags, nested=[{"more": frozenset(tags)}], label="a").with_inputs("tags")
+print(example_digest(example), data_record([example])["sha256"])
+"""
+
+
+def test_examples_with_sets_are_the_same_in_every_process() -> None:
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", SETS],
+            env={**os.environ, "PYTHONHASHSEED": seed, "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(printed) == 1
