@@ -127,7 +127,12 @@ def make_config(optimizer: AsynDBT, workers: int) -> AlgorithmConfig:
     """
     is_free = optimizer.preset == "default" and not optimizer.deterministic
     config = resolve(
-        optimizer.config, workers, optimizer.active_workers, optimizer.max_staleness, is_free=is_free
+        optimizer.config,
+        workers,
+        optimizer.active_workers,
+        optimizer.max_staleness,
+        is_free=is_free,
+        said=optimizer.overridden,
     )
     # Speeds are none of a repeatable run's business.
     return dataclasses.replace(config, balance=False) if optimizer.deterministic else config
@@ -161,6 +166,7 @@ def _check_data(
     layout = demo_slots(
         student, demos_per_class=optimizer.options.demos_per_class, demo_slots=optimizer.options.demo_slots
     )
+    preparation.check_valsets(workers)
     for worker in workers:
         lm = worker.first_lm or dspy.settings.lm
         if optimizer.config.repeats and getattr(lm, "cache", False):

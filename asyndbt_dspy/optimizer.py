@@ -19,16 +19,17 @@ from dspy.teleprompt import Teleprompter
 from asyndbt_dspy import preparation
 from asyndbt_dspy.compilation import Run, prepare
 from asyndbt_dspy.core.budget import Budget
-from asyndbt_dspy.core.config import PRESETS, AlgorithmConfig
+from asyndbt_dspy.core.config import PRESETS
 from asyndbt_dspy.engines.local import LocalEngine
-from asyndbt_dspy.engines.protocols import Engine, ListeningEngine, Recorded, RemoteRollouts
+from asyndbt_dspy.engines.protocols import Engine, Recorded, RemoteRollouts
 from asyndbt_dspy.engines.simulated import SimulatedEngine, work_delays
-from asyndbt_dspy.errors import ConfigurationError, NoLiveWorkersError
+from asyndbt_dspy.errors import NoLiveWorkersError
 from asyndbt_dspy.lms.estimates import Estimate
 from asyndbt_dspy.lms.prices import Price
 from asyndbt_dspy.metering import with_lms_of
 from asyndbt_dspy.programs.copies import copy_program, shared_parts
 from asyndbt_dspy.runs.result import Result
+from asyndbt_dspy.settings import check_choice, check_settings, with_overrides
 from asyndbt_dspy.stopping import StopRequest, stopped_by_interrupt
 from asyndbt_dspy.workers import Worker
 
@@ -80,7 +81,8 @@ class AsynDBT(Teleprompter):
         loss: ``auto``: cross-entropy of the right label where the LM reports a distribution, else ``1 - score``; or force
             ``metric``.
         progress: Show a progress bar.
-        config: Overrides of single constants of the algorithm (see ``docs/notation.md``).
+        config: Overrides of single constants of the algorithm (see ``docs/notation.md``); they stand also where the arguments
+            above leave a choice.
         prices: By model name, for LMs whose price the table does not know (a cap on dollars needs one).
         confirm: Asked with an ``Estimate`` of calls, tokens, dollars and time before any call; ``False`` ends it there.
         run_dir: Folder that keeps everything that is paid for; a run that is killed can go on (``docs/guides/runs.md``).
@@ -138,16 +140,16 @@ class AsynDBT(Teleprompter):
         fsync: bool = False,
     ) -> None:
         super().__init__()
-        _check_choice("preset", preset, PRESETS)
-        _check_choice("auto", auto, AUTO_METRIC_CALLS)
-        _check_choice("mode", mode, ("both", "instructions", "demos"))
-        _check_choice("loss", loss, ("auto", "metric"))
+        check_choice("preset", preset, PRESETS)
+        check_choice("auto", auto, AUTO_METRIC_CALLS)
+        check_choice("mode", mode, ("both", "instructions", "demos"))
+        check_choice("loss", loss, ("auto", "metric"))
         self.run_dir = run_dir
         self.resume = resume
         self.fsync = fsync
         self.metric = metric
         self.workers = workers
-        self.budget = budget or Budget(metric_calls=AUTO_METRIC_CALLS[auto])
+        self.budget = Budget(metric_calls=AUTO_METRIC_CALLS[auto]) if budget is None else budget
         self.prices = dict(prices or {})
         self.confirm = confirm
         self.preset = preset
@@ -164,7 +166,8 @@ class AsynDBT(Teleprompter):
         self.failure_score = failure_score
         self.loss = loss
         self.progress = progress
-        self.config = _with_overrides(
+        self.overridden = frozenset(config or ())
+        self.config = with_overrides(
             PRESETS[preset], ({"repeats": True} if noisy else {}) | dict(config or {})
         )
         paper = preset != "default"
@@ -187,42 +190,7 @@ class AsynDBT(Teleprompter):
         self.result: Result | None = None
         self.recorded: list[Recorded] = []
         self._stops: list[StopRequest] = []
-        self._check_settings()
-
-    def _check_settings(self) -> None:
-        """Refuse settings that cannot work, alone or together."""
-        if self.run_dir is None and (self.resume or self.fsync):
-            raise ConfigurationError(
-                f"{'resume' if self.resume else 'fsync'}=True needs the run_dir=… that the journals are kept in"
-            )
-        if self.options.demo_candidates < 1:
-            raise ConfigurationError(
-                f"demo_candidates={self.options.demo_candidates} must be at least 1; mode='instructions' shows no demos"
-            )
-        if isinstance(self.failure_score, bool) or not (
-            isinstance(self.failure_score, int | float) and math.isfinite(self.failure_score)
-        ):
-            raise ConfigurationError(f"failure_score={self.failure_score!r} must be a finite number")
-        if self.straggler_factor is not None and not self.straggler_factor > 1:
-            raise ConfigurationError(f"straggler_factor={self.straggler_factor!r} must be > 1, or None")
-        if self.deterministic and self.budget.metric_calls is None:
-            raise ConfigurationError(
-                "deterministic=True needs a bound that depends on neither time nor prices, and the budget has no "
-                f"metric_calls: {self.budget}; give Budget(metric_calls=…)"
-            )
-        later = self.options.later_instructions
-        if later < 0 or (later and self.options.proposer is None):
-            raise ConfigurationError(
-                f"later_instructions={later} must be >= 0, and needs the proposer=… that writes them"
-            )
-        if later and not isinstance(self.make_engine(), ListeningEngine):
-            raise ConfigurationError(
-                f"later_instructions={later} needs an engine with the attribute `between` "
-                f"(engines.ListeningEngine); {type(self.engine).__name__} has none"
-            )
-        workers = self.workers if isinstance(self.workers, int) else len(self.workers)
-        if self.preset == "cendbt" and workers != 1:
-            raise ConfigurationError("preset='cendbt' is centralised: set workers=1")
+        check_settings(self)
 
     def get_params(self) -> dict[str, Any]:
         """Plain settings, without LMs, data or results."""
@@ -363,19 +331,6 @@ class AsynDBT(Teleprompter):
 _LONGEST_TIMER_S = 1e7
 """About four months: event loops take no infinite delay."""
 _AT_ONCE_S = 1e-6
-
-
-def _check_choice(name: str, value: Any, choices: Any) -> None:
-    if value not in choices:
-        raise ConfigurationError(f"{name}={value!r} is none of {sorted(choices)}")
-
-
-def _with_overrides(config: AlgorithmConfig, overrides: Mapping[str, Any]) -> AlgorithmConfig:
-    known = {field.name for field in dataclasses.fields(AlgorithmConfig)}
-    unknown = sorted(set(overrides) - known)
-    if unknown:
-        raise ConfigurationError(f"config has no {unknown}; known constants: {sorted(known)}")
-    return dataclasses.replace(config, **overrides)
 
 
 def _in_thread(

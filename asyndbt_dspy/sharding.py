@@ -85,12 +85,20 @@ def split_shards(
 
     Args:
         one_trainset: The shards were drawn from one trainset, which no worker keeps from another.
+
+    Raises:
+        ConfigurationError: a shard is too small, or nobody is left to take ``valset``.
     """
     groups = _groups(workers, has_common_valset=bool(valset), one_trainset=one_trainset)
     shares: list[list[dspy.Example]] = [[] for _ in workers]
     if valset:
         order = np.random.default_rng([seed, 11]).permutation(len(valset))
-        takers = [number for number, worker in enumerate(workers) if not worker.valset] or [0]
+        takers = [number for number, worker in enumerate(workers) if not worker.valset]
+        if not takers:
+            raise ConfigurationError(
+                f"valset with {len(valset)} examples was given besides {len(workers)} workers that all bring their own; "
+                "leave one of them out"
+            )
         for place, number in enumerate(order):
             shares[takers[place % len(takers)]].append(valset[int(number)])
     given = [
@@ -101,7 +109,8 @@ def split_shards(
     seeds = [seed + index for index in range(len(workers))]
     fractions = [0.25 if config.race and not one else None for one in given]
     rests, raced = splitting.split(trainsets, fractions, student, seeds)
-    raced = splitting.dealt(raced)
+    splitting.tell_of_valset_copies(given)
+    raced = splitting.dealt([own or kept_back for own, kept_back in zip(given, raced, strict=True)])
     # An example must not be scored by a program that shows it, so demos and estimates part ways.
     fractions = [
         min(0.6, max(0.4, 2 * config.minibatch / len(rest)))
@@ -112,7 +121,6 @@ def split_shards(
     pools, estimates = splitting.split(rests, fractions, student, [1000 + one for one in seeds])
     result = []
     for index, worker in enumerate(workers):
-        held_out = given[index] or raced[index]
         pool, estimate = pools[index], estimates[index]
         if fractions[index] is None or len(estimate) < config.minibatch <= len(rests[index]):
             pool = estimate = rests[index]
@@ -123,7 +131,7 @@ def split_shards(
                 "or lower config={'minibatch': …}"
             )
         scored_on = _mixed(estimate, student, [seed, 17, index])
-        raced_on = _mixed(held_out, student, [seed, 19, index])
+        raced_on = _mixed(raced[index], student, [seed, 19, index])
         shown = scored_on if pool is estimate else tuple(pool)
         result.append(Shard(worker, scored_on, shown, raced_on, groups[index]))
     return result

@@ -89,6 +89,19 @@ def tell_of_copies(trainsets: Sequence[Examples]) -> None:
         )
 
 
+def tell_of_valset_copies(valsets: Sequence[Examples]) -> None:
+    """Warn where the examples that a user keeps for the race repeat, within one valset or at several workers."""
+    keys = [checks.inputs_text(example) for examples in valsets for example in examples]
+    if len(set(keys)) < len(keys):
+        logger.warning(
+            "%d of %d examples of valsets have the inputs of another one; each is raced on once, by one worker, so the race has "
+            "%d different ones to draw on.",
+            len(keys) - len(set(keys)),
+            len(keys),
+            len(set(keys)),
+        )
+
+
 def _share(keys: Sequence[Sequence[str]]) -> bool:
     """Whether two workers hold one example."""
     return max(Counter(key for own in keys for key in set(own)).values(), default=0) > 1

@@ -83,6 +83,7 @@ PARTS = {
     "asyndbt_dspy.metering": WHOLE_PACKAGE,
     "asyndbt_dspy.preparation": WHOLE_PACKAGE,
     "asyndbt_dspy.remote": WHOLE_PACKAGE,
+    "asyndbt_dspy.settings": WHOLE_PACKAGE,
     "asyndbt_dspy.setup_rollouts": WHOLE_PACKAGE,
     "asyndbt_dspy.sharding": WHOLE_PACKAGE,
     "asyndbt_dspy.splitting": WHOLE_PACKAGE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from decimal import Decimal
@@ -42,15 +43,18 @@ class Budget:
             value = getattr(self, field.name)
             if value is None:
                 continue
-            is_number = (
-                isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            )
-            if not is_number or value <= 0:
+            is_number = isinstance(value, numbers.Real | Decimal) and not isinstance(value, bool)
+            if not is_number or not math.isfinite(value) or value <= 0:
                 raise ConfigurationError(
                     f"Budget({field.name}={value!r}) must be a positive, finite number; leave it out for no cap"
                 )
             if field.name in _WHOLE and value != int(value):
                 raise ConfigurationError(f"Budget({field.name}={value!r}) must be a whole number")
+            # 1e3 calls are counted down and sliced with; NumPy's numbers have no place in a journal.
+            plain: float = int(value) if field.name in _WHOLE else value
+            if type(plain) not in (int, float):
+                plain = float(plain)
+            object.__setattr__(self, field.name, plain)
         if all(getattr(self, field.name) is None for field in fields(self)):
             names = ", ".join(f"{field.name}=…" for field in fields(self))
             raise ConfigurationError(f"Budget() sets no cap at all; give at least one of {names}")

@@ -7,10 +7,14 @@ the design; each is one field here, so that an ablation can turn it off).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+import numbers
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
+
+import numpy as np
 
 from asyndbt_dspy.errors import ConfigurationError
 
@@ -149,6 +153,8 @@ class AlgorithmConfig:
     race_soft: float = 0.6
 
     def __post_init__(self) -> None:
+        for name, kind in _kinds().items():
+            object.__setattr__(self, name, _typed(name, getattr(self, name), kind))
         at_least_one = ("active_workers", "max_staleness", "iterations", "draws", "minibatch", "lower_rounds")
         for name in (*at_least_one, "plane_period", "patience", "race_candidates"):
             self._check(name, getattr(self, name) >= 1, ">= 1")
@@ -158,6 +164,9 @@ class AlgorithmConfig:
             self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         for name in ("effect_trust", "race_soft"):
             self._check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        self._check("importance_limit", not 0 < self.importance_limit < 1, ">= 1, or 0 for no buffer")
+        if self.aggregator == "trimmed_mean":
+            self._check("trim", self.trim >= 1, ">= 1 with aggregator='trimmed_mean', which else is the mean")
         if self.policy == "score_function" and not self.example_baseline:
             self._check(
                 "draws", self.draws >= 2, ">= 2 for a score-function estimate without example_baseline"
@@ -177,6 +186,49 @@ class AlgorithmConfig:
         return cls(**state)
 
 
+@functools.cache
+def _kinds() -> dict[str, Any]:
+    """Per constant what it is: ``bool``, ``int``, ``float``, or the tuple of its choices."""
+    hints = get_type_hints(AlgorithmConfig)
+    return {name: get_args(hint) or hint for name, hint in hints.items()}
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """``value`` as Python's own type: a text in place of a number, or half a minibatch, would crash after rollouts were paid for.
+
+    Raises:
+        ConfigurationError: it is of another kind.
+    """
+    if isinstance(kind, tuple):
+        if isinstance(value, str) and value in kind:
+            return value
+        raise ConfigurationError(f"{name}={value!r} is none of {list(kind)}")
+    if kind is bool:
+        if isinstance(value, bool | np.bool_):
+            return bool(value)
+        raise ConfigurationError(f"{name}={value!r} must be True or False")
+    if kind is int:
+        return whole_number(name, value)
+    may_be_infinite = name in _MAY_BE_INFINITE
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or math.isnan(value) or (math.isinf(value) and not may_be_infinite):
+        raise ConfigurationError(f"{name}={value!r} must be a {'' if may_be_infinite else 'finite '}number")
+    return value if type(value) in (int, float) else float(value)
+
+
+def whole_number(name: str, value: Any) -> int:
+    """``value`` as an ``int``, where it is one of any type (NumPy's too, and ``300.0``).
+
+    Raises:
+        ConfigurationError: a fraction, ``True``, or no number.
+    """
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value != int(value):
+        raise ConfigurationError(f"{name}={value!r} must be a whole number")
+    return int(value)
+
+
+_MAY_BE_INFINITE = ("gradient_clip", "importance_limit")
 _NON_NEGATIVE = (
     "exploration",
     "gradient_clip",
@@ -267,6 +319,7 @@ def resolve(
     max_staleness: int | Literal["auto"] | None,
     *,
     is_free: bool = True,
+    said: Collection[str] = (),
 ) -> AlgorithmConfig:
     """Fill in S and tau.
 
@@ -274,15 +327,23 @@ def resolve(
         active_workers: ``"auto"``: as the observed speeds have it, and nobody waits for others; it begins with half of the workers.
             ``None``: so where ``is_free`` and tau is not said either, else half of the workers.
         max_staleness: ``"auto"``: follows the slowest worker, from the configured bound on. ``None``: the configured bound.
+        said: Constants of ``config`` that the user set; they stay as they are, and S and tau among them count as given here.
 
     Raises:
-        ConfigurationError: another text, or S outside of 1 .. ``workers``.
+        ConfigurationError: another text, no whole number, or S outside of 1 .. ``workers``.
     """
-    for name, value in (("active_workers", active_workers), ("max_staleness", max_staleness)):
+    given = {"active_workers": active_workers, "max_staleness": max_staleness}
+    for name, value in given.items():
         if isinstance(value, str) and value != "auto":
             raise ConfigurationError(f"{name}={value!r} must be a number, 'auto' or None")
+        if value is None and name in said:
+            given[name] = getattr(config, name)
+        elif value is not None and value != "auto":
+            given[name] = whole_number(name, value)
+    active_workers, max_staleness = given["active_workers"], given["max_staleness"]
     if active_workers == "auto" or (active_workers is None and max_staleness is None and is_free):
-        config = dataclasses.replace(config, auto_active=True, keep_busy=True)
+        switches = {name: True for name in ("auto_active", "keep_busy") if name not in said}
+        config = dataclasses.replace(config, **switches)  # type: ignore[arg-type]
     if max_staleness == "auto":
         config = dataclasses.replace(config, auto_staleness=True)
     active = active_workers if isinstance(active_workers, int) else max(1, (workers + 1) // 2)

@@ -16,7 +16,7 @@ def aggregate(config: AlgorithmConfig, p: FloatArray) -> FloatArray:
     """
     if config.aggregator == "median":
         return np.asarray(np.median(p, axis=0))
-    if config.aggregator == "trimmed_mean" and config.trim:
+    if config.aggregator == "trimmed_mean":
         trim = min(config.trim, (len(p) - 1) // 2)
         return np.asarray(np.sort(p, axis=0)[trim : len(p) - trim].mean(axis=0))
     return np.asarray(np.add.reduce(p, axis=0) / len(p))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from decimal import Decimal
 from typing import Any, Literal
 
 import numpy as np
@@ -32,7 +34,7 @@ def test_constants_survive_json(preset: str) -> None:
         ({"max_staleness": 0}, "max_staleness=0 must be >= 1"),
         ({"active_workers": 0}, "active_workers=0 must be >= 1"),
         ({"penalty": -0.1}, "penalty=-0.1 must be >= 0"),
-        ({"penalty": float("nan")}, "penalty=nan must be >= 0"),
+        ({"penalty": float("nan")}, "penalty=nan must be a finite number"),
         ({"floor": 1.0}, r"floor=1.0 must be in \[0, 1\)"),
         ({"effect_trust": 1.1}, r"effect_trust=1.1 must be in \[0, 1\]"),
         ({"policy": "score_function", "draws": 1, "example_baseline": False}, "draws=1 must be >= 2"),
@@ -172,8 +174,55 @@ def test_who_waits_where_little_is_said(
         ((8, None), "active_workers=8 must be between 1 and the number of workers, 7"),
         (("some", None), "active_workers='some' must be a number, 'auto' or None"),
         ((None, "late"), "max_staleness='late' must be a number, 'auto' or None"),
+        ((2.5, None), "active_workers=2.5 must be a whole number"),
+        ((None, True), "max_staleness=True must be a whole number"),
     ],
 )
 def test_waiting_that_cannot_be_is_refused(said: Any, says: str) -> None:
     with pytest.raises(ConfigurationError, match=says):
         resolve(DEFAULT, 7, *said)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"active_workers": 2}, (2, 64, False, False)),
+        ({"active_workers": 2, "max_staleness": 1}, (2, 1, False, False)),
+        ({"keep_busy": False}, (4, 64, True, False)),
+        ({"auto_active": False}, (4, 64, False, True)),
+    ],
+)
+def test_constants_that_the_user_set_stay_as_they_are(
+    overrides: dict[str, Any], expected: tuple[int, int, bool, bool]
+) -> None:
+    config = resolve(dataclasses.replace(DEFAULT, **overrides), 7, None, None, said=overrides)
+    assert (config.active_workers, config.max_staleness, config.auto_active, config.keep_busy) == expected
+
+
+def test_numbers_of_numpy_and_whole_floats_are_numbers() -> None:
+    assert resolve(DEFAULT, 7, np.int64(2), 3.0).to_dict() == resolve(DEFAULT, 7, 2, 3).to_dict()  # type: ignore[arg-type]
+    config = dataclasses.replace(DEFAULT, draws=np.int64(3), penalty=np.float64(0.5), race=np.bool_(False))  # type: ignore[arg-type]
+    assert [type(one) for one in (config.draws, config.penalty, config.race)] == [int, float, bool]
+    budget = Budget(metric_calls=1e3, lm_calls=np.int64(5), seconds=np.float64(2.5), dollars=Decimal("0.5"))  # type: ignore[arg-type]
+    assert dataclasses.astuple(budget) == (1000, 2.5, 5, None, 0.5)
+    assert [type(one) for one in dataclasses.astuple(budget)] == [int, float, int, type(None), float]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"aggregator": "trimmed"}, "aggregator='trimmed' is none of .*'trimmed_mean'"),
+        ({"aggregator": "trimmed_mean"}, "trim=0 must be >= 1 with aggregator='trimmed_mean'"),
+        ({"policy": None}, "policy=None is none of"),
+        ({"race_candidates": 1.5}, "race_candidates=1.5 must be a whole number"),
+        ({"minibatch": True}, "minibatch=True must be a whole number"),
+        ({"race": 1}, "race=1 must be True or False"),
+        ({"penalty": math.inf}, "penalty=inf must be a finite number"),
+        ({"gradient_clip": math.nan}, "gradient_clip=nan must be a number"),
+        ({"lower_step": "0.1"}, "lower_step='0.1' must be a finite number"),
+        ({"importance_limit": 0.5}, "importance_limit=0.5 must be >= 1, or 0"),
+    ],
+)
+def test_constants_of_another_kind_are_refused(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        dataclasses.replace(DEFAULT, **changes)

@@ -102,6 +102,35 @@ CASES: dict[str, tuple[Callable[[], Any], list[str]]] = {
         lambda: compiled(kit.examples(40), workers=[shard()]),
         ["40 examples", "workers=<number>"],
     ),
+    "valset besides valsets": (
+        lambda: compiled(
+            workers=[Worker("w", kit.examples(20), valset=kit.examples(6, start=50))],
+            valset=kit.examples(9, start=70),
+        ),
+        ["valset with 9 examples", "1 workers that all bring their own"],
+    ),
+    "a number for a budget": (lambda: kit.optimizer(budget=100), ["budget=100", "Budget(metric_calls="]),
+    "workers that are none": (lambda: kit.optimizer(workers=["eu"]), ["workers=['eu']", "list of Worker"]),
+    "negative seed": (lambda: kit.optimizer(seed=-1), ["seed=-1", ">= 0"]),
+    "timeout that is no time": (
+        lambda: kit.optimizer(rollout_timeout_s=math.nan),
+        ["rollout_timeout_s=nan", "> 0 seconds"],
+    ),
+    "straggler factor of 1": (
+        lambda: kit.optimizer(straggler_factor=1),
+        ["straggler_factor=1", "> 1, or None"],
+    ),
+    "no failures allowed": (lambda: kit.optimizer(max_failures=0), ["max_failures=0", "at least 1"]),
+    "half a demo": (lambda: kit.optimizer(demo_candidates=2.5), ["demo_candidates=2.5", "whole number"]),
+    "negative word slots": (lambda: kit.optimizer(fragments=-1), ["fragments=-1", ">= 0"]),
+    "instructions without a text": (
+        lambda: compiled(kit.examples(40), instructions={"self": [None]}),
+        ["'self'", "must be texts, got None"],
+    ),
+    "later instructions that nobody tries": (
+        lambda: kit.optimizer(mode="demos", later_instructions=1, proposer=kit.color_lm()),
+        ["later_instructions=1", "mode='demos'"],
+    ),
     "unknown preset": (lambda: kit.optimizer(preset="papers"), ["preset='papers'", "'paper'"]),
     "unknown mode": (lambda: kit.optimizer(mode="all"), ["mode='all'", "'both'"]),
     "unknown auto": (lambda: kit.optimizer(auto="tiny", budget=None), ["auto='tiny'", "'light'"]),
@@ -172,6 +201,16 @@ def test_a_valset_of_a_worker_that_overlaps_is_warned_of(caplog: pytest.LogCaptu
     assert any("2 of 6 examples" in one.message and "'eu'" in one.message for one in caplog.records)
 
 
+def test_a_valset_that_overlaps_another_workers_trainset_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    workers = [Worker("eu", kit.examples(20), valset=kit.examples(6, start=38)), shard("us", 40)]
+    with dspy.context(lm=kit.color_lm()):
+        compiled(workers=workers)
+    said = [one.message for one in caplog.records if "other workers than 'eu'" in one.message]
+    assert len(said) == 1 and "2 of 6 examples" in said[0]
+
+
 def test_without_overlap_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with dspy.context(lm=kit.color_lm()):
         compiled(kit.examples(40), valset=kit.examples(10, start=100))
@@ -221,7 +260,7 @@ def test_labels_that_the_program_cannot_answer_are_warned_of(caplog: pytest.LogC
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"demo_candidates": 0}, "demo_candidates=0 must be at least 1"),
+        ({"demo_candidates": 0}, "demo_candidates=0 must be >= 1"),
         ({"failure_score": math.nan}, "failure_score=nan must be a finite number"),
         ({"failure_score": "0"}, "failure_score='0' must be a finite number"),
     ],

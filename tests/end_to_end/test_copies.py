@@ -55,6 +55,20 @@ def test_copies_are_on_one_side_at_all_workers_and_raced_on_once(
     assert kind != "equal ones" or max(sizes) - min(sizes) <= 1
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_valsets_that_repeat_are_raced_on_once(own: bool, caplog: pytest.LogCaptureFixture) -> None:
+    valset = kit.examples(6, start=500)
+    workers = [
+        Worker(f"w{number}", kit.examples(20, start=100 * number), valset=valset if own else None)
+        for number in range(3)
+    ]
+    with caplog.at_level(logging.WARNING):
+        shards = split_shards(workers, None if own else valset * 3, STUDENT, DEFAULT, needs_pool=True, seed=0)
+    raced = [message for shard in shards for message in messages(shard.held_out)]
+    assert sorted(raced) == sorted(messages(valset))
+    assert "12 of 18 examples of valsets have the inputs of another one" in caplog.text
+
+
 def test_without_copies_workers_are_split_each_by_itself(caplog: pytest.LogCaptureFixture) -> None:
     trainsets = [kit.examples(40), kit.examples(40, start=100)]
     with caplog.at_level(logging.WARNING):

@@ -1,0 +1,131 @@
+"""The checks of what ``AsynDBT`` was given: a setting that cannot work is refused before anything is paid for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from asyndbt_dspy.core.budget import Budget
+from asyndbt_dspy.core.config import AlgorithmConfig, whole_number
+from asyndbt_dspy.engines.protocols import ListeningEngine
+from asyndbt_dspy.errors import ConfigurationError
+from asyndbt_dspy.workers import Worker
+
+if TYPE_CHECKING:
+    from asyndbt_dspy.optimizer import AsynDBT
+
+_AT_LEAST = {
+    "demo_candidates": 1,
+    "demo_slots": 0,
+    "instruction_candidates": 0,
+    "later_instructions": 0,
+    "max_demo_tokens": 1,
+    "fragments": 0,
+}
+"""Whole numbers among the options of the search space, with their bounds."""
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Refuse a text that is none of ``choices``."""
+    if value not in choices:
+        raise ConfigurationError(f"{name}={value!r} is none of {sorted(choices)}")
+
+
+def with_overrides(config: AlgorithmConfig, overrides: Mapping[str, Any]) -> AlgorithmConfig:
+    """``config`` with single constants replaced.
+
+    Raises:
+        ConfigurationError: there is no such constant, or it cannot have this value.
+    """
+    known = {field.name for field in dataclasses.fields(AlgorithmConfig)}
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise ConfigurationError(f"config has no {unknown}; known constants: {sorted(known)}")
+    return dataclasses.replace(config, **overrides)
+
+
+def check_settings(optimizer: AsynDBT) -> None:
+    """Refuse settings that cannot work, alone or together.
+
+    Raises:
+        ConfigurationError: says the value, the bound, and what to do.
+    """
+    if not isinstance(optimizer.budget, Budget):
+        raise ConfigurationError(
+            f"budget={optimizer.budget!r} must be a Budget; for so many metric calls Budget(metric_calls=…)"
+        )
+    if optimizer.run_dir is None and (optimizer.resume or optimizer.fsync):
+        raise ConfigurationError(
+            f"{'resume' if optimizer.resume else 'fsync'}=True needs the run_dir=… that the journals are kept in"
+        )
+    _check_workers(optimizer)
+    _check_numbers(optimizer)
+    _check_options(optimizer)
+    if optimizer.deterministic and optimizer.budget.metric_calls is None:
+        raise ConfigurationError(
+            "deterministic=True needs a bound that depends on neither time nor prices, and the budget has no "
+            f"metric_calls: {optimizer.budget}; give Budget(metric_calls=…)"
+        )
+
+
+def _check_workers(optimizer: AsynDBT) -> None:
+    workers = optimizer.workers
+    if isinstance(workers, numbers.Integral) and not isinstance(workers, bool):
+        optimizer.workers = count = int(workers)
+    elif isinstance(workers, Sequence) and all(isinstance(one, Worker) for one in workers):
+        count = len(workers)
+    else:
+        raise ConfigurationError(f"workers={workers!r} must be a number or a list of Worker")
+    if optimizer.preset == "cendbt" and count != 1:
+        raise ConfigurationError("preset='cendbt' is centralised: set workers=1")
+
+
+def _check_numbers(optimizer: AsynDBT) -> None:
+    optimizer.seed = whole_number("seed", optimizer.seed)
+    optimizer.max_failures = whole_number("max_failures", optimizer.max_failures)
+    if optimizer.seed < 0:
+        raise ConfigurationError(f"seed={optimizer.seed} must be >= 0")
+    if optimizer.max_failures < 1:
+        raise ConfigurationError(f"max_failures={optimizer.max_failures} must be at least 1")
+    for name, least in (("rollout_timeout_s", 0), ("straggler_factor", 1)):
+        value = getattr(optimizer, name)
+        if value is None and name == "straggler_factor":
+            continue
+        if not _is_number(value) or not value > least:
+            may_be_none = ", or None" if name == "straggler_factor" else " seconds"
+            raise ConfigurationError(f"{name}={value!r} must be > {least}{may_be_none}")
+    if not _is_number(optimizer.failure_score) or not math.isfinite(optimizer.failure_score):
+        raise ConfigurationError(f"failure_score={optimizer.failure_score!r} must be a finite number")
+
+
+def _check_options(optimizer: AsynDBT) -> None:
+    options = optimizer.options
+    whole = {name: whole_number(name, getattr(options, name)) for name in _AT_LEAST}
+    if options.demos_per_class is not None:
+        whole["demos_per_class"] = whole_number("demos_per_class", options.demos_per_class)
+    for name, value in whole.items():
+        least = _AT_LEAST.get(name, 1)
+        if value < least:
+            hint = "; mode='instructions' shows no demos" if "demo" in name else ""
+            raise ConfigurationError(f"{name}={value} must be >= {least}{hint}")
+    optimizer.options = dataclasses.replace(options, **whole)  # type: ignore[arg-type]
+    later = whole["later_instructions"]
+    if not later:
+        return
+    if options.proposer is None or options.mode == "demos":
+        raise ConfigurationError(
+            f"later_instructions={later} with mode={options.mode!r} needs the proposer=… that writes them, and a "
+            "mode that tries instructions"
+        )
+    if not isinstance(optimizer.make_engine(), ListeningEngine):
+        raise ConfigurationError(
+            f"later_instructions={later} needs an engine with the attribute `between` "
+            f"(engines.ListeningEngine); {type(optimizer.engine).__name__} has none"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
