@@ -64,7 +64,18 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--write-docs", type=Path, default=None, metavar="FILE")
     parser.add_argument("--verify", type=int, default=0, metavar="N", help="rerun N random rows of --out")
     parser.add_argument("--measure-settings", action="store_true", help="rewrite the others' settings")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.report is None:
+        for name in ("json", "plots", "write_docs"):
+            if getattr(arguments, name):
+                parser.error(f"--{name.replace('_', '-')} goes with --report RESULTS")
+    for name, least in (("verify", 0), ("processes", 1), ("test_limit", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} {value} must be at least {least}")
+    if arguments.test_limit is not None and arguments.out == RESULTS:
+        parser.error("--test-limit makes rows of a smoke run: give them a file of their own with --out")
+    return arguments
 
 
 def main() -> None:
@@ -92,6 +103,12 @@ def main() -> None:
 def _run(arguments: argparse.Namespace) -> None:
     from quality_bench import cells, lms, optimizers, runs, tasks
 
+    keys = arguments.optimizers or optimizers.keys()
+    try:
+        for key in keys:
+            optimizers.find(key)
+    except KeyError as error:
+        sys.exit(error.args[0])
     names = arguments.tasks or [name for name, one in tasks.TASKS.items() if one.in_grid]
     unknown = sorted(set(names) - set(tasks.TASKS))
     if unknown:
@@ -99,11 +116,15 @@ def _run(arguments: argparse.Namespace) -> None:
     wanted = cells.grid(
         names,
         arguments.lms or list(lms.LMS),
-        arguments.optimizers or optimizers.keys(),
+        keys,
         arguments.budgets,
         arguments.seeds,
     )
-    done = {cells.Key.of(row) for row in cells.read(arguments.out)}
+    done = {
+        cells.Key.of(row)
+        for row in cells.read(arguments.out)
+        if row.get("test_limit") == arguments.test_limit
+    }
     missing = [key for key in dict.fromkeys(wanted) if key not in done]
     print(f"{len(wanted)} cells, {len(missing)} to run", file=sys.stderr)
     options = runs.Options(

@@ -288,6 +288,10 @@ def main() -> int:
         sys.stdout.write(json.dumps(one_arm(options.one, options.calls, options.first_seed)) + "\n")
         return 0
     wanted = options.arms.split(",")
+    if unknown := sorted(set(wanted) - {*OURS, *OTHERS}):
+        parser.error(f"no arms {unknown}; known: {', '.join((*OURS, *OTHERS))}")
+    if options.out is not None and options.out.exists() and set(wanted) != {*OURS, *OTHERS}:
+        parser.error(f"{options.out} is there, and its rows of other arms would be lost: give another --out")
     rows: list[dict[str, Any]] = []
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         rows += [collected(in_process(arm, options.calls, seed)) for arm in OURS if arm in wanted]

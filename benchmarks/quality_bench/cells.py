@@ -146,6 +146,7 @@ def run(
         "settings": outcome.settings,
         "incumbents": along,
         "finalists": outcome.finalists,
+        **({} if test_limit is None else {"test_limit": test_limit}),
         "precision": lms.precision,
         "device": device(),
         "versions": versions(),

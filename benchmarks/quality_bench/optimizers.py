@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -243,11 +244,13 @@ _RESOLVED = frozenset(
 
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments of ``AsynDBT``, and constants of its ``config``. ``active_workers`` is an argument."""
+    """Arguments of ``AsynDBT``, and constants of its ``config``; what could be either is an argument if that takes the value."""
     constants = {
         name: value
         for name, value in options.items()
-        if name in _CONSTANTS and name not in ("active_workers", "max_staleness")
+        if name in _CONSTANTS
+        and name not in ("active_workers", "max_staleness")
+        and (name, value) not in (("loss", "metric"), ("loss", "auto"))
     }
     return {name: value for name, value in options.items() if name not in constants}, constants
 
@@ -300,9 +303,26 @@ def find(key: str) -> Optimizer:
         return known[name]
     if name != "asyndbt" or not options.endswith("]"):
         raise KeyError(f"{key!r}: only asyndbt[name=value,…] takes options")
-    given = ast.parse(f"f({options[:-1]})", mode="eval").body
-    assert isinstance(given, ast.Call)
-    return Optimizer(asyndbt(**{str(one.arg): ast.literal_eval(one.value) for one in given.keywords}))
+    return Optimizer(asyndbt(**_options(key, options[:-1])))
+
+
+def _options(key: str, text: str) -> dict[str, Any]:
+    """``race=False,draws=4`` as a dictionary.
+
+    Raises:
+        KeyError: no list of ``name=value``, or what is neither an argument nor a constant.
+    """
+    try:
+        given = ast.parse(f"f({text})", mode="eval").body
+        assert isinstance(given, ast.Call)
+        found = {str(one.arg): ast.literal_eval(one.value) for one in given.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise KeyError(f"{key!r}: options are name=value,…: {error}") from error
+    known = _CONSTANTS | set(inspect.signature(AsynDBT).parameters)
+    if given.args or not set(found) <= known:
+        odd = [ast.unparse(one) for one in given.args] + sorted(set(found) - known)
+        raise KeyError(f"{key!r}: {odd} are no name=value of an argument or constant of AsynDBT")
+    return found
 
 
 def keys() -> list[str]:

@@ -28,6 +28,9 @@ def main(path: Path, as_json: bool, plots: Path | None, docs: Path | None) -> st
     rows = cells.read(path)
     if not rows:
         return f"{path} holds no rows; run the benchmark with --out {path} first"
+    limits = {row.get("test_limit") for row in rows}
+    if len(limits) > 1:
+        return f"{path} mixes rows of different --test-limit ({limits}): their scores cannot be compared"
     found = [summary.summarise(rows, budget) for budget in summary.budgets_of(rows)]
     if as_json:
         sys.stdout.write(json.dumps(as_line(found)) + "\n")
@@ -92,13 +95,25 @@ def _budget(one: Summary) -> list[str]:
     parts += [f"Score per task and LM at {one.budget} calls (percent):", _cell_table(one)]
     if one.variants:
         parts += [
-            f"Ablation at {one.budget} calls (difference: what it is compared with minus the variant, on the variant's seeds):",
+            f"Ablation at {one.budget} calls (difference: what it is compared with minus the variant, on the variant's seeds; "
+            f"intervals over cells, so that they do not hold what one run differs from the next by{_by_seed(one)}):",
             _variants(one),
         ]
     if one.acceptance:
         parts.append(_acceptance(one))
     parts.append(_paper(one))
     return [part for part in parts if part]
+
+
+def _by_seed(one: Summary) -> str:
+    """AsynDBT's own mean by seed: a variant with one seed is compared with that one."""
+    if len(one.seeds) < 2:
+        return ""
+    each = ", ".join(f"{score:.1f}" for score in one.seeds.values())
+    return (
+        f"; `asyndbt` itself has {each} on these cells with seeds {', '.join(map(str, one.seeds))}, "
+        f"{mean(list(one.seeds.values())):.1f} in the mean"
+    )
 
 
 def _acceptance(one: Summary) -> str:
@@ -184,6 +199,17 @@ def _claims(one: Summary) -> str:
         f"`asyndbt` minus the best ranked other (`{best.optimizer}`): {gap:+.1f} points (wanted: +3 or more). "
         f"Average rank {ours.rank:.2f} (wanted: 2.5 or less). Harm {harm} (wanted: 2 % or less)."
     ]
+    parts = [
+        f"over {where} {versus.difference:+.1f} (95 % {versus.low:+.1f} … {versus.high:+.1f}; "
+        f"{versus.wins}/{versus.ties}/{versus.losses})"
+        for where, versus in (
+            ("the tasks that constants were chosen on", one.of_constants),
+            ("the other tasks and programs", one.held_out),
+        )
+        if versus is not None
+    ]
+    if len(parts) == 2:
+        said.append(f"Paired with it cell by cell: {', '.join(parts)}.")
     if one.median_reach is not None and one.median_hold is not None:
         reach, hold = (
             "never" if math.isinf(part) else f"{part:.2f}" for part in (one.median_reach, one.median_hold)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from asyndbt_dspy.core.racing import bar
-from quality_bench import optimizers
+from quality_bench import optimizers, tasks
 from quality_bench.cells import Row
 from quality_bench.statistics import (
     bootstrap_interval,
@@ -108,6 +108,9 @@ class Summary:
         scores: ``{cell: {optimizer: mean over seeds}}``.
         incomplete: Ranked optimizers that lack more than a third of the cells: shown, not ranked.
         acceptance: By ``accept_z``, over AsynDBT's runs whose race is in the row.
+        of_constants, held_out: AsynDBT against the best other over the common cells of tasks that constants were chosen on, and
+            over the rest.
+        seeds: AsynDBT's mean over the cells of the ablation, by seed; seeds that lack a cell are left out.
     """
 
     budget: int
@@ -119,6 +122,9 @@ class Summary:
     scores: dict[Cell, dict[str, float]]
     incomplete: list[str] = field(default_factory=list)
     acceptance: list[Acceptance] = field(default_factory=list)
+    of_constants: Against | None = None
+    held_out: Against | None = None
+    seeds: dict[int, float] = field(default_factory=dict)
 
     @property
     def best_other(self) -> Line | None:
@@ -198,7 +204,22 @@ def summarise(rows: Sequence[Row], budget: int) -> Summary:
     }
     others = [name for name in ranked if not optimizers.is_ours(name)]
     reach, hold = (_parts(table, common, others, budget, until) for until in (calls_to_reach, calls_to_hold))
-    return Summary(budget, common, lines, variants, reach, hold, scores, incomplete, _acceptance(table))
+    found = Summary(budget, common, lines, variants, reach, hold, scores, incomplete, _acceptance(table))
+    best = found.best_other
+    if best is not None:
+        tuned = [cell for cell in common if tasks.TASKS[cell[0]].tuning]
+        found.of_constants = _against(table, best.optimizer, tuned)
+        found.held_out = _against(table, best.optimizer, [cell for cell in common if cell not in tuned])
+    found.seeds = _by_seed(table, varied)
+    return found
+
+
+def _by_seed(table: Table, cells: Collection[Cell]) -> dict[int, float]:
+    found: dict[int, list[float]] = defaultdict(list)
+    for cell in cells:
+        for row in table.rows[cell][OURS]:
+            found[row["seed"]].append(row["test"])
+    return {seed: mean(scores) for seed, scores in sorted(found.items()) if len(scores) == len(cells)}
 
 
 def _ranks(table: Table, cell: Cell, names: Sequence[str]) -> dict[str, int]:

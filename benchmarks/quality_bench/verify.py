@@ -18,7 +18,7 @@ from pathlib import Path
 
 import dspy
 
-from quality_bench import cells, lms, tasks
+from quality_bench import cells, lms, optimizers, tasks
 
 BEFORE = {"accept_score_z": 0.0}
 """What constants of the algorithm amounted to before they were there; rows from then do not name them."""
@@ -78,7 +78,7 @@ def compare(row: cells.Row, loaded: lms.Lms, folder: Path) -> Comparison:
             bits = cells.correct(program, tasks.load(folder, task, test_limit=count).test)
         program_flips = _flips(row["test_bits"], "".join(map(str, map(int, bits))))
     first = Comparison(key=key, examples=count, program_flips=program_flips, test=row["test"])
-    if not row["settings"].get("deterministic", True):
+    if not row["settings"].get("deterministic", True) or not _is_known(key.optimizer):
         return first
     constants = {**BEFORE, **row["settings"].get("algorithm", {})}
     again = cells.run(key, loaded, folder, test_limit=count, constants=constants)
@@ -89,6 +89,15 @@ def compare(row: cells.Row, loaded: lms.Lms, folder: Path) -> Comparison:
         same_calls=row["task_lm_calls"] == again["task_lm_calls"],
         rerun=again["test"],
     )
+
+
+def _is_known(optimizer: str) -> bool:
+    """Rows of options that were tried and dropped cannot be run again."""
+    try:
+        optimizers.find(optimizer)
+    except KeyError:
+        return False
+    return True
 
 
 def _flips(first: str, second: str) -> int:

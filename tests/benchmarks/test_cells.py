@@ -56,6 +56,48 @@ def test_the_json_line_holds_every_budget(
     assert budgets["300"]["kate"]["rank"] is None
 
 
+def test_rows_of_a_smoke_run_do_not_stand_for_cells(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "results.jsonl"
+    arguments = ["--data", str(data), "--tasks", "sst2", "--lms", "a", "--optimizers", "student"]
+    arguments += ["--out", str(out)]
+    run_quality(monkeypatch, *arguments, "--test-limit", "2")
+    run_quality(monkeypatch, *arguments, "--test-limit", "2")
+    assert [line for line in capsys.readouterr().err.splitlines() if "to run" in line] == [
+        "1 cells, 1 to run",
+        "1 cells, 0 to run",
+    ]
+    run_quality(monkeypatch, *arguments)
+    short, whole = cells.read(out)
+    assert short["test_limit"] == len(short["test_bits"]) == 2 < len(whole["test_bits"])
+    monkeypatch.setattr(sys, "argv", ["quality.py", "--report", str(out), "--json"])
+    with pytest.raises(SystemExit, match="mixes rows of different --test-limit"):
+        quality.main()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--json"], "--json goes with --report"),
+        (["--write-docs", "x.md"], "--write-docs goes with --report"),
+        (["--verify", "-1"], "--verify -1 must be at least 0"),
+        (["--test-limit", "5"], "give them a file of their own"),
+        (["--optimizers", "bogus"], "no optimizer 'bogus'"),
+    ],
+)
+def test_bad_arguments_are_refused(
+    arguments: list[str],
+    said: str,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_quality(monkeypatch, "--data", str(data), *arguments)
+    assert said in capsys.readouterr().err + str(ended.value.code)
+
+
 def test_options_of_a_variant_are_not_split_at_their_commas() -> None:
     assert quality._listed("student,asyndbt[race=False,draws=4],copro") == [
         "student",

@@ -127,6 +127,12 @@ def test_a_variant_sets_arguments_and_constants() -> None:
         {"demo_slots": 2, "active_workers": 2},
         {"race": False},
     )
+    # `loss` is a constant and an argument: the metric alone is the argument's.
+    assert optimizers._split({"loss": "metric"}) == ({"loss": "metric"}, {})
+    assert optimizers._split({"loss": "cross_entropy"}) == ({}, {"loss": "cross_entropy"})
+    for odd in ("asyndbt[race]", "asyndbt[foo=1]", "asyndbt[race=]", "asyndbt[race=os]"):
+        with pytest.raises(KeyError, match=r"name=value"):
+            optimizers.find(odd)
     with pytest.raises(KeyError, match="only asyndbt"):
         optimizers.find("simba[steps=3]")
     with pytest.raises(KeyError, match="no optimizer"):

@@ -190,7 +190,21 @@ def test_variants_are_compared_on_the_cells_they_share() -> None:
     [variant] = found.variants
     assert variant.against is not None
     assert variant.against.difference == 20
+    assert found.seeds == {0: 80.0, 1: 20.0}
+    assert "has 80.0, 20.0 on these cells with seeds 0, 1, 50.0 in the mean" in report.text([found])
     assert "`asyndbt[race=False]`" in report.text([found])
+
+
+def test_tasks_that_constants_were_chosen_on_are_told_apart_from_the_others() -> None:
+    rows = [
+        made_row(name, bits, task=task)
+        for task, ours in (("sst2", "1" * 90 + "0" * 10), ("cola", "1" * 60 + "0" * 40))
+        for name, bits in (("asyndbt", ours), ("simba", HALF))
+    ]
+    found = summary.summarise(rows, 300)
+    assert found.of_constants is not None and found.held_out is not None
+    assert (found.of_constants.difference, found.held_out.difference) == (40, 10)
+    assert "over the other tasks and programs +10.0" in report.text([found])
 
 
 def test_the_caveat_stands_beside_the_claim_and_tables_go_between_the_markers(tmp_path: Path) -> None:
