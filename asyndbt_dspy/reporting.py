@@ -97,7 +97,7 @@ def explain(winner: str, candidates: Sequence[CandidateResult], accept_z: float)
     """One sentence on why the program that was returned was."""
     chosen = next(one for one in candidates if one.won)
     if chosen.score is None and winner == "student":
-        return "No race was run, and nothing was sure to beat the student, so it is returned as it was."
+        return "No race was run, and the search settled on the student, so it is returned as it was."
     if chosen.score is None:
         return "No race was run: the most probable arms were taken as they are."
     if winner == "student":

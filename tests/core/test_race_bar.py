@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from test_racing import STUDENT, run
 
 from asyndbt_dspy.core.config import AlgorithmConfig
+from asyndbt_dspy.core.messages import RaceReply
 from asyndbt_dspy.core.racing import RaceState, bar
 
 DEFAULT = AlgorithmConfig().accept_z
@@ -37,3 +39,21 @@ def test_a_noisy_race_asks_again_while_what_is_ahead_would_not_win(accept_z: flo
     times = max(sum(example in unit.examples for unit in units) for example in range(6))
     assert (times > 1) == again
     assert state.winner() == ((0, 0) if again else (1, 0))
+
+
+@pytest.mark.parametrize(("challengers", "most"), [(1, 0.03), (7, 0.1)])
+def test_challengers_that_are_as_good_as_the_student_seldom_replace_it(challengers: int, most: float) -> None:
+    """2 % each by the bar; seven have seven chances. 400 races of equal programs on 24 examples, half of them right."""
+    rng = np.random.default_rng(0)
+    replaced = 0
+    for _ in range(400):
+        state = RaceState((0,), [(one + 1,) for one in range(challengers)], {"a": 24}, 120, AlgorithmConfig())
+        scores = rng.integers(0, 2, (challengers + 1, 24)).astype(float)
+        while not state.done and (unit := state.assign("a")) is not None:
+            rows = tuple(
+                tuple(scores[one[0], example] for example in unit.examples) for one in unit.candidates
+            )
+            unknown = tuple((None,) * len(row) for row in rows)
+            state.receive(RaceReply("a", unit.unit, rows, unknown, sum(map(len, rows))))
+        replaced += state.winner() != (0,)
+    assert 0 < replaced / 400 <= most
