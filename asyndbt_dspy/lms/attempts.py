@@ -26,7 +26,7 @@ from dspy.clients.engines import AsyncLegacyEngine, LegacyEngine
 # tokens otherwise. test_settings_of_a_backend_reach_it_as_without_metering fails when these move.
 from dspy.clients.execution import aexecute, execute, prepare
 from dspy.clients.lm15_boundary import request_kwargs
-from dspy.lm15 import LM15Error, Request, Response, UnsupportedFeatureError, request_from_openai_chat
+from dspy.lm15 import Config, LM15Error, Request, Response, UnsupportedFeatureError, request_from_openai_chat
 from dspy.utils.exceptions import LMError
 
 from asyndbt_dspy.errors import ConfigurationError
@@ -112,6 +112,10 @@ class Attempts:
 
     def capabilities(self) -> Capabilities:
         return Capabilities.of(self.lm)
+
+    def own_config(self) -> Config:
+        """How the LM asks where a call says nothing of it: temperature, ``max_tokens`` and the like."""
+        return request_from_openai_chat(_body_of(self.lm)[0]).config
 
     def complete(self, request: Request) -> Response:
         """One attempt in this thread."""
@@ -204,6 +208,11 @@ def backend_settings(lm: dspy.BaseLM) -> dict[str, Any]:
     """The settings of ``lm`` that a canonical request cannot carry, and that only its own backend understands."""
     if _is_managed(lm) and not isinstance(lm.engine, str):  # type: ignore[attr-defined]
         return {}  # an engine gets canonical requests only: what they do not carry is refused with or without us
+    return _body_of(lm)[1]
+
+
+def _body_of(lm: dspy.BaseLM) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(a call with all settings of ``lm`` that a canonical request can carry, the others)."""
     body: dict[str, Any] = {"model": lm.model, "messages": [{"role": "user", "content": "?"}]}
     found = {}
     for name, value in lm.kwargs.items():
@@ -215,7 +224,7 @@ def backend_settings(lm: dspy.BaseLM) -> dict[str, Any]:
             found[name] = value
         else:
             body[name] = value
-    return found
+    return body, found
 
 
 def _is_managed(lm: dspy.BaseLM) -> bool:
