@@ -98,7 +98,7 @@ async def prepare(
     book = open_book(optimizer, student, teacher, workers, valset, config)
     book.join_ledger(metering.ledger)
     try:
-        with dspy.context(lm=metering.lm(surrounding)):
+        with dspy.context(**metering.surroundings()):
             return await _arrange(
                 optimizer,
                 student,
@@ -400,7 +400,7 @@ class Run:
             self._resume(engine, self.recorder)
         stopping = asyncio.ensure_future(self._stop_when_asked(engine))
         try:
-            with dspy.context(lm=self.metering.lm(dspy.settings.lm)):
+            with dspy.context(**self.metering.surroundings()):
                 await engine.run(self.server, self.workers, self.later.watched(self.evaluator), observers)
         finally:
             stopping.cancel()

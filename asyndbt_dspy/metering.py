@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -110,6 +111,17 @@ class Metering:
         for _, predictor in copied.named_predictors():
             predictor.lm = self.lm(predictor.lm)
         return copied
+
+    def surroundings(self) -> dict[str, Any]:
+        """The surrounding LM and adapter for ``dspy.context``, metered: the adapter's own LMs too (``dspy.TwoStepAdapter``)."""
+        adapter = dspy.settings.adapter
+        own = {
+            name: lm for name, lm in getattr(adapter, "__dict__", {}).items() if isinstance(lm, dspy.BaseLM)
+        }
+        if own:
+            adapter = copy.copy(adapter)
+            vars(adapter).update({name: self.lm(lm) for name, lm in own.items()})
+        return {"lm": self.lm(dspy.settings.lm), "adapter": adapter}
 
     def _price(self, lm: Any) -> Price | None:
         given = self.prices.get(str(lm.model))

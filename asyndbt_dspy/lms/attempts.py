@@ -1,22 +1,36 @@
 """Any LM as a pair of engines that make one attempt per call: the common ground of metering and fallback.
 
-DSPy's own clients are reached through the LM itself, with an explicit request and without cache and retries: which
-backend serves a request, its connections and its errors stay DSPy's business, for ``engine="auto"`` and ``"litellm"``.
-The LM on the outside keeps cache, retries, history and callbacks, so that each of them happens once.
+DSPy's own clients are reached through the LM itself, without cache and retries: which backend serves a request, its
+connections and its errors stay DSPy's business, for ``engine="auto"`` and ``"litellm"``. The LM on the outside keeps
+cache, retries, history and callbacks, so that each of them happens once.
+
+Between the two goes a request in DSPy's canonical form, which has no room for what belongs to one backend alone
+(``extra_body``, ``num_ctx``, ``aws_region_name``, …). Such settings stay on the LM inside, and its calls are then made with
+messages, as it makes its own.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import dspy
+from dspy.clients.backend_selection import select_backend
 from dspy.clients.engines import AsyncLegacyEngine, LegacyEngine
-from dspy.lm15 import Request, Response, UnsupportedFeatureError
+
+# Private to DSPy 3.4, as is what `LM.forward` does with them: its public result has lost why an answer ended, and counts
+# tokens otherwise. test_settings_of_a_backend_reach_it_as_without_metering fails when these move.
+from dspy.clients.execution import aexecute, execute, prepare
+from dspy.clients.lm15_boundary import request_kwargs
+from dspy.lm15 import Config, LM15Error, Request, Response, UnsupportedFeatureError, request_from_openai_chat
+from dspy.utils.exceptions import LMError
 
 from asyndbt_dspy.errors import ConfigurationError
+from asyndbt_dspy.lms.identity import lm_identity
 
 _CLIENT_SETTINGS = (
     "api_key",
@@ -33,6 +47,14 @@ _CLIENT_SETTINGS = (
     "custom_llm_provider",
 )
 """What belongs to a connection: an LM with an engine of its own must not have them (``dspy.LM`` refuses)."""
+_CALL_SETTINGS = ("n", "num_generations", "prompt_cache", "rollout_id")
+"""What DSPy itself reads off a call; it reaches no backend as it is."""
+_UNSEEN_CALLS = {
+    "context_window_fallback_dict": "give the worker a list of LMs",
+    "fallbacks": "give the worker a list of LMs",
+    "max_retries": "give dspy.LM(num_retries=…)",
+}
+"""With them LiteLLM makes further calls within one attempt, which nobody would count."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +92,8 @@ class Attempts:
         lm: Any LM; never changed.
 
     Raises:
-        ConfigurationError: a text-completion model; it takes no requests that could be measured beforehand.
+        ConfigurationError: a text-completion model; it takes no requests that could be measured beforehand. Settings
+            with which LiteLLM calls again by itself.
     """
 
     def __init__(self, lm: dspy.BaseLM) -> None:
@@ -78,12 +101,21 @@ class Attempts:
             raise ConfigurationError(
                 f"{lm.model!r} has model_type='text', whose calls can be neither limited nor counted; use 'chat'"
             )
+        for name, instead in _UNSEEN_CALLS.items():
+            if lm.kwargs.get(name) and isinstance(getattr(lm, "engine", None), str):
+                raise ConfigurationError(
+                    f"{lm.model!r} has {name}={lm.kwargs[name]!r}, whose calls can be neither limited nor counted; {instead}"
+                )
         self.lm = lm
         self.model = lm.model
         self._sync, self._async = _engines_of(lm)
 
     def capabilities(self) -> Capabilities:
         return Capabilities.of(self.lm)
+
+    def own_config(self) -> Config:
+        """How the LM asks where a call says nothing of it: temperature, ``max_tokens`` and the like."""
+        return request_from_openai_chat(_body_of(self.lm)[0]).config
 
     def complete(self, request: Request) -> Response:
         """One attempt in this thread."""
@@ -148,15 +180,51 @@ class EngineFace:
 
 def lm_with_engines(lm: dspy.BaseLM, engine: Any, async_engine: Any, **changes: Any) -> dspy.LM:
     """A copy of ``lm`` (its own history; same model, sampling, cache and retries) that calls these engines."""
-    if _is_managed(lm):
-        without_client = {name: None for name in _CLIENT_SETTINGS if name in lm.kwargs}
-        return lm.copy(engine=engine, async_engine=async_engine, **without_client, **changes)
-    kwargs = {name: value for name, value in lm.kwargs.items() if name not in _CLIENT_SETTINGS}
-    callbacks = changes.get("callbacks", lm.callbacks)
-    # Not every own LM may be cached (dspy.utils.DummyLM never is), and its answers were not before.
-    return dspy.LM(
-        lm.model, engine=engine, async_engine=async_engine, cache=False, callbacks=callbacks, **kwargs
-    )
+    backends = backend_settings(lm)
+    left_out = {*_CLIENT_SETTINGS, *backends}
+    if not _is_managed(lm):
+        kwargs = {name: value for name, value in lm.kwargs.items() if name not in left_out}
+        callbacks = changes.get("callbacks", lm.callbacks)
+        # Not every own LM may be cached (dspy.utils.DummyLM never is), and its answers were not before.
+        return dspy.LM(
+            lm.model, engine=engine, async_engine=async_engine, cache=False, callbacks=callbacks, **kwargs
+        )
+    without = {name: None for name in left_out if name in lm.kwargs}
+    outer = lm.copy(engine=engine, async_engine=async_engine, **without, **changes)
+    return with_own_cache(outer) if backends else outer
+
+
+def with_own_cache(lm: dspy.LM) -> dspy.LM:
+    """Keep DSPy's cached answers of this LM apart from those of LMs that look like it and answer otherwise.
+
+    DSPy's key has every setting, and those that are ``None`` are never sent: one of them names what answers.
+    """
+    identity = json.dumps(lm_identity(lm), sort_keys=True)
+    lm.kwargs[f"answered_by_{hashlib.sha256(identity.encode()).hexdigest()[:16]}"] = None
+    return lm
+
+
+def backend_settings(lm: dspy.BaseLM) -> dict[str, Any]:
+    """The settings of ``lm`` that a canonical request cannot carry, and that only its own backend understands."""
+    if _is_managed(lm) and not isinstance(lm.engine, str):  # type: ignore[attr-defined]
+        return {}  # an engine gets canonical requests only: what they do not carry is refused with or without us
+    return _body_of(lm)[1]
+
+
+def _body_of(lm: dspy.BaseLM) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(a call with all settings of ``lm`` that a canonical request can carry, the others)."""
+    body: dict[str, Any] = {"model": lm.model, "messages": [{"role": "user", "content": "?"}]}
+    found = {}
+    for name, value in lm.kwargs.items():
+        if value is None or name in _CLIENT_SETTINGS or name in _CALL_SETTINGS:
+            continue
+        try:
+            request_from_openai_chat({**body, name: value})
+        except (LM15Error, LMError, TypeError, ValueError):
+            found[name] = value
+        else:
+            body[name] = value
+    return body, found
 
 
 def _is_managed(lm: dspy.BaseLM) -> bool:
@@ -168,7 +236,10 @@ def _is_managed(lm: dspy.BaseLM) -> bool:
 
 
 def _engines_of(lm: dspy.BaseLM) -> tuple[Any, Any]:
+    settings = backend_settings(lm)
     if not _is_managed(lm):
+        if settings:
+            return _WithMessages(lm, settings), _AsyncWithMessages(lm, settings)
         with warnings.catch_warnings():
             # DSPy 3.4 has no other way to an LM of the old kind, and drops both together in 3.5.
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -176,9 +247,19 @@ def _engines_of(lm: dspy.BaseLM) -> tuple[Any, Any]:
     assert isinstance(lm, dspy.LM)
     if isinstance(lm.engine, str):
         bare = lm.copy(cache=False, num_retries=0, callbacks=[])
+        if settings or not _is_native(lm):
+            return _WithMessages(bare, settings), _AsyncWithMessages(bare, settings)
         return _ThroughLM(bare), _AsyncThroughLM(bare)
     # `async_engine` has no public reader in DSPy 3.4; test_metered_keeps_the_async_engine fails when this name moves.
     return lm.engine, lm._async_engine_spec
+
+
+def _is_native(lm: dspy.LM) -> bool:
+    """Whether DSPy's own client serves ``lm``; LiteLLM spells a canonical request otherwise than the LM's own calls."""
+    try:
+        return bool(select_backend(lm).native)
+    except UnsupportedFeatureError:
+        return False  # engine="lm15" says so itself at the first call
 
 
 class _ThroughLM:
@@ -199,6 +280,52 @@ class _AsyncThroughLM:
     async def complete(self, request: Request) -> Response:
         with _unseen():
             return await self._lm.acall(request)  # type: ignore[return-value]
+
+
+class _WithMessages:
+    """As the LM makes its own calls: with messages, and with all that it was set up with.
+
+    Args:
+        lm: Without cache and retries.
+        settings: Those of the LM that no request carries.
+    """
+
+    def __init__(self, lm: dspy.BaseLM, settings: Mapping[str, Any]) -> None:
+        self._lm = lm
+        self._settings = settings
+
+    def complete(self, request: Request) -> Response:
+        with _unseen():
+            arguments = _arguments(self._lm, request, self._settings)
+            call = prepare(self._lm, None, arguments.pop("messages"), arguments)
+            return execute(self._lm, call).typed(request, self._lm.model_type)  # type: ignore[no-any-return]
+
+
+class _AsyncWithMessages(_WithMessages):
+    async def complete(self, request: Request) -> Response:  # type: ignore[override]
+        with _unseen():
+            arguments = _arguments(self._lm, request, self._settings)
+            call = prepare(self._lm, None, arguments.pop("messages"), arguments, asynchronous=True)
+            result = await aexecute(self._lm, call)
+            return result.typed(request, self._lm.model_type)  # type: ignore[no-any-return]
+
+
+def _arguments(lm: dspy.BaseLM, request: Request, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments that amount to ``request``; what the LM was set up with and the request leaves open is unset."""
+    sent = request_kwargs(request, "chat")
+    if "max_completion_tokens" in sent and "max_completion_tokens" not in lm.kwargs:
+        sent["max_tokens"] = sent.pop(
+            "max_completion_tokens"
+        )  # the older name, which is the LM's and some servers' only one
+    if request.config.top_k is not None:
+        sent["top_k"] = (
+            request.config.top_k
+        )  # no field of the OpenAI dialect; LiteLLM hands it to those who know it
+    schema = sent.get("response_format", {}).get("json_schema")
+    if lm.model_type == "responses" and schema is not None:
+        sent["response_format"] = {"type": "json_schema", **schema}
+    kept = {*_CLIENT_SETTINGS, *settings}
+    return {**{name: None for name in lm.kwargs if name not in kept}, **sent}
 
 
 def _unseen() -> Any:

@@ -111,10 +111,24 @@ _BY_CODE = {
     "content_policy_violation": FailureKind.EXAMPLE,
     "responsibleaipolicyviolation": FailureKind.EXAMPLE,
     "context_length_exceeded": FailureKind.EXAMPLE,
+    "exceed_context_size_error": FailureKind.EXAMPLE,
     "insufficient_quota": FailureKind.ENDPOINT,
     "invalid_api_key": FailureKind.ENDPOINT,
     "model_not_found": FailureKind.ENDPOINT,
 }
+
+_TOO_LONG = (
+    # vLLM, llama.cpp, TGI, Anthropic and Gemini say it in words only: their 400 has neither class nor code for it.
+    "maximum context length",
+    "context length of",
+    "the model's context length",
+    "available context size",
+    "context window",
+    "context limit",
+    "prompt is too long",
+    "maximum number of tokens allowed",
+    "`inputs` tokens + `max_new_tokens` must be",
+)
 
 _UNSENT_NAMES = frozenset(
     (
@@ -280,6 +294,8 @@ def _kind_of(error: BaseException) -> FailureKind | None:
         if 200 <= status < 300:
             # Only a provider's error carries a status: the endpoint said yes and sent something unreadable.
             return FailureKind.TRANSIENT
+        if status == 400 and any(words in str(error).lower() for words in _TOO_LONG):
+            return FailureKind.EXAMPLE
         return _BY_STATUS.get(status)
     if isinstance(error, (TimeoutError, ConnectionError)):
         return FailureKind.TRANSIENT

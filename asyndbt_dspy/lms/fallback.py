@@ -4,6 +4,9 @@
 
 Each LM is metered by itself, so every attempt is counted, a hedge's loser too. DSPy's retries stay outside: one attempt
 of the whole goes through the LMs that are not left out, and fails only when all of them have.
+
+Each is asked in its own way (temperature, ``max_tokens`` and the like), wherever the call itself does not ask for another. A
+later LM that refuses a call all the same says nothing about the program: the call ends as the earlier ones left it.
 """
 
 from __future__ import annotations
@@ -13,14 +16,14 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import dspy
-from dspy.lm15 import RateLimitError, Request, Response
+from dspy.lm15 import Config, RateLimitError, Request, Response
 
 from asyndbt_dspy.errors import BudgetExceededError, ConfigurationError
-from asyndbt_dspy.lms.attempts import Attempts, Capabilities, EngineFace, lm_with_engines
+from asyndbt_dspy.lms.attempts import Attempts, Capabilities, EngineFace, lm_with_engines, with_own_cache
 from asyndbt_dspy.lms.background import BackgroundLoop
 from asyndbt_dspy.lms.failures import FailureKind, causes, classify, is_rate_limited, retry_after_s
 
@@ -121,6 +124,13 @@ class Rotation:
             retry_after=round(wait_s, 3),
         )
 
+    def why_left_out(self) -> BaseException:
+        """What has befallen the first of those in trouble."""
+        for one in self._standings:
+            if one.last_error is not None:
+                return one.last_error
+        return RateLimitError("the first LM was left out, and is not any more")
+
     def _resting(self) -> dict[int, _Standing]:
         """Those whose endpoint is not dead, by number."""
         return {number: one for number, one in enumerate(self._standings) if not one.endpoint_failures}
@@ -145,8 +155,8 @@ def fallback(
     """One LM that is answered by the first of several that can.
 
     Args:
-        lms: In order of preference; metered ones, so that each attempt is counted. Sampling, cache and retries are the
-            first one's.
+        lms: In order of preference; metered ones, so that each attempt is counted. Whether answers are cached, and how often
+            a call is tried again, are the first one's. Cached answers are the team's: none is taken for that of one LM.
         hedge_after_s: A call without an answer for so long is sent to the next LM too; the first answer counts, the
             other call is cancelled. > 0, ``None``: never.
         retry_dead_after_s: A dead LM is tried again after so long. > 0.
@@ -162,7 +172,8 @@ def fallback(
             f"hedge_after_s={hedge_after_s!r} must be > 0 seconds, or None for no hedging"
         )
     team = _Team(lms, Rotation(len(lms), retry_dead_after_s), hedge_after_s, clock)
-    return lm_with_engines(lms[0], _Engine(team), _AsyncEngine(team))
+    lm = lm_with_engines(lms[0], _Engine(team), _AsyncEngine(team))
+    return with_own_cache(lm) if len(lms) > 1 else lm
 
 
 class _Team:
@@ -176,6 +187,7 @@ class _Team:
         clock: Callable[[], float],
     ) -> None:
         self.members = [Attempts(lm) for lm in lms]
+        self._configs = [member.own_config() for member in self.members]
         self.rotation = rotation
         self.hedge_after_s = hedge_after_s
         self.clock = clock
@@ -189,6 +201,12 @@ class _Team:
         for one in found[1:]:
             shared = shared.shared_with(one)
         return shared
+
+    def request_to(self, number: int, request: Request) -> Request:
+        """``request``, which was made for the first LM, as another one asks."""
+        if number == 0:
+            return request
+        return replace(request, config=_as_own(request.config, self._configs[0], self._configs[number]))
 
     def order(self) -> list[int]:
         with self.lock:
@@ -204,11 +222,26 @@ class _Team:
 
     def failed(self, number: int, error: BaseException, started_s: float) -> bool:
         """Book a failure of an attempt that went out at ``started_s``; whether another LM may do better."""
-        if classify(error) not in (FailureKind.TRANSIENT, FailureKind.ENDPOINT) or _is_budgets(error):
+        if _is_budgets(error):
+            return False
+        kind = classify(error)
+        if kind is FailureKind.PROGRAM:
+            # It may be this LM alone that does not take such calls.
+            return number > 0 and isinstance(error, Exception)
+        if kind is FailureKind.EXAMPLE:
             return False
         with self.lock:
             self.rotation.failed(number, error, self.clock(), started_s)
         return True
+
+    def most_hopeful(self, errors: Sequence[BaseException]) -> BaseException:
+        """What a call ends with that none has answered: a transient error before others, for DSPy then tries again."""
+        for kind in (FailureKind.TRANSIENT, FailureKind.ENDPOINT):
+            for error in errors:
+                if classify(error) is kind and not _is_budgets(error):
+                    return error
+        with self.lock:
+            return next(filter(_is_budgets, errors), self.rotation.why_left_out())
 
 
 class _Engine(EngineFace):
@@ -231,7 +264,7 @@ class _Engine(EngineFace):
         for number in team.order():
             started_s = team.clock()
             try:
-                response = team.members[number].complete(request)
+                response = team.members[number].complete(team.request_to(number, request))
             except Exception as error:  # sorted by kind in failed()
                 errors.append(error)
                 if not team.failed(number, error, started_s):
@@ -239,7 +272,7 @@ class _Engine(EngineFace):
                 continue
             team.answered(number)
             return response
-        raise _most_hopeful(errors)
+        raise team.most_hopeful(errors)
 
 
 class _AsyncEngine(EngineFace):
@@ -300,12 +333,13 @@ class _Race:
                         raise error
                 if not self.running and waiting and not _is_budgets(self.errors[-1]):
                     self._start(waiting.pop(0))
-            raise _most_hopeful(self.errors)
+            raise self.team.most_hopeful(self.errors)
         finally:
             self._leave_the_rest()
 
     def _start(self, number: int) -> None:
-        task = asyncio.ensure_future(self.team.members[number].acomplete(self.request))
+        request = self.team.request_to(number, self.request)
+        task = asyncio.ensure_future(self.team.members[number].acomplete(request))
         self.running[task] = _Sent(number, self.team.clock())
 
     def _leave_the_rest(self) -> None:
@@ -323,12 +357,10 @@ def _error_of(task: asyncio.Task[Response]) -> BaseException | None:
     return asyncio.CancelledError() if task.cancelled() else task.exception()
 
 
-def _most_hopeful(errors: Sequence[BaseException]) -> BaseException:
-    """A transient error before others: DSPy tries again."""
-    for error in errors:
-        if classify(error) is FailureKind.TRANSIENT and not _is_budgets(error):
-            return error
-    return errors[-1]
+def _as_own(asked: Config, first: Config, own: Config) -> Config:
+    """``asked`` with ``own`` settings wherever it has those of the ``first`` LM: the call asked for nothing else there."""
+    names = (one.name for one in fields(asked) if getattr(asked, one.name) == getattr(first, one.name))
+    return replace(asked, **{name: getattr(own, name) for name in names})
 
 
 def _is_budgets(error: BaseException) -> bool:

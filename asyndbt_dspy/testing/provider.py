@@ -43,6 +43,7 @@ class Fault:
         status: HTTP status of ``status``, in [400, 599].
         retry_after_s: Sent as ``retry-after`` with ``status``; ``None`` sends none.
         code: The provider's own error code of ``status``; ``None`` picks the usual one.
+        message: What ``status`` says in words.
     """
 
     kind: FaultKind = "none"
@@ -50,6 +51,7 @@ class Fault:
     status: int = 500
     retry_after_s: float | None = None
     code: str | None = None
+    message: str = "scripted fault"
 
     @property
     def is_billed(self) -> bool:
@@ -272,7 +274,7 @@ class Provider:
             return False
         if fault.kind == "status":
             extra = {} if fault.retry_after_s is None else {"retry-after": f"{fault.retry_after_s:g}"}
-            body_bytes = _error_body(fault.status, "scripted fault", fault.code)
+            body_bytes = _error_body(fault.status, fault.message, fault.code)
             writer.write(_http(fault.status, body_bytes, extra))
             await writer.drain()
             return True

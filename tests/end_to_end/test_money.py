@@ -318,6 +318,22 @@ def test_a_predictors_own_lm_is_counted_too_and_comes_back_as_it_was() -> None:
     assert student.lm is own
 
 
+def test_an_adapters_own_lm_is_counted_too_and_stays_as_it_was() -> None:
+    def extract(messages: list[dict[str, Any]]) -> str:
+        return f"[[ ## label ## ]]\n{'red' if 'red' in messages[-1]['content'] else 'blue'}\n[[ ## completed ## ]]"
+
+    with Provider(lambda messages: "It is red.") as first, Provider(extract) as second:
+        own = lm_on(second)
+        adapter = dspy.TwoStepAdapter(own)
+        optimizer = AsynDBT(kit.metric, workers=2, budget=Budget(lm_calls=60), progress=False)
+        with dspy.context(lm=lm_on(first), adapter=adapter):
+            optimizer.compile(dspy.Predict(kit.Sort), trainset=kit.examples(60))
+        counted = sum(line["attempts"] for line in optimizer.result.spending.values())
+        assert first.attempts + second.attempts == counted <= 60
+        assert second.attempts > 5
+    assert adapter.extraction_model is own and not own.history
+
+
 def test_workers_on_one_endpoint_share_its_rate_limit() -> None:
     """Twelve requests a second for both together; the windows themselves are tested in tests/lms."""
     with Provider(answer=kit.stairs(1)) as provider:

@@ -12,9 +12,11 @@ import pytest
 from dspy import lm15
 from dspy.utils import exceptions as public
 from dspy.utils.exceptions import AdapterParseError
+from metering import lm_on
 
 from asyndbt_dspy.errors import BudgetExceededError
 from asyndbt_dspy.lms.failures import FailureKind, Fate, classify, fate_of, retry_after_s
+from asyndbt_dspy.testing.provider import Fault, Provider
 
 TRANSIENT, EXAMPLE, ENDPOINT, PROGRAM = FailureKind
 
@@ -78,6 +80,33 @@ def test_every_error_of_lm15_has_its_kind() -> None:
 )
 def test_errors_of_dspy_sdks_and_programs(error: Exception, kind: FailureKind) -> None:
     assert classify(error) is kind
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "This model's maximum context length is 4096 tokens and your request has 5001 input tokens",
+        "the request exceeds the available context size. try increasing the context size",
+        "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4096",
+        "prompt is too long: 210000 tokens > 200000 maximum",
+        "The input token count exceeds the maximum number of tokens allowed",
+    ],
+)
+def test_a_server_that_says_only_in_words_that_a_prompt_is_too_long(said: str) -> None:
+    assert classify(public.LMInvalidRequestError(said, status=400)) is EXAMPLE
+    assert classify(named("BadRequestError", status_code=400, __str__=lambda error: said)) is EXAMPLE
+    # Words alone do not make an error an LM's, and other statuses mean what they mean.
+    assert classify(ValueError(said)) is PROGRAM
+    assert classify(public.LMServerError(said, status=500)) is TRANSIENT
+
+
+@pytest.mark.parametrize("engine", ["auto", "litellm"])
+def test_a_prompt_too_long_for_a_server_is_the_examples_through_every_client(engine: str) -> None:
+    said = "the request exceeds the available context size (4096 tokens), try increasing it"
+    fault = Fault("status", status=400, message=said)
+    with Provider(fault=lambda call: fault) as provider, pytest.raises(dspy.LMError) as caught:
+        lm_on(provider, engine)("question")
+    assert classify(caught.value) is EXAMPLE
 
 
 def test_a_wrapped_error_has_the_kind_of_its_cause() -> None:
