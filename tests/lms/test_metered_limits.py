@@ -43,7 +43,8 @@ def test_three_workers_on_one_endpoint_share_its_limit(engine: str) -> None:
         asyncio.run(run())
         calls = provider.seen()
     assert len(calls) == 61
-    assert provider.most_in_window(1.0) <= 2 * 20 + 4
+    # 40 in the first second; three quotas would send all 61. A few more on a machine that is busy, where requests bunch up.
+    assert provider.most_in_window(1.0) <= 2 * 20 + 10
     # 19.8 a second with a second's worth at once: 60 calls need two seconds; three quotas would need none.
     assert calls[-1].at_s - calls[1].at_s >= 1.9
     assert all(ledger.line(f"w{number}").waited_s > 0 for number in range(3))
