@@ -16,8 +16,9 @@ import dspy
 from dspy.adapters.utils import serialize_for_json
 
 from asyndbt_dspy.errors import ConfigurationError
+from asyndbt_dspy.lms.call_watch import budget_error
 from asyndbt_dspy.programs.labels import enumeration
-from asyndbt_dspy.programs.rollout import Rollout, budget_error
+from asyndbt_dspy.programs.rollout import Rollout
 from asyndbt_dspy.programs.vocabulary import pmi_vocabulary
 
 __all__ = ["GUIDANCE", "TIPS", "guidance_instructions", "pmi_vocabulary", "propose_instructions"]

@@ -17,9 +17,10 @@ from dspy.utils.exceptions import AdapterParseError, LMRateLimitError
 from one_rollout import EXAMPLE, Raising, exact, run
 
 from asyndbt_dspy.errors import BudgetExceededError, ConfigurationError, MetricError
+from asyndbt_dspy.lms.call_watch import budget_error
 from asyndbt_dspy.lms.failures import FailureKind
 from asyndbt_dspy.programs import rollout as rollout_module
-from asyndbt_dspy.programs.rollout import Rollout, RolloutRunner, budget_error, runs_async
+from asyndbt_dspy.programs.rollout import Rollout, RolloutRunner, runs_async
 
 
 class AsyncRaising(Raising):
