@@ -79,15 +79,16 @@ def metered(
     limits = RateLimits(requests_per_minute, tokens_per_minute, limiter)
     tariff = Tariff(lm, prices)
     _check_caps(lm, ledger, tariff, worker)
+    attempts = Attempts(lm)
     meter = _Meter(
-        Attempts(lm),
+        attempts,
         ledger,
         worker,
         tariff,
         ledger.endpoints.get(endpoint or endpoint_key(lm), limits),
         None if max_concurrency is None else ledger.endpoints.slots(max_concurrency),
     )
-    engines = _Engine(meter), _AsyncEngine(meter)
+    engines = _Engine(meter), _AsyncEngine(meter) if attempts.is_async else None
     if isinstance(getattr(lm, "engine", None), str):
         # Reads the tables now, and imports LiteLLM where it is needed: seconds that must not fall into the first attempt.
         engines[0].ask_capabilities()

@@ -18,6 +18,7 @@ import dspy
 from dspy.utils.exceptions import AdapterParseError
 
 from asyndbt_dspy.errors import MetricError
+from asyndbt_dspy.lms.attempts import answers_async
 from asyndbt_dspy.lms.call_watch import CallWatch, budget_error, watching_calls
 from asyndbt_dspy.lms.distributions import collect
 from asyndbt_dspy.lms.failures import FailureKind, causes, kind_of
@@ -217,7 +218,8 @@ class RolloutRunner:
         inputs = dict(example.inputs().items())
         if not runs_async(program):
             return await self._in_thread(lambda: program(**inputs))
-        if has_plain_tools(program):  # DSPy calls these on the event loop, whatever they wait for
+        # DSPy calls plain tools on the event loop, whatever they wait for.
+        if has_plain_tools(program) or (runs_plainly(program) and lms_without_async(program)):
             with dspy.context(allow_tool_async_sync_conversion=True):
                 return await self._in_thread(lambda: program(**inputs))
         return await program.acall(**inputs)
@@ -334,9 +336,21 @@ def runs_async(program: dspy.Module) -> bool:
     return False
 
 
+def runs_plainly(program: dspy.Module) -> bool:
+    """Whether ``program(...)`` runs: not so with ``aforward`` alone."""
+    return hasattr(type(program), "forward") or "forward" in vars(program)
+
+
+def lms_without_async(program: dspy.Module, lm: Any = None) -> list[dspy.BaseLM]:
+    """Those LMs of the program that can be called plainly only. ``lm``: for predictors without one; else the surrounding."""
+    default = dspy.settings.lm if lm is None else lm
+    found = [default if predictor.lm is None else predictor.lm for _, predictor in program.named_predictors()]
+    return [one for one in found if isinstance(one, dspy.BaseLM) and not answers_async(one)]
+
+
 def has_plain_tools(program: dspy.Module) -> bool:
     """Whether ``program``, which can run in a thread as well, has a tool of the user's that is no coroutine function."""
-    if not hasattr(type(program), "forward"):
+    if not runs_plainly(program):
         return False
     for _, module in program.named_sub_modules():
         for value in vars(module).values():
