@@ -27,6 +27,7 @@ from dspy.utils.exceptions import LMError, is_retryable_lm_error
 from asyndbt_dspy.errors import ConfigurationError
 from asyndbt_dspy.lms.attempts import Attempts, EngineFace, lm_with_engines
 from asyndbt_dspy.lms.bounds import likely_tokens, worst_completion_tokens, worst_prompt_tokens
+from asyndbt_dspy.lms.call_watch import held_back, on_the_wire
 from asyndbt_dspy.lms.callers import current_caller
 from asyndbt_dspy.lms.endpoints import Endpoint, Pass, Slots, endpoint_key
 from asyndbt_dspy.lms.failures import FailureKind, Fate, classify, fate_of, is_rate_limited, retry_after_s
@@ -175,14 +176,16 @@ class _Engine(_Metered):
         """One attempt; see the module."""
         _note_attempt()
         meter = self.meter
-        held = meter.ledger.reserve_blocking(meter.worker, meter.worst_case(request))
+        with held_back():
+            held = meter.ledger.reserve_blocking(meter.worker, meter.worst_case(request))
+            try:
+                passed = meter.endpoint.enter_blocking(likely_tokens(request), meter.slots)
+            except BaseException:
+                meter.ledger.withdraw(held)
+                raise
         try:
-            passed = meter.endpoint.enter_blocking(likely_tokens(request), meter.slots)
-        except BaseException:
-            meter.ledger.withdraw(held)
-            raise
-        try:
-            response = meter.attempts.complete(request)
+            with on_the_wire():
+                response = meter.attempts.complete(request)
         except BaseException as error:
             meter.failed(held, passed, request, error)
             known = _for_dspy(error)
@@ -199,14 +202,16 @@ class _AsyncEngine(_Metered):
         """One attempt; see the module. Cancelled: whatever it had begun is booked before the task ends."""
         _note_attempt()
         meter = self.meter
-        held = await meter.ledger.areserve(meter.worker, meter.worst_case(request))
+        with held_back():
+            held = await meter.ledger.areserve(meter.worker, meter.worst_case(request))
+            try:
+                passed = await meter.endpoint.enter(likely_tokens(request), meter.slots)
+            except BaseException:
+                meter.ledger.withdraw(held)
+                raise
         try:
-            passed = await meter.endpoint.enter(likely_tokens(request), meter.slots)
-        except BaseException:
-            meter.ledger.withdraw(held)
-            raise
-        try:
-            response = await _sent(meter.attempts.acomplete(request))
+            with on_the_wire():
+                response = await _sent(meter.attempts.acomplete(request))
         except BaseException as error:
             meter.failed(held, passed, request, error)
             known = _for_dspy(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import inspect
 import logging
@@ -19,7 +20,7 @@ from dspy.utils.exceptions import AdapterParseError
 
 from asyndbt_dspy.errors import MetricError
 from asyndbt_dspy.lms.attempts import answers_async
-from asyndbt_dspy.lms.call_watch import CallWatch, budget_error, watching_calls
+from asyndbt_dspy.lms.call_watch import CallWatch, budget_error, held_back, watching_calls
 from asyndbt_dspy.lms.distributions import collect
 from asyndbt_dspy.lms.failures import FailureKind, causes, kind_of
 from asyndbt_dspy.programs.cross_entropy import right_label
@@ -254,8 +255,11 @@ class RolloutRunner:
         if self._executor is None:
             self._executor = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="asyndbt-rollout")
         context = contextvars.copy_context()
+        waiting = contextlib.ExitStack()
+        waiting.enter_context(held_back())
 
         def guarded() -> tuple[Any, Exception | None]:
+            waiting.close()  # there is a thread
             # Returned, not raised: a future refuses to carry StopIteration.
             try:
                 return context.run(function), None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import dspy
@@ -14,6 +16,7 @@ from dspy.utils.exceptions import LMRateLimitError
 from one_rollout import EXAMPLE, exact
 
 from asyndbt_dspy.errors import BudgetExceededError, MetricError
+from asyndbt_dspy.lms.call_watch import watching_calls
 from asyndbt_dspy.lms.failures import FailureKind
 from asyndbt_dspy.lms.scripted import scripted_lm
 from asyndbt_dspy.programs.rollout import Rollout, RolloutRunner
@@ -134,3 +137,32 @@ def test_what_a_program_answers_without_its_lm_counts_and_so_do_its_own_failures
     assert (rollout.score, rollout.failure) == (0.0, None)
     rollout = run(Parallel(), ValueError("the LM's own kind of failure"))
     assert (rollout.score, rollout.failure) == (0.0, FailureKind.PROGRAM)
+
+
+def test_a_program_that_waits_for_a_thread_is_held_back() -> None:
+    now, in_thread, go_on = [0.0], threading.Event(), threading.Event()
+
+    class Busy(Asking):
+        def forward(self, message: str) -> dspy.Prediction:
+            in_thread.set()
+            go_on.wait(10)
+            return dspy.Prediction(label="billing")
+
+    async def main(threads: ThreadPoolExecutor) -> list[float]:
+        runner = RolloutRunner(lambda gold, prediction: 1.0, executor=threads)
+        held: list[float] = []
+        with watching_calls(lambda: now[0]) as first:
+            running = asyncio.ensure_future(runner.run(Busy(), EXAMPLE))
+            await asyncio.to_thread(in_thread.wait, 10)
+        with watching_calls(lambda: now[0]) as second:
+            waiting = asyncio.ensure_future(runner.run(Busy(), EXAMPLE))
+            await asyncio.sleep(0)
+        now[0] = 100.0
+        held += [first.held_s(), second.held_s()]
+        go_on.set()
+        await asyncio.gather(running, waiting)
+        now[0] = 200.0
+        return [*held, second.held_s()]
+
+    with ThreadPoolExecutor(1) as threads:
+        assert asyncio.run(main(threads)) == [0.0, 100.0, 100.0]
