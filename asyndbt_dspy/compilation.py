@@ -93,6 +93,9 @@ async def prepare(
     )
     surrounding = dspy.settings.lm
     lms = {worker.name: metering.worker_lm(worker, surrounding) for worker in workers}
+    for program in (student, teacher):
+        if program is not None:
+            checks.check_lms(program, lms)
     expected = estimate(metering, student, shards, surrounding, demo_tokens=_demo_tokens(optimizer, student))
     confirm(optimizer.confirm, expected)
     book = open_book(optimizer, student, teacher, workers, valset, config)

@@ -69,7 +69,8 @@ class AsynDBT(Teleprompter):
             fragments: See ``preparation.SearchSpaceOptions``.
         shard_key: ``example -> key``: examples of one key stay on one worker (``workers`` a number).
         engine: Replaces the asyncio engine; ``RayEngine``: workers are actors of a Ray cluster.
-        rollout_timeout_s: A rollout that takes longer is missing. Time in which the process itself stood still does not count.
+        rollout_timeout_s: A rollout that takes longer is missing. Time in which the process itself stood still does not count, nor
+            what a rollout waits for here: a rate limit, a place among the calls in flight, a share of the budget, a thread.
         straggler_factor: A rollout that takes so many times its worker's usual time (and a second at least) is left behind once
             two thirds of its unit are in: it counts as missing and as paid for, and its answer is there the next
             time. > 1; ``None``, and under ``deterministic``: every rollout is waited for.

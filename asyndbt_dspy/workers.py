@@ -28,7 +28,8 @@ class Worker:
             with an LM of their own keep it. A list: LMs or keys in order; one that is dead is left out and tried again
             later.
         max_concurrency: Rollouts in flight at a time, at least 1; LM calls likewise where they are metered (a cap on calls, tokens
-            or dollars, prices, a rate limit, several LMs).
+            or dollars, prices, a rate limit, several LMs). Programs and metrics that are not ``async`` share 64 threads between all
+            workers.
         requests_per_minute, tokens_per_minute: Of this worker's endpoint, > 0; workers on one endpoint share the tightest.
         hedge_after_s: A call without an answer for so long is sent to the worker's next LM too; the first answer counts,
             the other call is cancelled, both are counted. > 0; ``None``: never.

@@ -103,6 +103,8 @@ PARTS = {
 AGREED = (
     ("asyndbt_dspy.programs", "asyndbt_dspy.lms.failures", "the classification of errors has one home"),
     ("asyndbt_dspy.programs", "asyndbt_dspy.lms.distributions", "cross-entropy needs a label's probability"),
+    ("asyndbt_dspy.programs", "asyndbt_dspy.lms.attempts", "whether an LM can be called from the event loop"),
+    ("asyndbt_dspy.programs", "asyndbt_dspy.lms.call_watch", "a rollout hears of calls that came to nothing"),
     ("asyndbt_dspy.programs", "asyndbt_dspy.lms.callers", "says for which worker a rollout calls its LM"),
     ("asyndbt_dspy.runs", "asyndbt_dspy.engines.protocols", "observers receive the engines' recorded events"),
     ("benchmarks", "asyndbt_dspy.lms.local", "they measure inside the engine"),

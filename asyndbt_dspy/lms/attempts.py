@@ -110,6 +110,11 @@ class Attempts:
         self.model = lm.model
         self._sync, self._async = _engines_of(lm)
 
+    @property
+    def is_async(self) -> bool:
+        """Whether ``acomplete`` can answer."""
+        return self._async is not None
+
     def capabilities(self) -> Capabilities:
         return Capabilities.of(self.lm)
 
@@ -125,12 +130,12 @@ class Attempts:
         """One attempt in this task.
 
         Raises:
-            UnsupportedFeatureError: the LM has an engine of its own without an async one.
+            UnsupportedFeatureError: the LM, or its own engine, has no async side.
         """
         if self._async is None:
             raise UnsupportedFeatureError(
-                f"the engine of {self.model!r} has no async counterpart; give async_engine= to its dspy.LM, or run a "
-                "program without aforward"
+                f"the LM {self.model!r} has no async side; give async_engine= to its dspy.LM or aforward to its class, or "
+                "run a program without aforward"
             )
         return await self._async.complete(self._own(request))  # type: ignore[no-any-return]
 
@@ -235,6 +240,13 @@ def _is_managed(lm: dspy.BaseLM) -> bool:
     return all(name not in vars(lm) and getattr(type(lm), name) is getattr(dspy.LM, name) for name in names)
 
 
+def answers_async(lm: dspy.BaseLM) -> bool:
+    """Whether ``lm.acall`` can answer: not of a class with ``forward`` alone, nor with an engine without ``async_engine``."""
+    if _is_managed(lm):
+        return isinstance(lm.engine, str) or lm._async_engine_spec is not None
+    return "aforward" in vars(lm) or type(lm).aforward is not dspy.BaseLM.aforward
+
+
 def _engines_of(lm: dspy.BaseLM) -> tuple[Any, Any]:
     settings = backend_settings(lm)
     if not _is_managed(lm):
@@ -243,7 +255,7 @@ def _engines_of(lm: dspy.BaseLM) -> tuple[Any, Any]:
         with warnings.catch_warnings():
             # DSPy 3.4 has no other way to an LM of the old kind, and drops both together in 3.5.
             warnings.simplefilter("ignore", DeprecationWarning)
-            return LegacyEngine(lm), AsyncLegacyEngine(lm)
+            return LegacyEngine(lm), AsyncLegacyEngine(lm) if answers_async(lm) else None
     assert isinstance(lm, dspy.LM)
     if isinstance(lm.engine, str):
         bare = lm.copy(cache=False, num_retries=0, callbacks=[])

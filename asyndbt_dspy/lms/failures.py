@@ -11,7 +11,7 @@ PROGRAM                 everything else, answers that do not parse included  the
 ======================  ===================================================  ==========================================
 
 Missing is never zero: a candidate must not lose because a provider was busy. ``BudgetExceededError`` is no failure at
-all: the call was not made, and the error passes through to the run.
+all: the call was not made, and the run hears of it (see ``call_watch``).
 
 ======================  ===================================================  ==========================================
 fate of an attempt      how it is known                                      what it costs

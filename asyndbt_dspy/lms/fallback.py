@@ -163,7 +163,7 @@ def fallback(
         clock: Seconds since any fixed point.
 
     Raises:
-        ConfigurationError: no LM; a time out of range.
+        ConfigurationError: no LM; a time out of range; hedging with an LM that has no async side.
     """
     if not lms:
         raise ConfigurationError("fallback() got 0 LMs; give at least one")
@@ -172,7 +172,13 @@ def fallback(
             f"hedge_after_s={hedge_after_s!r} must be > 0 seconds, or None for no hedging"
         )
     team = _Team(lms, Rotation(len(lms), retry_dead_after_s), hedge_after_s, clock)
-    lm = lm_with_engines(lms[0], _Engine(team), _AsyncEngine(team))
+    plain = next((one.model for one in team.members if not one.is_async), None)
+    if plain is not None and hedge_after_s is not None:
+        raise ConfigurationError(
+            f"the LM {plain!r} has no async side, so a call that is hedged could not be cancelled; give async_engine= to its "
+            "dspy.LM or aforward to its class, or leave hedge_after_s out"
+        )
+    lm = lm_with_engines(lms[0], _Engine(team), _AsyncEngine(team) if plain is None else None)
     return with_own_cache(lm) if len(lms) > 1 else lm
 
 

@@ -27,6 +27,7 @@ from dspy.utils.exceptions import LMError, is_retryable_lm_error
 from asyndbt_dspy.errors import ConfigurationError
 from asyndbt_dspy.lms.attempts import Attempts, EngineFace, lm_with_engines
 from asyndbt_dspy.lms.bounds import likely_tokens, worst_completion_tokens, worst_prompt_tokens
+from asyndbt_dspy.lms.call_watch import held_back, on_the_wire
 from asyndbt_dspy.lms.callers import current_caller
 from asyndbt_dspy.lms.endpoints import Endpoint, Pass, Slots, endpoint_key
 from asyndbt_dspy.lms.failures import FailureKind, Fate, classify, fate_of, is_rate_limited, retry_after_s
@@ -79,15 +80,16 @@ def metered(
     limits = RateLimits(requests_per_minute, tokens_per_minute, limiter)
     tariff = Tariff(lm, prices)
     _check_caps(lm, ledger, tariff, worker)
+    attempts = Attempts(lm)
     meter = _Meter(
-        Attempts(lm),
+        attempts,
         ledger,
         worker,
         tariff,
         ledger.endpoints.get(endpoint or endpoint_key(lm), limits),
         None if max_concurrency is None else ledger.endpoints.slots(max_concurrency),
     )
-    engines = _Engine(meter), _AsyncEngine(meter)
+    engines = _Engine(meter), _AsyncEngine(meter) if attempts.is_async else None
     if isinstance(getattr(lm, "engine", None), str):
         # Reads the tables now, and imports LiteLLM where it is needed: seconds that must not fall into the first attempt.
         engines[0].ask_capabilities()
@@ -174,14 +176,16 @@ class _Engine(_Metered):
         """One attempt; see the module."""
         _note_attempt()
         meter = self.meter
-        held = meter.ledger.reserve_blocking(meter.worker, meter.worst_case(request))
+        with held_back():
+            held = meter.ledger.reserve_blocking(meter.worker, meter.worst_case(request))
+            try:
+                passed = meter.endpoint.enter_blocking(likely_tokens(request), meter.slots)
+            except BaseException:
+                meter.ledger.withdraw(held)
+                raise
         try:
-            passed = meter.endpoint.enter_blocking(likely_tokens(request), meter.slots)
-        except BaseException:
-            meter.ledger.withdraw(held)
-            raise
-        try:
-            response = meter.attempts.complete(request)
+            with on_the_wire():
+                response = meter.attempts.complete(request)
         except BaseException as error:
             meter.failed(held, passed, request, error)
             known = _for_dspy(error)
@@ -198,14 +202,16 @@ class _AsyncEngine(_Metered):
         """One attempt; see the module. Cancelled: whatever it had begun is booked before the task ends."""
         _note_attempt()
         meter = self.meter
-        held = await meter.ledger.areserve(meter.worker, meter.worst_case(request))
+        with held_back():
+            held = await meter.ledger.areserve(meter.worker, meter.worst_case(request))
+            try:
+                passed = await meter.endpoint.enter(likely_tokens(request), meter.slots)
+            except BaseException:
+                meter.ledger.withdraw(held)
+                raise
         try:
-            passed = await meter.endpoint.enter(likely_tokens(request), meter.slots)
-        except BaseException:
-            meter.ledger.withdraw(held)
-            raise
-        try:
-            response = await _sent(meter.attempts.acomplete(request))
+            with on_the_wire():
+                response = await _sent(meter.attempts.acomplete(request))
         except BaseException as error:
             meter.failed(held, passed, request, error)
             known = _for_dspy(error)

@@ -12,6 +12,7 @@ from asyndbt_dspy.errors import ConfigurationError
 from asyndbt_dspy.programs.demos import DEFAULT_MAX_DEMO_TOKENS, TokenCounter, demo_tokens, estimate_tokens
 from asyndbt_dspy.programs.labels import enumeration
 from asyndbt_dspy.programs.metrics import excerpt
+from asyndbt_dspy.programs.rollout import lms_without_async, runs_plainly
 from asyndbt_dspy.programs.shards import held_out, shards
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "check_context",
     "check_examples",
     "check_inputs",
+    "check_lms",
     "check_overlap",
     "check_student",
     "check_teacher",
@@ -102,6 +104,18 @@ def check_teacher(student: dspy.Module, teacher: Any) -> None:
             f"the teacher's predictors {others} have none of the names of the student's, {own}: its traces could not become "
             "demos. Name them alike, or leave the teacher out"
         )
+
+
+def check_lms(program: dspy.Module, lms: Mapping[str, Any]) -> None:
+    """Refuse an LM that can be called plainly only, for a program that has ``aforward`` only. ``lms``: by worker."""
+    if runs_plainly(program):
+        return
+    for worker, lm in lms.items():
+        for plain in lms_without_async(program, lm):
+            raise ConfigurationError(
+                f"worker {worker!r}: the LM {plain.model!r} has no async side, and {type(program).__name__} has aforward "
+                "only; give async_engine= to its dspy.LM or aforward to its class, or give the program a forward"
+            )
 
 
 def check_examples(student: dspy.Module, examples: Sequence[Any], *, name: str = "trainset") -> None:

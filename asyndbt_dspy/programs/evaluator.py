@@ -17,6 +17,7 @@ from dspy.utils.usage_tracker import track_usage
 from asyndbt_dspy.core.messages import Evaluate, Outcome, Scored
 from asyndbt_dspy.core.space import Candidate
 from asyndbt_dspy.errors import BudgetExceededError, MetricError, WorkerFailedError
+from asyndbt_dspy.lms.call_watch import watching_calls
 from asyndbt_dspy.lms.callers import calling_as
 from asyndbt_dspy.lms.failures import FailureKind
 from asyndbt_dspy.programs.paid_rollouts import PaidRollout, RolloutBook, RolloutGate, RolloutKey
@@ -107,7 +108,8 @@ class ProgramEvaluator:
         programs: Builds programs from candidates.
         parts: Workers by name.
         runner: Runs and scores one program on one example.
-        rollout_timeout_s: A rollout that takes longer is missing.
+        rollout_timeout_s: A rollout that takes longer is missing. What it waits for here does not count: a rate limit, a place
+            among the calls in flight, its share of the budget, a thread.
         max_failures: Missing rollouts in a row after which a worker is set aside.
         adapter: DSPy's prompt format; ``None``: the surrounding one.
         straggler_factor: See ``Stragglers``.
@@ -422,7 +424,8 @@ class ProgramEvaluator:
         """One rollout within its time limit; what goes wrong on a private worker is told without its text."""
         run = self.runner.run(program, example, lm=part.lm, adapter=self.adapter, trace=trace)
         try:
-            return await within(self.rollout_timeout_s, run)
+            with watching_calls(asyncio.get_running_loop().time) as calls:
+                return await within(self.rollout_timeout_s, run, calls.held_s)
         except asyncio.TimeoutError:
             late = f"no answer within {self.rollout_timeout_s:g} s"
             return Rollout(None, failure=FailureKind.TRANSIENT, error=late, seconds=self.rollout_timeout_s)

@@ -49,16 +49,16 @@ def bind_metric(metric: Metric) -> Callable[[Any, Any], Any]:
         raise ConfigurationError(
             f"metric must be a function of (gold, prediction), got {type(metric).__name__}"
         )
+    # A dspy.Module (dspy.SemanticF1, …) declares its arguments in `forward` or `aforward`; its `__call__` takes anything.
+    declaring = _body(metric) if isinstance(metric, dspy.Module) else metric
     try:
-        # A dspy.Module (dspy.SemanticF1, …) declares its arguments in `forward`; its `__call__` takes
-        # anything.
-        declared = inspect.signature(type(metric).forward if isinstance(metric, dspy.Module) else metric)
+        declared = inspect.signature(declaring)
     except (TypeError, ValueError):
         return metric
     parameters = list(declared.parameters.values())
     if isinstance(metric, dspy.Module):
         _check_module(metric, [parameter.name for parameter in parameters[1:]])
-        return cast(Metric, metric)
+        return cast(Metric, metric.acall if _is_awaited(metric) else metric)
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required = sum(p.default is p.empty for p in positional)
     takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
@@ -78,7 +78,11 @@ def is_async(metric: Metric) -> bool:
     """Whether calling ``metric`` returns at once with something to await."""
     while isinstance(metric, functools.partial):
         metric = metric.func
-    return inspect.iscoroutinefunction(metric) or inspect.iscoroutinefunction(type(metric).__call__)
+    return (
+        _is_awaited(metric)
+        or inspect.iscoroutinefunction(metric)
+        or inspect.iscoroutinefunction(type(metric).__call__)
+    )
 
 
 def read_score(returned: Any, *, metric: Metric, example: Any) -> Score:
@@ -113,11 +117,27 @@ def excerpt(value: Any) -> str:
     return text if len(text) <= EXCERPT_CHARACTERS else text[:EXCERPT_CHARACTERS] + "…"
 
 
+def _is_awaited(metric: Any) -> bool:
+    """Whether ``metric`` is a module that can be awaited only."""
+    return isinstance(metric, dspy.Module) and not hasattr(type(metric), "forward")
+
+
+def _body(metric: dspy.Module) -> Callable[..., Any]:
+    """What a call of the module runs."""
+    body = getattr(type(metric), "aforward" if _is_awaited(metric) else "forward", None)
+    if body is None:
+        raise ConfigurationError(
+            f"metric {metric_name(metric)!r} is a module without forward and aforward; give it one that takes "
+            "(gold, prediction)"
+        )
+    return cast(Callable[..., Any], body)
+
+
 def _check_module(metric: dspy.Module, names: list[str]) -> None:
-    """A module takes (gold, prediction) like ``forward(self, example, pred, trace=None)``."""
+    """A module takes (gold, prediction) like ``forward(self, example, pred, trace=None)``, or ``aforward``."""
     if len(names) < METRIC_ARGUMENTS:
         raise ConfigurationError(
-            f"metric {metric_name(metric)!r} is a module whose forward takes {names}; "
+            f"metric {metric_name(metric)!r} is a module whose {_body(metric).__name__} takes {names}; "
             f"it must take (gold, prediction)"
         )
 

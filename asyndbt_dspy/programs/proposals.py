@@ -16,8 +16,9 @@ import dspy
 from dspy.adapters.utils import serialize_for_json
 
 from asyndbt_dspy.errors import ConfigurationError
+from asyndbt_dspy.lms.call_watch import budget_error
 from asyndbt_dspy.programs.labels import enumeration
-from asyndbt_dspy.programs.rollout import Rollout, budget_error
+from asyndbt_dspy.programs.rollout import Rollout, lms_without_async
 from asyndbt_dspy.programs.vocabulary import pmi_vocabulary
 
 __all__ = ["GUIDANCE", "TIPS", "guidance_instructions", "pmi_vocabulary", "propose_instructions"]
@@ -144,6 +145,8 @@ async def _ask(request: dict[str, str], rollout_id: int) -> str | Exception:
     # The rollout_id makes DSPy's cache tell proposals apart; it asks for a temperature above 0.
     writer = dspy.Predict(WriteInstructions, temperature=1.0, rollout_id=rollout_id)
     try:
+        if lms_without_async(writer):
+            return str((await asyncio.to_thread(writer, **request)).new_instructions or "")
         return str((await writer.acall(**request)).new_instructions or "")
     except Exception as error:  # a proposer is a help: without it there is the shipped guidance
         refused = budget_error(error)

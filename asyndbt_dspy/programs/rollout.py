@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import inspect
 import logging
@@ -17,7 +18,9 @@ from typing import Any, Protocol
 import dspy
 from dspy.utils.exceptions import AdapterParseError
 
-from asyndbt_dspy.errors import BudgetExceededError, MetricError
+from asyndbt_dspy.errors import MetricError
+from asyndbt_dspy.lms.attempts import answers_async
+from asyndbt_dspy.lms.call_watch import CallWatch, budget_error, held_back, watching_calls
 from asyndbt_dspy.lms.distributions import collect
 from asyndbt_dspy.lms.failures import FailureKind, causes, kind_of
 from asyndbt_dspy.programs.cross_entropy import right_label
@@ -147,39 +150,58 @@ class RolloutRunner:
 
         Raises:
             MetricError: the metric returned something that is no score.
-            BudgetExceededError: a call was refused because a cap is reached. Nothing was scored.
+            BudgetExceededError: a call was refused because a cap is reached, whatever program or metric made of it. Nothing
+                was scored.
         """
+        with watching_calls() as calls:
+            try:
+                rollout = await self._run(program, example, lm, adapter, trace, calls)
+            except (MetricError, asyncio.CancelledError):
+                # Cancelled: out of time, perhaps as it asks again and again for what it will not get.
+                if calls.refused is None:
+                    raise
+        if calls.refused is not None:
+            raise calls.refused
+        return rollout
+
+    async def _run(
+        self,
+        program: dspy.Module,
+        example: dspy.Example,
+        lm: dspy.BaseLM | None,
+        adapter: dspy.Adapter | None,
+        trace: bool,
+        calls: CallWatch,
+    ) -> Rollout:
         start = self._clock()
         # DSPy appends every LM call to the history of all its callers: an extra one sees those of this run.
-        calls = types.SimpleNamespace(history=[])
-        callers = [*(dspy.settings.caller_modules or ()), calls]
+        caller = types.SimpleNamespace(history=[])
+        callers = [*(dspy.settings.caller_modules or ()), caller]
         settings: dict[str, Any] = {"trace": [], "caller_modules": callers}
         if lm is not None:
             settings["lm"] = lm
         if adapter is not None:
             settings["adapter"] = adapter
+        kept = settings["trace"] if trace else None
         try:
             with dspy.context(**settings), collect() as distributions:
                 prediction = await self._call_program(program, example)
         except Exception as error:  # noqa: BLE001 - whatever the user's program raises counts as its failure
-            self._warn_of_program(error)
-            return self._failed(error, "", start, settings["trace"] if trace else None)
+            return self._failed(error, calls, start, kept)
         try:
             verdict = await self._call_metric(example, prediction, lm)
-        except MetricError:
-            raise
-        except Exception as error:  # noqa: BLE001 - as above, for the user's metric
-            self._warn_of_metric(error)
-            said = f"metric {metric_name(self.metric)!r} raised "
-            return self._failed(error, said, start, settings["trace"] if trace else None, prediction)
-        label = right_label(settings["trace"], example, verdict.score, distributions, calls.history)
+        except Exception as error:  # as above, for the user's metric
+            if isinstance(error, MetricError) and calls.lost is None:
+                raise
+            return self._failed(error, calls, start, kept, prediction, is_metrics=True)
+        label = right_label(settings["trace"], example, verdict.score, distributions, caller.history)
         return Rollout(
             score=verdict.score,
             cross_entropy=None if label is None else label.cross_entropy,
             margin=None if label is None else label.margin,
             feedback=verdict.feedback,
             seconds=self._clock() - start,
-            trace=settings["trace"] if trace else None,
+            trace=kept,
             prediction=prediction,
         )
 
@@ -197,7 +219,8 @@ class RolloutRunner:
         inputs = dict(example.inputs().items())
         if not runs_async(program):
             return await self._in_thread(lambda: program(**inputs))
-        if has_plain_tools(program):  # DSPy calls these on the event loop, whatever they wait for
+        # DSPy calls plain tools on the event loop, whatever they wait for.
+        if has_plain_tools(program) or (runs_plainly(program) and lms_without_async(program)):
             with dspy.context(allow_tool_async_sync_conversion=True):
                 return await self._in_thread(lambda: program(**inputs))
         return await program.acall(**inputs)
@@ -232,8 +255,11 @@ class RolloutRunner:
         if self._executor is None:
             self._executor = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="asyndbt-rollout")
         context = contextvars.copy_context()
+        waiting = contextlib.ExitStack()
+        waiting.enter_context(held_back())
 
         def guarded() -> tuple[Any, Exception | None]:
+            waiting.close()  # there is a thread
             # Returned, not raised: a future refuses to carry StopIteration.
             try:
                 return context.run(function), None
@@ -246,30 +272,44 @@ class RolloutRunner:
         return returned
 
     def _failed(
-        self, error: Exception, said: str, start: float, trace: list[Any] | None, prediction: Any = None
+        self,
+        error: Exception,
+        calls: CallWatch,
+        start: float,
+        trace: list[Any] | None,
+        prediction: Any = None,
+        *,
+        is_metrics: bool = False,
     ) -> Rollout:
-        refused = budget_error(error)
+        refused = calls.refused or budget_error(error)
         if refused is not None:
             raise refused
         kind = kind_of(error)
+        said = f"{type(error).__name__}: {error}"
+        if is_metrics:
+            said = f"metric {metric_name(self.metric)!r} raised {said}"
+        if kind is FailureKind.PROGRAM and calls.lost is not None:
+            # What fails after it went on without an answer (dspy.Parallel leaves None in its place) does so for want of it.
+            kind = kind_of(calls.lost)
+            said = f"{type(calls.lost).__name__}: {calls.lost}; then {said}"
+        if kind is FailureKind.PROGRAM:
+            self._warn_of(error, is_metrics)
         return Rollout(
             score=self.failure_score if kind is FailureKind.PROGRAM else None,
             failure=kind,
-            error=f"{said}{type(error).__name__}: {error}"[:ERROR_CHARACTERS],
+            error=said[:ERROR_CHARACTERS],
             seconds=self._clock() - start,
             trace=trace,
             prediction=prediction,
         )
 
-    def _warn_of_metric(self, error: Exception) -> None:
-        if not self._metric_has_raised and kind_of(error) is FailureKind.PROGRAM:
+    def _warn_of(self, error: Exception, is_metrics: bool) -> None:
+        """An answer that does not parse is every small LM's; anything else is more likely a mistake in program or metric."""
+        if is_metrics and not self._metric_has_raised:
             self._metric_has_raised = True
             self._warn(f"The metric {metric_name(self.metric)!r}", error)
-
-    def _warn_of_program(self, error: Exception) -> None:
-        """An answer that does not parse is every small LM's; anything else is more likely a mistake in the program."""
         is_unparsed = any(isinstance(one, AdapterParseError) for one in causes(error))
-        if not (self._program_has_raised or is_unparsed) and kind_of(error) is FailureKind.PROGRAM:
+        if not (is_metrics or is_unparsed or self._program_has_raised):
             self._program_has_raised = True
             self._warn("The program", error)
 
@@ -300,9 +340,21 @@ def runs_async(program: dspy.Module) -> bool:
     return False
 
 
+def runs_plainly(program: dspy.Module) -> bool:
+    """Whether ``program(...)`` runs: not so with ``aforward`` alone."""
+    return hasattr(type(program), "forward") or "forward" in vars(program)
+
+
+def lms_without_async(program: dspy.Module, lm: Any = None) -> list[dspy.BaseLM]:
+    """Those LMs of the program that can be called plainly only. ``lm``: for predictors without one; else the surrounding."""
+    default = dspy.settings.lm if lm is None else lm
+    found = [default if predictor.lm is None else predictor.lm for _, predictor in program.named_predictors()]
+    return [one for one in found if isinstance(one, dspy.BaseLM) and not answers_async(one)]
+
+
 def has_plain_tools(program: dspy.Module) -> bool:
     """Whether ``program``, which can run in a thread as well, has a tool of the user's that is no coroutine function."""
-    if not hasattr(type(program), "forward"):
+    if not runs_plainly(program):
         return False
     for _, module in program.named_sub_modules():
         for value in vars(module).values():
@@ -318,15 +370,3 @@ def _may_block(function: Callable[..., Any]) -> bool:
     if str(getattr(function, "__module__", "")).partition(".")[0] == "dspy":
         return False  # DSPy's own, such as ReAct's "finish"
     return not any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
-
-
-def budget_error(error: BaseException) -> BudgetExceededError | None:
-    """The refused call behind ``error``, however often DSPy has wrapped it; ``None`` if there is none."""
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        if isinstance(current, BudgetExceededError):
-            return current
-        seen.add(id(current))
-        current = current.__cause__ or current.__context__
-    return None

@@ -303,3 +303,33 @@ def test_a_worker_that_always_hangs_is_set_aside() -> None:
         optimizer.compile(student)
     assert "no answer within 3 s" in optimizer.result.workers[1].set_aside
     assert optimizer.result.workers[0].calls > 20
+
+
+class Tolerant(dspy.Module):
+    """Answers something, whatever becomes of its call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sort = dspy.Predict(kit.Sort)
+
+    def forward(self, message: str) -> dspy.Prediction:
+        try:
+            return self.sort(message=message)
+        except Exception:  # noqa: BLE001 - as programs do
+            return dspy.Prediction(label="unknown")
+
+
+def test_a_program_that_catches_what_the_budget_refuses_ends_like_any_other() -> None:
+    lm = kit.color_lm()
+    optimizer = AsynDBT(
+        kit.metric,
+        workers=2,
+        budget=Budget(lm_calls=80),
+        instructions={"sort": [kit.MAGIC]},
+        progress=False,
+    )
+    with dspy.context(lm=lm, adapter=dspy.JSONAdapter()):
+        optimizer.compile(Tolerant(), trainset=kit.examples(60))
+    assert "lm calls" in optimizer.result.stopped
+    assert optimizer.result.metric_calls <= len(kit.requests_of(lm)) <= 80, "each score was paid for"
+    assert optimizer.result.candidates[0].examples > 0, "raced with what was kept for it"

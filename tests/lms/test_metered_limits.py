@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
+import dspy
 import pytest
-from metering import PRICE, call_many, lm_on
+from metering import PRICE, call_many, lm_on, until
 
+from asyndbt_dspy.core.budget import Budget
+from asyndbt_dspy.lms.call_watch import CallWatch, watching_calls
 from asyndbt_dspy.lms.ledger import Ledger
 from asyndbt_dspy.lms.metered import metered
+from asyndbt_dspy.lms.scripted import AsyncScriptedEngine, ScriptedEngine
 from asyndbt_dspy.testing.provider import Provider
 
 both_engines = pytest.mark.parametrize("engine", ["auto", "litellm"])
@@ -75,3 +80,59 @@ def test_an_endpoint_that_keeps_refusing_is_given_less() -> None:
             return int(provider.faults()["status"])
 
     assert refused(is_metered=True) < 0.7 * refused(is_metered=False)  # measured: 47 to 63 of 140
+
+
+@pytest.mark.parametrize("limit", ["concurrency", "budget"])
+@pytest.mark.parametrize("in_threads", [False, True])
+def test_who_watches_learns_that_a_call_waits_for_its_turn(limit: str, in_threads: bool) -> None:
+    """Two calls, of which one may be on the wire: it is not held back, and the other one is."""
+    now = [0.0]
+
+    async def main() -> None:
+        opened, on_wire = asyncio.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        class Gated(AsyncScriptedEngine):
+            async def complete(self, request: Any) -> Any:
+                on_wire.set()
+                await opened.wait()
+                return await super().complete(request)
+
+        class GatedPlain(ScriptedEngine):
+            def complete(self, request: Any) -> Any:
+                loop.call_soon_threadsafe(on_wire.set)
+                asyncio.run_coroutine_threadsafe(opened.wait(), loop).result(10)
+                return super().complete(request)
+
+        engines = {"engine": GatedPlain(lambda _: "ok", True), "async_engine": Gated(lambda _: "ok", True)}
+        settings = {"max_concurrency": 1} if limit == "concurrency" else {}
+        # Of 300 tokens the first call reserves more than half, and gives most of it back.
+        budget = Budget(tokens=300) if limit == "budget" else None
+        plain = dspy.LM("gated/m", cache=False, max_tokens=60, num_retries=0, **engines)
+        lm = metered(plain, ledger=Ledger(budget), worker="a", prices=PRICE, **settings)
+
+        def called() -> tuple[CallWatch, asyncio.Future[Any]]:
+            with watching_calls(lambda: now[0]) as watch:
+                call = asyncio.to_thread(lm, "q") if in_threads else lm.acall("q")
+                return watch, asyncio.ensure_future(call)
+
+        with watching_calls(lambda: now[0]) as both:
+            first, first_call = called()
+            await on_wire.wait()
+            second, second_call = called()
+
+        def is_held() -> bool:
+            now[0] += 1.0
+            return second.held_s() > 0
+
+        await until(is_held)
+        before = first.held_s(), both.held_s(), second.held_s()
+        now[0] += 100.0
+        assert (first.held_s(), both.held_s(), second.held_s()) == (*before[:2], before[2] + 100.0)
+        opened.set()
+        await asyncio.gather(first_call, second_call)
+        after = second.held_s()
+        now[0] += 100.0
+        assert second.held_s() == after
+
+    asyncio.run(asyncio.wait_for(main(), 20))

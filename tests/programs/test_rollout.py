@@ -17,9 +17,10 @@ from dspy.utils.exceptions import AdapterParseError, LMRateLimitError
 from one_rollout import EXAMPLE, Raising, exact, run
 
 from asyndbt_dspy.errors import BudgetExceededError, ConfigurationError, MetricError
+from asyndbt_dspy.lms.call_watch import budget_error
 from asyndbt_dspy.lms.failures import FailureKind
 from asyndbt_dspy.programs import rollout as rollout_module
-from asyndbt_dspy.programs.rollout import Rollout, RolloutRunner, budget_error, runs_async
+from asyndbt_dspy.programs.rollout import Rollout, RolloutRunner, runs_async
 
 
 class AsyncRaising(Raising):
@@ -226,6 +227,12 @@ class ModuleMetric(dspy.Module):
         return 0.25
 
 
+class AwaitedModuleMetric(dspy.Module):
+    async def aforward(self, example: Any, pred: Any, trace: Any = None) -> float:
+        await asyncio.sleep(0)
+        return 0.25
+
+
 METRICS = [
     three,
     gepa,
@@ -234,6 +241,7 @@ METRICS = [
     CallableMetric(),
     AsyncCallableMetric(),
     ModuleMetric(),
+    AwaitedModuleMetric(),
     functools.partial(three, trace=None),
     lambda gold, prediction: asynchronous(gold, prediction),
     lambda *arguments: 0.25,
@@ -305,7 +313,14 @@ class UnaryModuleMetric(dspy.Module):
         return 1.0
 
 
-@pytest.mark.parametrize("metric", [lambda gold: 1.0, 3, None, UnaryModuleMetric()])
+class UnaryAwaitedMetric(dspy.Module):
+    async def aforward(self, pred: Any) -> float:
+        return 1.0
+
+
+@pytest.mark.parametrize(
+    "metric", [lambda gold: 1.0, 3, None, UnaryModuleMetric(), UnaryAwaitedMetric(), dspy.Module()]
+)
 def test_a_metric_that_cannot_take_gold_and_prediction_is_refused(metric: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"\(gold, prediction\)"):
         RolloutRunner(metric)

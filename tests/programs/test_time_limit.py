@@ -10,6 +10,7 @@ import pytest
 from test_stragglers import evaluator, virtually
 from virtual_loop import standing_still
 
+from asyndbt_dspy.lms.call_watch import held_back, on_the_wire, watching_calls
 from asyndbt_dspy.programs.rollout import Rollout
 from asyndbt_dspy.programs.time_limit import within
 
@@ -87,3 +88,65 @@ def test_who_waits_may_be_cancelled_and_an_error_comes_through() -> None:
     virtually(go())
     with pytest.raises(ValueError, match="no"):
         virtually(within(60.0, wrong()))
+
+
+async def queued(*seconds: float) -> str:
+    """In a queue of ours, and at work, in turns."""
+    for place, one in enumerate(seconds):
+        if place % 2:
+            await asyncio.sleep(one)
+        else:
+            with held_back():
+                await asyncio.sleep(one)
+    return "answer"
+
+
+async def beside_a_call(seconds: float) -> str:
+    """One call waits for its turn while another one is with its provider."""
+
+    async def hanging() -> None:
+        with on_the_wire():
+            await asyncio.sleep(1e6)
+
+    call = asyncio.ensure_future(hanging())
+    try:
+        return await queued(seconds)
+    finally:
+        call.cancel()
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda: queued(300.0, 50.0), ("answer", 350.0)),
+        (lambda: queued(0.0, 30.0, 100.0, 20.0, 500.0, 5.0), ("answer", 655.0)),
+        (lambda: queued(300.0, 70.0), ("late", 360.0)),
+        (lambda: queued(0.0, 30.0, 100.0, 40.0), ("late", 160.0)),
+        (lambda: beside_a_call(300.0), ("late", 60.0)),
+    ],
+)
+def test_what_waits_for_its_turn_here_takes_none_of_its_time(call: Any, expected: tuple[str, float]) -> None:
+    async def go() -> str:
+        with watching_calls(asyncio.get_running_loop().time) as calls:
+            try:
+                return await within(60.0, call(), calls.held_s)
+            except asyncio.TimeoutError:
+                return "late"
+
+    found, seconds = virtually(go())
+    assert (found, round(seconds, 2)) == expected
+
+
+def test_a_rollout_that_waits_for_a_rate_limit_is_not_missing() -> None:
+    async def go() -> Any:
+        made, runner = evaluator([])
+        made.rollout_timeout_s = 60.0
+
+        async def five_calls(*_: Any, **__: Any) -> Rollout:
+            await queued(*[100.0, 1.0] * 5)
+            return Rollout(1.0)
+
+        runner.run = five_calls  # type: ignore[method-assign]
+        return await made.rollout("w", dspy.Predict("question -> answer"), dspy.Example())
+
+    assert virtually(go())[0].score == 1.0
