@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -10,7 +11,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from asyndbt_dspy.core import estimators
+from asyndbt_dspy.core.config import DEFAULT
+from asyndbt_dspy.core.messages import Evaluate, Outcome, Scored, Send, StepReply, StepRequest
 from asyndbt_dspy.core.simplex import Layout
+from asyndbt_dspy.testing.toys import small_machines
+
+SHARED_NOTHING = dataclasses.replace(DEFAULT, share_effects=False)
 
 
 def expectation(layout: Layout, probabilities: np.ndarray, loss: np.ndarray, draws: int = 2) -> np.ndarray:
@@ -178,3 +184,35 @@ def test_clipping_and_centring() -> None:
     assert estimators.clip_norm(np.array([3.0, 4.0]), 5.0).tolist() == [3.0, 4.0]
     centred = estimators.centre_blocks(Layout((2,)), np.array([1.0, 3.0]), np.array([0.25, 0.75]))
     assert centred.tolist() == [-1.5, 0.5]
+
+
+def test_answers_without_a_distribution_are_on_the_scale_of_those_with_one() -> None:
+    losses = estimators.Undescribed()
+    assert losses.loss(0.0, None) == 1.0, "of nothing is known yet"
+    near, far = estimators.margin_loss(-0.1, 0.0), estimators.margin_loss(-3.0, 0.0)
+    sure = estimators.margin_loss(2.0, 1.0)
+    for score, soft in ((0.0, near), (0.0, far), (1.0, sure), (0.0, None), (None, None)):
+        losses.note(score, soft)
+    assert losses.loss(0.0, None) == pytest.approx((near + far) / 2), "like the other wrong answers"
+    assert losses.loss(1.0, None) == pytest.approx(sure)
+    assert losses.loss(0.0, near) == near
+    assert np.isnan(losses.loss(None, None))
+
+
+def test_a_worker_takes_a_right_label_that_the_metric_refuses_for_no_worse_than_a_near_miss() -> None:
+    """Its LM tells nothing of such an answer (``programs.cross_entropy``); without any distribution it loses 1."""
+    for refused, of_others, expected in (
+        (Outcome(0.0), Outcome(0.0, 0.7, -0.1), estimators.margin_loss(-0.1, 0.0)),
+        (Outcome(0.0), Outcome(0.0), 1.0),
+    ):
+        (state,) = small_machines(SHARED_NOTHING, workers=1, use_distributions=True)[1]
+        lower, upper = state.spaces.lower, state.spaces.upper
+        none, none_upper = np.zeros(lower.length), np.zeros(upper.length)
+        asked = StepRequest("w0", 0, lower.uniform(), none, none, none_upper, np.zeros((2, 0)))
+        (task,) = state.receive(asked)
+        assert isinstance(task, Evaluate)
+        rows = tuple((refused, *(of_others for _ in row[1:])) for row in task.examples)
+        (answer,) = state.receive(Scored("w0", task.task, rows, 0))
+        assert isinstance(answer, Send)
+        assert isinstance(answer.message, StepReply)
+        assert answer.message.loss == pytest.approx(expected)
