@@ -124,7 +124,7 @@ class ServerState:
         self.winner: Candidate = space.student
         self.arms = LateArms(space)
         self.staleness = [0] * count
-        self.distances = Distances(count, self.z, config.stale_step and config.keep_busy)
+        self.distances = Distances(count, self.z, self.layout, config.stale_step and config.keep_busy)
         self.paces, self.synchrony = Paces(count, config), Synchrony(config)
         self.roster = Roster(count, self.paces.fewest if config.keep_busy else config.minibatch)
         self.arrived: dict[int, StepReply] = {}
