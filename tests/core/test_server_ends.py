@@ -189,12 +189,3 @@ def test_pending_tells_what_a_worker_has_in_hand() -> None:
     assert net.workers["w0"].pending is None
     parcel = net.deliver(0)
     assert net.workers["w0"].pending is parcel.event
-
-
-def test_an_additive_model_has_planes_without_a_q_part() -> None:
-    server = play(
-        dataclasses.replace(DEFAULT, hypergradient=True, race=False, iterations=12, plane_tolerance=1e-3)
-    )
-    assert server.planes
-    assert server.q.size
-    assert not any(plane.d.any() for plane in server.planes)
