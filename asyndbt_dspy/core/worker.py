@@ -210,7 +210,7 @@ class WorkerState:
         return [np.array([self._undescribed.loss(score, soft) for score, soft in row]) for row in rows]
 
     def _score(self, outcome: Outcome) -> float | None:
-        return 0.0 if outcome.score is None and self.config.missing_is_zero else outcome.score
+        return 0.0 if _failed(outcome) and self.config.missing_is_zero else outcome.score
 
     def _soft_loss(self, outcome: Outcome) -> float | None:
         """The loss by the LM's distribution, ``None`` where there is none."""
@@ -246,7 +246,7 @@ class WorkerState:
                 one for one in self.policy.nominate(self.arms.read(p), q) if shared(one.candidate)
             ),
             calls=event.calls,
-            missing=sum(one.score is None for row in event.outcomes for one in row),
+            missing=sum(_failed(one) for row in event.outcomes for one in row),
             loss=float(answered.mean()) if answered.size else float("nan"),
             repeat=request.repeat,
         )
@@ -281,3 +281,7 @@ class WorkerState:
     def snapshot(self) -> dict[str, Any]:
         """Plain data by which two states can be compared: equal states have equal snapshots."""
         return snapshot(self)
+
+
+def _failed(outcome: Outcome) -> bool:
+    return outcome.score is None and not outcome.skipped

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,6 @@ from asyndbt_dspy.core.config import DEFAULT
 from asyndbt_dspy.core.messages import Evaluate, Outcome, Scored, Send, StepReply, StepRequest
 from asyndbt_dspy.core.simplex import Layout
 from asyndbt_dspy.testing.toys import small_machines
-
-SHARED_NOTHING = dataclasses.replace(DEFAULT, share_effects=False)
 
 
 def expectation(layout: Layout, probabilities: np.ndarray, loss: np.ndarray, draws: int = 2) -> np.ndarray:
@@ -199,20 +198,33 @@ def test_answers_without_a_distribution_are_on_the_scale_of_those_with_one() -> 
     assert np.isnan(losses.loss(None, None))
 
 
+def step(first: Outcome, others: Outcome, **changes: Any) -> StepReply:
+    """A worker's answer to its first request, where the first outcome of each draw differs from the others."""
+    config = dataclasses.replace(DEFAULT, share_effects=False, **changes)
+    (state,) = small_machines(config, workers=1, use_distributions=True)[1]
+    lower, upper = state.spaces.lower, state.spaces.upper
+    none, none_upper = np.zeros(lower.length), np.zeros(upper.length)
+    (task,) = state.receive(StepRequest("w0", 0, lower.uniform(), none, none, none_upper, np.zeros((2, 0))))
+    assert isinstance(task, Evaluate)
+    rows = tuple((first, *(others for _ in row[1:])) for row in task.examples)
+    (answer,) = state.receive(Scored("w0", task.task, rows, 0))
+    assert isinstance(answer, Send)
+    assert isinstance(answer.message, StepReply)
+    return answer.message
+
+
 def test_a_worker_takes_a_right_label_that_the_metric_refuses_for_no_worse_than_a_near_miss() -> None:
     """Its LM tells nothing of such an answer (``programs.cross_entropy``); without any distribution it loses 1."""
-    for refused, of_others, expected in (
-        (Outcome(0.0), Outcome(0.0, 0.7, -0.1), estimators.margin_loss(-0.1, 0.0)),
-        (Outcome(0.0), Outcome(0.0), 1.0),
-    ):
-        (state,) = small_machines(SHARED_NOTHING, workers=1, use_distributions=True)[1]
-        lower, upper = state.spaces.lower, state.spaces.upper
-        none, none_upper = np.zeros(lower.length), np.zeros(upper.length)
-        asked = StepRequest("w0", 0, lower.uniform(), none, none, none_upper, np.zeros((2, 0)))
-        (task,) = state.receive(asked)
-        assert isinstance(task, Evaluate)
-        rows = tuple((refused, *(of_others for _ in row[1:])) for row in task.examples)
-        (answer,) = state.receive(Scored("w0", task.task, rows, 0))
-        assert isinstance(answer, Send)
-        assert isinstance(answer.message, StepReply)
-        assert answer.message.loss == pytest.approx(expected)
+    refused, near = Outcome(0.0), Outcome(0.0, 0.7, -0.1)
+    assert step(refused, near).loss == pytest.approx(estimators.margin_loss(-0.1, 0.0))
+    assert step(refused, Outcome(0.0)).loss == 1.0
+
+
+def test_what_was_skipped_is_no_failure() -> None:
+    """A candidate is not scored on an example that it shows."""
+    skipped, failed = Outcome(None, skipped=True), Outcome(None)
+    for is_zero, loss in ((False, 0.0), (True, 1 / 6)):
+        answer = step(failed, Outcome(1.0), missing_is_zero=is_zero)
+        assert (answer.missing, answer.loss) == (DEFAULT.draws, pytest.approx(loss))
+        answer = step(skipped, Outcome(1.0), missing_is_zero=is_zero)
+        assert (answer.missing, answer.loss) == (0, 0.0)
