@@ -189,3 +189,15 @@ def test_pending_tells_what_a_worker_has_in_hand() -> None:
     assert net.workers["w0"].pending is None
     parcel = net.deliver(0)
     assert net.workers["w0"].pending is parcel.event
+
+
+def test_a_policy_without_a_mixed_derivative_has_planes_without_a_q_part() -> None:
+    config = dataclasses.replace(
+        DEFAULT, policy="score_function", hypergradient=True, race=False, iterations=12,
+        plane_tolerance=1e-3, share_effects=False,
+    )  # fmt: skip
+    server, workers = toy_machines([AnchoredPolicy(np.array([one, 1.0 - one])) for one in (0.9, 0.2)], config)
+    asyncio.run(SimulatedEngine(work_delays()).run(server, workers, NothingToScore()))
+    assert server.planes
+    assert server.q.size
+    assert not any(plane.d.any() for plane in server.planes)
