@@ -79,8 +79,9 @@ class AsynDBT(Teleprompter):
             again is new evidence for the search, and the race asks again while it is undecided. Needs LMs without
             DSPy's response cache (``cache=False``).
         failure_score: Score of an example on which the program raised, as in ``dspy.Evaluate``.
-        loss: ``auto``: cross-entropy of the right label where the LM reports a distribution, else ``1 - score``; or force
-            ``metric``.
+        loss: What is learned from. ``auto``: where the LMs report a distribution over the labels, how far the right one is ahead,
+            and the metric (the right one's cross-entropy in ``preset="paper"``); else ``1 - score``. ``metric``: that always,
+            and the race counts the metric alone too.
         progress: Show a progress bar.
         config: Overrides of single constants of the algorithm (see ``docs/notation.md``); they stand also where the arguments
             above leave a choice.
@@ -168,9 +169,8 @@ class AsynDBT(Teleprompter):
         self.loss = loss
         self.progress = progress
         self.overridden = frozenset(config or ())
-        self.config = with_overrides(
-            PRESETS[preset], ({"repeats": True} if noisy else {}) | dict(config or {})
-        )
+        implied = ({"repeats": True} if noisy else {}) | ({"race_soft": 0.0} if loss == "metric" else {})
+        self.config = with_overrides(PRESETS[preset], implied | dict(config or {}))
         paper = preset != "default"
         self.options = preparation.SearchSpaceOptions(
             mode=mode,

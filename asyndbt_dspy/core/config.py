@@ -53,7 +53,8 @@ class AlgorithmConfig:
         common_examples: Candidates meet the shard's examples in one common order, so that comparisons are paired and a
             candidate drawn again goes on where it stopped [O 7.3]; else a random minibatch per step.
         split_levels: Score the lower level on one half of the shard and the upper level on the other [O 7.1].
-        hypergradient: Planes carry the q-part ``d[v] = -(d phi / d q_v)^T s`` [O 7.1].
+        hypergradient: Planes carry the q-part ``d[v] = -(d phi / d q_v)^T s`` [O 7.1]. With ``score_function`` and
+            ``buffered_lower`` only: elsewhere there is none.
         buffered_lower: The server computes phi from estimates that workers already paid for, without a barrier [O 7.2];
             else K communication rounds in which every worker is asked (paper).
         rekey_planes: One plane per sign pattern, refreshed in place [O 5]; else planes pile up (paper).
@@ -170,6 +171,13 @@ class AlgorithmConfig:
         if self.policy == "score_function" and not self.example_baseline:
             self._check(
                 "draws", self.draws >= 2, ">= 2 for a score-function estimate without example_baseline"
+            )
+
+        if self.hypergradient:
+            additive = "'score_function' with hypergradient (the posterior's model is additive: q moves no gradient of p)"
+            self._check("policy", self.policy == "score_function", additive)
+            self._check(
+                "buffered_lower", self.buffered_lower, "True with hypergradient (rounds carry no derivatives)"
             )
 
     def _check(self, name: str, holds: bool, bound: str) -> None:

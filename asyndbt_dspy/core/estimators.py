@@ -17,6 +17,9 @@ MARGIN_RANGE = (-3.0, 0.5)
 MARGIN_WEIGHT = 0.6
 """Share of the margin in ``margin_loss``; the rest is the metric's."""
 
+RIGHT_SCORE = 0.5
+"""A score of at least this says that the metric takes the answer for right."""
+
 
 def loss_of(score: float | None, soft: float | None) -> float:
     """The loss of one rollout; NaN where it is missing (a timeout is not a score of zero).
@@ -28,6 +31,33 @@ def loss_of(score: float | None, soft: float | None) -> float:
     if score is None:
         return float("nan")
     return 1.0 - score if soft is None else soft
+
+
+class Undescribed:
+    """Losses of answers of which the LM's distribution says nothing, where it says something of others.
+
+    ``1 - score`` alone is on another scale: a right label that the metric refuses would cost more than a near miss. So
+    what a distribution adds to it is taken to be what it added so far, on average, where the metric said the like
+    (right or wrong); before that, nothing.
+    """
+
+    def __init__(self) -> None:
+        self.sums = [0.0, 0.0]
+        self.counts = [0, 0]
+
+    def note(self, score: float | None, soft: float | None) -> None:
+        """An answer and its loss by distribution; nothing is learned where either is missing."""
+        if score is not None and soft is not None:
+            side = score >= RIGHT_SCORE
+            self.sums[side] += soft - (1.0 - score)
+            self.counts[side] += 1
+
+    def loss(self, score: float | None, soft: float | None) -> float:
+        """``loss_of`` on one scale."""
+        side = score is not None and score >= RIGHT_SCORE
+        if score is None or soft is not None or not self.counts[side]:
+            return loss_of(score, soft)
+        return 1.0 - score + self.sums[side] / self.counts[side]
 
 
 def cross_entropy_loss(cross_entropy: float | None) -> float | None:

@@ -37,6 +37,11 @@ class LateArms:
         self.said: tuple[int, ...] = ()
         self._has_closed = self.open != self._layout.sizes
 
+    @property
+    def are_awaited(self) -> bool:
+        """Whether nothing has joined yet that may."""
+        return self._has_closed and not self.said
+
     def take(self, event: ArmsJoined, phase: str) -> list[Instruction]:
         """The server's part: nothing moves, but requests from now on say what has joined."""
         now = self.check("the event ArmsJoined", event.open)

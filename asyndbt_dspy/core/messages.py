@@ -26,7 +26,7 @@ from asyndbt_dspy.core.simplex import FloatArray
 from asyndbt_dspy.core.space import Candidate
 from asyndbt_dspy.errors import ProtocolError
 
-FORMAT = 4
+FORMAT = 5
 """Version of the codec. A decoder reads its own and older formats; what an older one can say is still said in it."""
 
 
@@ -75,7 +75,7 @@ class StepReply:
         effects: This worker's factor over shared arms, shape ``[2, shared]``.
         nominations: Candidates proposed for the race. Only shared arms.
         calls: Rollouts paid for in this step.
-        missing: Rollouts that failed for reasons outside the program.
+        missing: Rollouts that failed for reasons outside the program; skipped ones did not.
         loss: Mean loss of the step's rollouts, NaN if all are missing.
     """
 
@@ -190,11 +190,13 @@ class Outcome:
         score: The metric.
         cross_entropy: ``-ln P(right answer)`` in nats where the LM reported a distribution.
         margin: ``ln P(right answer) - ln P(best other answer)`` in nats, likewise; above 0 where the answer is right.
+        skipped: It was not made, because it would tell nothing (the candidate shows the example): nothing failed.
     """
 
     score: float | None
     cross_entropy: float | None = None
     margin: float | None = None
+    skipped: bool = field(default=False, metadata={"since": 5})
 
 
 @dataclass(frozen=True)
@@ -281,7 +283,16 @@ def encode(message: Any) -> Any:
     Dataclasses become ``{"type": …, …}``, arrays ``{"array": …, "shape": …}``, tuples lists, and numbers that are not
     finite ``{"float": "nan"}``. A field that came with a later format is left out while it holds its default.
     """
-    return {"format": max(map(_since, _said(message))), **_encode(message)}
+    return {"format": _format(message), **_encode(message)}
+
+
+def _format(value: Any) -> int:
+    """The oldest format that can say all of ``value``."""
+    if isinstance(value, tuple):
+        return max(map(_format, value), default=1)
+    if not dataclasses.is_dataclass(value):
+        return 1
+    return max(max(_since(one), _format(getattr(value, one.name))) for one in _said(value))
 
 
 def _said(message: Any) -> list[dataclasses.Field[Any]]:

@@ -29,8 +29,8 @@ _NOMINATED = 3
 class PosteriorPolicy:
     """Draws demos by Thompson sampling and reads the gradient off the posterior, for every arm at once.
 
-    The model is additive, so the mixed derivative of its lower-level loss by q is zero: with ``hypergradient`` its
-    planes carry no q-part.
+    The model is additive, so the mixed derivative of its lower-level loss by q is zero: planes have no q-part
+    (``hypergradient`` is refused).
     """
 
     def __init__(self, spaces: WorkerSpace, config: AlgorithmConfig, examples: int) -> None:

@@ -307,27 +307,32 @@ class RaceState:
         self.quota, self._quota_left = {}, 0
         self._open_heat()
 
-    def _value(self, result: Result) -> float:
-        score, soft = result
-        if score is None:
-            return math.nan
+    def _gain(self, own: Result, students: Result) -> float:
+        """Difference of race values. What the LM's distribution says counts where it is known of both: of one alone, two
+        scales would be compared, and a right label that the metric refuses would be worse than a near miss.
+        """
+        (score, soft), (base, base_soft) = own, students
+        if score is None or base is None or soft is None or base_soft is None:
+            return _score_gain(own, students)
         weight = self.config.race_soft
-        return score if soft is None else (1.0 - weight) * score + weight * soft
+        return ((1.0 - weight) * score + weight * soft) - ((1.0 - weight) * base + weight * base_soft)
 
-    def _paired(self, number: int, value: Callable[[Result], float] | None = None) -> tuple[float, float]:
+    def _paired(
+        self, number: int, gain: Callable[[Result, Result], float] | None = None
+    ) -> tuple[float, float]:
         """Mean and standard error of the difference to the student, over examples that both answered.
 
-        ``value``: What of a result is compared; by default its race value.
+        ``gain``: What is compared of a pair of results; by default their race values.
         """
-        differences = self._differences(number, value or self._value)
+        differences = self._differences(number, gain or self._gain)
         if not len(differences):
             return -math.inf, math.inf
         return float(differences.mean()), standard_error(differences)
 
-    def _differences(self, number: int, value: Callable[[Result], float]) -> FloatArray:
+    def _differences(self, number: int, gain: Callable[[Result, Result], float]) -> FloatArray:
         own, students = self.results[number], self.results[0]
         # In one order: sums must not depend on which arrived first.
-        pairs = [value(own[place]) - value(students[place]) for place in sorted(own.keys() & students)]
+        pairs = [gain(own[place], students[place]) for place in sorted(own.keys() & students)]
         return np.array([pair for pair in pairs if math.isfinite(pair)])
 
     def winner(self) -> Candidate:
@@ -340,7 +345,7 @@ class RaceState:
         best, advantage = 0, 0.0
         for number in self.running[1:]:
             mean, error = self._paired(number)
-            pairs = len(self._differences(number, self._value))
+            pairs = len(self._differences(number, self._gain))
             needed = bar(self.config.accept_z, pairs) * error if self.config.accept_z else 0.0
             if mean > max(advantage, needed) and self._shows(number):
                 best, advantage = number, mean
@@ -348,7 +353,7 @@ class RaceState:
 
     def _shows(self, number: int) -> bool:
         """Whether a challenger is far enough ahead by the metric alone."""
-        mean, error = self._paired(number, _score)
+        mean, error = self._paired(number, _score_gain)
         least = min(self.config.accept_score_z, self.config.accept_z)
         return mean >= (least * error if least else 0.0)
 
@@ -382,8 +387,8 @@ def bar(accept_z: float, pairs: int) -> float:
     return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
 
 
-def _score(result: Result) -> float:
-    return math.nan if result[0] is None else result[0]
+def _score_gain(own: Result, students: Result) -> float:
+    return math.nan if own[0] is None or students[0] is None else own[0] - students[0]
 
 
 def standard_error(values: FloatArray) -> float:

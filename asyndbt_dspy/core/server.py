@@ -124,7 +124,7 @@ class ServerState:
         self.winner: Candidate = space.student
         self.arms = LateArms(space)
         self.staleness = [0] * count
-        self.distances = Distances(count, self.z, config.stale_step and config.keep_busy)
+        self.distances = Distances(count, self.z, self.layout, config.stale_step and config.keep_busy)
         self.paces, self.synchrony = Paces(count, config), Synchrony(config)
         self.roster = Roster(count, self.paces.fewest if config.keep_busy else config.minibatch)
         self.arrived: dict[int, StepReply] = {}
@@ -132,7 +132,7 @@ class ServerState:
         self.calls_spent = 0
         self.race_calls = kept_back(config, self.members, calls)
         self.calls_left = None if calls is None else calls - self.race_calls
-        self._calm, self._free_steps = 0, [0] * count
+        self._calm, self._free_steps, self._has_paid = 0, [0] * count, False
         self._rounds: BarrierRounds | None = None
         self._schedule = RefreshSchedule(config)
         self._least_step = min(self.step_calls(number) for number in range(count))
@@ -195,6 +195,7 @@ class ServerState:
 
     def _settle(self, reserved: int, calls: int) -> None:
         self.calls_spent += calls
+        self._has_paid |= calls > 0
         if self.calls_left is not None:
             self.calls_left += reserved - calls
 
@@ -241,8 +242,9 @@ class ServerState:
             return self._end_search(f"stationary: step norm {moved:.3g} <= {self.config.stationarity:g}")
         if self.version >= self.config.iterations:
             return self._end_search(f"{self.version} iterations done")
-        exhausted = all(self._free_steps[number] >= _FREE_STEPS for number in self._alive())
-        if exhausted and self.calls_left is not None:
+        # Without a number of calls a toy problem, which never pays, goes on, and who waits for arms that are to join.
+        may_end = self.calls_left is not None or (self._has_paid and not self.arms.are_awaited)
+        if may_end and all(self._free_steps[number] >= _FREE_STEPS for number in self._alive()):
             return self._end_search("nothing new to score: every draw is known already")
         if self._schedule.is_due(self.version, len(active), len(self._alive())) and self.layout.length:
             started = self._refresh_planes(active)

@@ -200,6 +200,10 @@ def check_scored(worker: str, rows: Sequence[Sequence[int]], event: Scored) -> N
             raise ProtocolError(
                 f"{sender} holds {one!r}; a score is a finite number, or None where it is missing"
             )
+        if one.skipped is not False and not (one.skipped is True and one.score is None):
+            raise ProtocolError(
+                f"{sender} holds skipped={one.skipped!r}; only what has no score can be skipped"
+            )
         if one.cross_entropy is not None and not (_is_finite(one.cross_entropy) and one.cross_entropy >= 0):
             raise ProtocolError(
                 f"{sender} holds cross-entropy {one.cross_entropy!r}; it must be finite and >= 0"

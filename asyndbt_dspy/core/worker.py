@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from asyndbt_dspy.core.config import AlgorithmConfig
-from asyndbt_dspy.core.estimators import cross_entropy_loss, loss_of, margin_loss, soft_score
+from asyndbt_dspy.core.estimators import Undescribed, cross_entropy_loss, margin_loss, soft_score
 from asyndbt_dspy.core.late_arms import LateArms
 from asyndbt_dspy.core.lower_level import worker_round
 from asyndbt_dspy.core.messages import (
@@ -111,6 +111,7 @@ class WorkerState:
         self.last_order: tuple[float, ...] = (0, -1, 0, 0)
         self.stopped = False
         self._adam = (Adam(spaces.lower.length), Adam(spaces.upper.length))
+        self._undescribed = Undescribed()
         self._pending: StepRequest | RoundRequest | RaceRequest | None = None
         self._batch: Batch | None = None
 
@@ -202,13 +203,14 @@ class WorkerState:
         return [Send(self._step_reply(request, batch, event))]
 
     def _losses(self, event: Scored) -> list[FloatArray]:
-        return [
-            np.array([loss_of(self._score(one), self._soft_loss(one)) for one in row])
-            for row in event.outcomes
-        ]
+        rows = [[(self._score(one), self._soft_loss(one)) for one in row] for row in event.outcomes]
+        for row in rows:
+            for score, soft in row:
+                self._undescribed.note(score, soft)
+        return [np.array([self._undescribed.loss(score, soft) for score, soft in row]) for row in rows]
 
     def _score(self, outcome: Outcome) -> float | None:
-        return 0.0 if outcome.score is None and self.config.missing_is_zero else outcome.score
+        return 0.0 if _failed(outcome) and self.config.missing_is_zero else outcome.score
 
     def _soft_loss(self, outcome: Outcome) -> float | None:
         """The loss by the LM's distribution, ``None`` where there is none."""
@@ -244,7 +246,7 @@ class WorkerState:
                 one for one in self.policy.nominate(self.arms.read(p), q) if shared(one.candidate)
             ),
             calls=event.calls,
-            missing=sum(one.score is None for row in event.outcomes for one in row),
+            missing=sum(_failed(one) for row in event.outcomes for one in row),
             loss=float(answered.mean()) if answered.size else float("nan"),
             repeat=request.repeat,
         )
@@ -279,3 +281,7 @@ class WorkerState:
     def snapshot(self) -> dict[str, Any]:
         """Plain data by which two states can be compared: equal states have equal snapshots."""
         return snapshot(self)
+
+
+def _failed(outcome: Outcome) -> bool:
+    return outcome.score is None and not outcome.skipped

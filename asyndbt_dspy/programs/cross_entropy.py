@@ -9,15 +9,12 @@ from typing import Any
 
 import dspy
 
+from asyndbt_dspy.core.estimators import RIGHT_SCORE
 from asyndbt_dspy.lms.distributions import Distribution, of_response
 from asyndbt_dspy.programs.labels import Enumeration, enumeration
 
 MAX_CROSS_ENTROPY = 10.0
 """In nats. One hopeless example must not outweigh a whole minibatch."""
-
-RIGHT_SCORE = 0.5
-"""A score of at least this says that the metric takes the answer for right."""
-
 
 MAX_MARGIN = 10.0
 """In nats, either way."""

@@ -96,7 +96,7 @@ _REFUSALS = 5
 worker aside; without a bound a shard of nothing else would be asked for ever."""
 
 
-_SHARED_FIELDS = tuple(one.name for one in fields(Outcome))
+_SHARED_FIELDS = tuple(one.name for one in fields(Outcome) if one.name != "skipped")
 """What the algorithm sees of a rollout has the same names there."""
 
 
@@ -264,7 +264,7 @@ class ProgramEvaluator:
             and not held_out
             and number in self.programs.shown_examples(candidate, worker)
         ):
-            return Outcome(None)  # copying a demo's answer would look like skill
+            return Outcome(None, skipped=True)  # copying a demo's answer would look like skill
         example = (part.held_out if held_out else part.estimate)[number]
         program = self.programs.build(candidate)
         name = self._name(worker, program, example)

@@ -116,6 +116,7 @@ def _spoilt(name: str, value: Any, is_request: bool) -> list[Any]:
             Outcome(1.0, -0.1),
             Outcome(1.0, float("nan")),
             Outcome(1.0, 0.1, float("nan")),
+            Outcome(1.0, skipped=True),
         )
         return [None, value[:-1], (*value, ()), *(_filled(value, one) for one in bad)]
     return [None, "x", (*value, None), (*value, -1)] if isinstance(value, tuple) else []

@@ -53,6 +53,7 @@ def config(active_workers: int, max_staleness: int, hypergradient: bool) -> Algo
         plane_period=10,
         plane_iterations=ITERATIONS,
         plane_drop=1e-3,
+        policy="score_function",
         hypergradient=hypergradient,
         buffered_lower=True,
         rekey_planes=True,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from asyndbt_dspy.core import estimators
+from asyndbt_dspy.core.config import DEFAULT
+from asyndbt_dspy.core.messages import Evaluate, Outcome, Scored, Send, StepReply, StepRequest
 from asyndbt_dspy.core.simplex import Layout
+from asyndbt_dspy.testing.toys import small_machines
 
 
 def expectation(layout: Layout, probabilities: np.ndarray, loss: np.ndarray, draws: int = 2) -> np.ndarray:
@@ -178,3 +183,48 @@ def test_clipping_and_centring() -> None:
     assert estimators.clip_norm(np.array([3.0, 4.0]), 5.0).tolist() == [3.0, 4.0]
     centred = estimators.centre_blocks(Layout((2,)), np.array([1.0, 3.0]), np.array([0.25, 0.75]))
     assert centred.tolist() == [-1.5, 0.5]
+
+
+def test_answers_without_a_distribution_are_on_the_scale_of_those_with_one() -> None:
+    losses = estimators.Undescribed()
+    assert losses.loss(0.0, None) == 1.0, "of nothing is known yet"
+    near, far = estimators.margin_loss(-0.1, 0.0), estimators.margin_loss(-3.0, 0.0)
+    sure = estimators.margin_loss(2.0, 1.0)
+    for score, soft in ((0.0, near), (0.0, far), (1.0, sure), (0.0, None), (None, None)):
+        losses.note(score, soft)
+    assert losses.loss(0.0, None) == pytest.approx((near + far) / 2), "like the other wrong answers"
+    assert losses.loss(1.0, None) == pytest.approx(sure)
+    assert losses.loss(0.0, near) == near
+    assert np.isnan(losses.loss(None, None))
+
+
+def step(first: Outcome, others: Outcome, **changes: Any) -> StepReply:
+    """A worker's answer to its first request, where the first outcome of each draw differs from the others."""
+    config = dataclasses.replace(DEFAULT, share_effects=False, **changes)
+    (state,) = small_machines(config, workers=1, use_distributions=True)[1]
+    lower, upper = state.spaces.lower, state.spaces.upper
+    none, none_upper = np.zeros(lower.length), np.zeros(upper.length)
+    (task,) = state.receive(StepRequest("w0", 0, lower.uniform(), none, none, none_upper, np.zeros((2, 0))))
+    assert isinstance(task, Evaluate)
+    rows = tuple((first, *(others for _ in row[1:])) for row in task.examples)
+    (answer,) = state.receive(Scored("w0", task.task, rows, 0))
+    assert isinstance(answer, Send)
+    assert isinstance(answer.message, StepReply)
+    return answer.message
+
+
+def test_a_worker_takes_a_right_label_that_the_metric_refuses_for_no_worse_than_a_near_miss() -> None:
+    """Its LM tells nothing of such an answer (``programs.cross_entropy``); without any distribution it loses 1."""
+    refused, near = Outcome(0.0), Outcome(0.0, 0.7, -0.1)
+    assert step(refused, near).loss == pytest.approx(estimators.margin_loss(-0.1, 0.0))
+    assert step(refused, Outcome(0.0)).loss == 1.0
+
+
+def test_what_was_skipped_is_no_failure() -> None:
+    """A candidate is not scored on an example that it shows."""
+    skipped, failed = Outcome(None, skipped=True), Outcome(None)
+    for is_zero, loss in ((False, 0.0), (True, 1 / 6)):
+        answer = step(failed, Outcome(1.0), missing_is_zero=is_zero)
+        assert (answer.missing, answer.loss) == (DEFAULT.draws, pytest.approx(loss))
+        answer = step(skipped, Outcome(1.0), missing_is_zero=is_zero)
+        assert (answer.missing, answer.loss) == (0, 0.0)

@@ -10,16 +10,18 @@ import statistics
 import numpy as np
 import pytest
 
-from asyndbt_dspy.core.config import DEFAULT, AlgorithmConfig
+from asyndbt_dspy.core.config import DEFAULT, AlgorithmConfig, resolve
 from asyndbt_dspy.core.lateness import Distances
 from asyndbt_dspy.core.messages import Evaluate, Outcome, Scored, Send, StepReply, StepRequest
 from asyndbt_dspy.core.server import ServerState
+from asyndbt_dspy.core.simplex import Layout
 from asyndbt_dspy.core.snapshots import snapshot
 from asyndbt_dspy.engines.simulated import SimulatedEngine, lognormal_delays
 from asyndbt_dspy.simulation.stragglers import Case, run_case
 from asyndbt_dspy.testing.toys import AnchoredPolicy, NothingToScore, step_reply, toy_machines
 
 EVEN = np.array([0.5, 0.5])
+PAIR = Layout((2,))
 SINGLE = AlgorithmConfig(
     active_workers=1,
     keep_busy=True,
@@ -67,7 +69,7 @@ def after_three_answers_of_the_fast_one(config: AlgorithmConfig) -> ServerState:
 
 
 def test_a_worker_counts_with_how_far_from_z_it_wants_to_be() -> None:
-    distances = Distances(2, EVEN)
+    distances = Distances(2, EVEN, PAIR)
     points, z = np.array([[0.5, 0.5], [0.3, 0.7]]), np.array([0.9, 0.1])
     distances.hand_out(0, z)
     distances.take_back(0)
@@ -79,7 +81,7 @@ def test_a_worker_counts_with_how_far_from_z_it_wants_to_be() -> None:
     assert distances.points(points, z, rows, 1) == pytest.approx(np.array([[0.7, 0.3], [0.8, 0.2]]))
     assert distances.points(points, z, rows, 9) == pytest.approx(np.array([[0.5, 0.5], [0.7, 0.3]]))
     assert distances.points(points, z, rows[1:], 1) == pytest.approx(np.array([[0.7, 0.3]]))
-    assert Distances(2, EVEN, count_so=False).points(points, z, rows, 1).tolist() == points.tolist()
+    assert Distances(2, EVEN, PAIR, count_so=False).points(points, z, rows, 1).tolist() == points.tolist()
 
 
 def test_old_points_do_not_hold_back_the_consensus() -> None:
@@ -172,6 +174,55 @@ def test_a_slow_worker_that_wants_something_else_has_its_full_say(active: int) -
     asyncio.run(SimulatedEngine(delays).run(server, workers, NothingToScore()))
     # Two thirds of the workers want .9 and one .1: the mean is .633, whoever is fast.
     assert server.z[0] == pytest.approx(0.633, abs=0.03)
+
+
+@pytest.mark.parametrize(("fast", "slow"), [(1, 1), (1, 2), (1, 4), (2, 4), (1, 9)])
+def test_what_slow_workers_said_of_an_old_z_does_not_throw_it_about(fast: int, slow: int) -> None:
+    """Workers know what they want, .6 or .2, and some are twenty times slower: z is the mean, and stays there."""
+    config = dataclasses.replace(DEFAULT, **CALM, iterations=400)
+    count = fast + slow
+    server, _ = toy_machines([AnchoredPolicy(EVEN)] * count, resolve(config, count, "auto", None))
+    random = np.random.default_rng(0)
+    under_way: list[tuple[float, StepRequest]] = []
+    seen: list[float] = []
+
+    def begin(now: float, instructions: list[object]) -> None:
+        for name, asked in requests(instructions).items():
+            takes = 1.0 if int(name[1:]) < fast else 20.0
+            under_way.append((now + takes * (1.0 + 0.05 * random.random()), asked))
+
+    begin(0.0, list(server.start()))
+    while server.phase == "search":
+        now, asked = min(under_way, key=lambda one: one[0])
+        under_way.remove((now, asked))
+        wants = 0.6 if int(asked.worker[1:]) < fast else 0.2
+        reply = step_reply(asked, np.array([wants, 1.0 - wants]))
+        begin(now, list(server.receive(dataclasses.replace(reply, calls=1, repeat=asked.repeat))))
+        seen.append(server.z[0])
+    later = np.array(seen[len(seen) // 2 :])
+    mean = (0.6 * fast + 0.2 * slow) / count
+    assert np.abs(later - mean).max() < 0.04
+    assert later.mean() == pytest.approx(mean, abs=0.01)
+
+
+def test_a_word_counts_in_full_once_and_then_as_far_as_its_point() -> None:
+    """In each block for itself; a distance of nothing stays nothing."""
+    distances, rows = Distances(3, np.tile(EVEN, 2), Layout((2, 2))), np.arange(3)
+    p = np.array([[0.9, 0.1, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5], [0.1, 0.9, 0.9, 0.1]])
+    z = np.array([0.8, 0.2, 0.3, 0.7])
+    for number in rows:
+        distances.take_in(number)
+    full = z + (p - 0.5) * 2 / 3
+    np.testing.assert_allclose(distances.points(p, z, rows, 2), full)
+    # Of two thirds, one is left. z is .1 short of .9, beyond .5 and .7 beyond .1 in the first block, .6 short of .9 in the second.
+    moved = (
+        np.array([[0.4 + 0.1, -0.4 - 0.1, 0, 0], [0] * 4, [-0.4 - 0.4, 0.4 + 0.4, 0.4 + 0.4, -0.4 - 0.4]]) / 3
+    )
+    np.testing.assert_allclose(distances.points(p, z, rows, 2) - z, moved, atol=1e-12)
+    beyond = np.array([0.95, 0.05, 0.95, 0.05])
+    assert distances.points(p, beyond, rows, 3)[0].tolist() == beyond.tolist(), "it says nothing more there"
+    distances.take_in(0)
+    np.testing.assert_allclose(distances.points(p, beyond, rows, 3)[0], beyond + np.array([0.4, -0.4, 0, 0]))
 
 
 def test_the_target_is_reached_sooner_with_a_slow_worker() -> None:

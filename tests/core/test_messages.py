@@ -29,7 +29,7 @@ vectors = hnp.arrays(np.float64, st.integers(0, 5))
 matrices = hnp.arrays(np.float64, st.tuples(st.integers(0, 3), st.integers(0, 3)))
 nominations = st.lists(st.builds(Nomination, arms, reals, reals, numbers), max_size=3).map(tuple)
 scores = st.lists(st.lists(st.none() | reals, max_size=3).map(tuple), max_size=3).map(tuple)
-outcomes = st.builds(messages.Outcome, st.none() | reals, st.none() | reals)
+outcomes = st.builds(messages.Outcome, st.none() | reals, st.none() | reals, st.none() | reals, st.booleans())
 
 MESSAGES = {
     "StepRequest": st.builds(
@@ -115,6 +115,7 @@ def test_every_message_survives_strict_json(kind: str, data: st.DataObject) -> N
     oldest = 2 if getattr(message, "repeat", 0) else 1
     oldest = 3 if getattr(message, "minibatch", 0) else oldest
     oldest = 4 if isinstance(message, messages.ArmsJoined) or getattr(message, "open", ()) else oldest
+    oldest = 5 if any(one.skipped for row in getattr(message, "outcomes", ()) for one in row) else oldest
     assert json.loads(text)["format"] == oldest
     assert same(decode(json.loads(text)), message)
 
@@ -156,6 +157,14 @@ def test_a_message_of_format_4_stays_readable() -> None:
     entry = {"format": 4, "type": "ArmsJoined", "open": [6, 1]}
     assert decode(entry) == messages.ArmsJoined((6, 1))
     assert encode(messages.ArmsJoined((6, 1))) == entry
+
+
+def test_a_message_of_format_5_stays_readable() -> None:
+    skipped = {"type": "Outcome", "score": None, "cross_entropy": None, "margin": None, "skipped": True}
+    entry = {"format": 5, "type": "Scored", "worker": "w0", "task": 3, "outcomes": [[skipped]], "calls": 0}
+    message = messages.Scored("w0", 3, ((messages.Outcome(None, skipped=True),),), 0)
+    assert decode(entry) == message
+    assert encode(message) == entry
 
 
 GOOD = {"format": 1, "type": "Stop", "worker": "w0"}

@@ -16,7 +16,7 @@ HOLDINGS = {"a": 12, "b": 8, "c": 4}
 
 def winner(
     score: Callable[[tuple[int, ...], str, int], float],
-    soft: Callable[[tuple[int, ...]], float | None],
+    soft: Callable[[tuple[int, ...], str, int], float | None],
     *,
     race_soft: float,
     accept_z: float,
@@ -36,17 +36,20 @@ def winner(
 def _reply(
     request: RaceRequest,
     score: Callable[[tuple[int, ...], str, int], float],
-    soft: Callable[[tuple[int, ...]], float | None],
+    soft: Callable[[tuple[int, ...], str, int], float | None],
 ) -> RaceReply:
-    rows = tuple(
-        tuple(score(one, request.worker, example) for example in request.examples)
-        for one in request.candidates
+    rows, soft_rows = (
+        tuple(
+            tuple(value(one, request.worker, example) for example in request.examples)
+            for one in request.candidates
+        )
+        for value in (score, soft)
     )
-    soft_rows = tuple((soft(one),) * len(request.examples) for one in request.candidates)
     return RaceReply(request.worker, request.unit, rows, soft_rows, sum(map(len, rows)))
 
 
-def surer(candidate: tuple[int, ...]) -> float:
+def surer(candidate: tuple[int, ...], worker: str, example: int) -> float:
+    del worker, example
     return 0.9 if candidate == OTHER else 0.6
 
 
@@ -109,8 +112,25 @@ def test_where_no_certainty_is_reported_the_bar_of_the_metric_says_nothing() -> 
     def score(candidate: tuple[int, ...], worker: str, example: int) -> float:
         return float(candidate == OTHER or worker != "a" or example >= 8)
 
-    def unknown(candidate: tuple[int, ...]) -> None:
-        del candidate
+    def unknown(*_: object) -> None:
+        return None
 
     for accept_score_z in (0.0, 0.5, 2.0):
         assert winner(score, unknown, race_soft=0.6, accept_z=2.0, accept_score_z=accept_score_z) == OTHER
+
+
+def test_certainty_that_is_known_of_one_answer_alone_is_compared_with_nothing() -> None:
+    """The metric refuses two thirds of the right labels, for their length say: no certainty is reported of these."""
+
+    def score(candidate: tuple[int, ...], worker: str, example: int) -> float:
+        del worker
+        return float(candidate == OTHER and example % 3 == 0)
+
+    def soft(candidate: tuple[int, ...], worker: str, example: int) -> float | None:
+        if candidate == STUDENT:
+            return 0.5  # a near miss
+        return 0.9 if score(candidate, worker, example) else None
+
+    constants = {"accept_z": 2.0, "accept_score_z": 0.5}
+    assert winner(score, soft, race_soft=0.0, **constants) == OTHER
+    assert winner(score, soft, race_soft=0.6, **constants) == OTHER

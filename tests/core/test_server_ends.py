@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from asyndbt_dspy.core.config import DEFAULT, PAPER, AlgorithmConfig
-from asyndbt_dspy.core.messages import StopSearch
+from asyndbt_dspy.core.messages import ArmsJoined, StopSearch
 from asyndbt_dspy.core.server import ServerState
 from asyndbt_dspy.core.space import Space
 from asyndbt_dspy.engines.simulated import SimulatedEngine, work_delays
@@ -149,6 +149,41 @@ def test_a_search_that_scores_nothing_new_ends() -> None:
     assert "nothing new to score" in server.finish_reason
 
 
+def _free_from_the_third_answer_on(space: Space) -> Network:
+    """A run that counts no calls, and in which all that may be drawn is known after three of them."""
+    server, workers = small_machines(
+        dataclasses.replace(DEFAULT, iterations=100_000), calls=None, space=space
+    )
+    table = TableEvaluator(additive_score)
+    net = Network(server, workers, table)
+    for number in range(1_000):
+        if net.finished:
+            break
+        table.cached = number >= 3
+        net.deliver(0)
+    return net
+
+
+def test_so_does_one_that_time_alone_would_end() -> None:
+    net = _free_from_the_third_answer_on(small_space(3))
+    assert net.finished
+    assert "nothing new to score" in net.server.finish_reason
+    assert 0 < net.server.calls_spent < 100
+
+
+def test_but_not_while_arms_are_to_join() -> None:
+    space = small_space(3)
+    late = Space((dataclasses.replace(space.blocks[0], late=1), *space.blocks[1:]))
+    net = _free_from_the_third_answer_on(late)
+    assert not net.finished
+    net.server.receive(ArmsJoined((4,)))
+    for _ in range(100):
+        if net.finished:
+            break
+        net.deliver(0)
+    assert "nothing new to score" in net.server.finish_reason
+
+
 def test_pending_tells_what_a_worker_has_in_hand() -> None:
     net = Network(*small_machines(DEFAULT), TableEvaluator(additive_score))
     assert net.workers["w0"].pending is None
@@ -156,10 +191,13 @@ def test_pending_tells_what_a_worker_has_in_hand() -> None:
     assert net.workers["w0"].pending is parcel.event
 
 
-def test_an_additive_model_has_planes_without_a_q_part() -> None:
-    server = play(
-        dataclasses.replace(DEFAULT, hypergradient=True, race=False, iterations=12, plane_tolerance=1e-3)
-    )
+def test_a_policy_without_a_mixed_derivative_has_planes_without_a_q_part() -> None:
+    config = dataclasses.replace(
+        DEFAULT, policy="score_function", hypergradient=True, race=False, iterations=12,
+        plane_tolerance=1e-3, share_effects=False,
+    )  # fmt: skip
+    server, workers = toy_machines([AnchoredPolicy(np.array([one, 1.0 - one])) for one in (0.9, 0.2)], config)
+    asyncio.run(SimulatedEngine(work_delays()).run(server, workers, NothingToScore()))
     assert server.planes
     assert server.q.size
     assert not any(plane.d.any() for plane in server.planes)

@@ -38,6 +38,11 @@ def test_constants_survive_json(preset: str) -> None:
         ({"floor": 1.0}, r"floor=1.0 must be in \[0, 1\)"),
         ({"effect_trust": 1.1}, r"effect_trust=1.1 must be in \[0, 1\]"),
         ({"policy": "score_function", "draws": 1, "example_baseline": False}, "draws=1 must be >= 2"),
+        ({"hypergradient": True}, "policy='posterior' must be 'score_function' with hypergradient"),
+        (
+            {"hypergradient": True, "policy": "score_function", "buffered_lower": False},
+            "buffered_lower=False must be True with hypergradient",
+        ),
     ],
 )
 def test_constants_out_of_range_are_refused(changes: dict[str, Any], says: str) -> None:

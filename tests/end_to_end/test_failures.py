@@ -14,7 +14,7 @@ import kit
 import pytest
 
 from asyndbt_dspy import AsynDBT, Budget, ConfigurationError, NoLiveWorkersError, Worker
-from asyndbt_dspy.core.messages import Scored
+from asyndbt_dspy.core.messages import Scored, StepReply
 
 TRAIN = kit.examples(60)
 UNREACHABLE = {
@@ -118,6 +118,21 @@ def test_missing_as_zero_is_a_switch_that_lowers_the_scores() -> None:
         optimizer.compile(student, trainset=TRAIN)
     assert max(record.loss for record in optimizer.result.curve) > 0.3
     assert not any(record.loss is None for record in optimizer.result.curve)
+
+
+def test_what_a_candidate_shows_is_skipped_and_counts_as_no_failure() -> None:
+    """Shards so small that demos are examples of the estimates too."""
+    workers = [
+        Worker(name, kit.examples(11, start), valset=kit.examples(9, start + 50))
+        for name, start in (("a", 0), ("b", 100))
+    ]
+    optimizer = kit.optimizer(mode="demos", workers=workers, config={"missing_is_zero": True})
+    with dspy.context(lm=kit.color_lm()):
+        optimizer.compile(dspy.Predict(kit.Sort))
+    assert any(one.skipped for one in outcomes(optimizer))
+    replies = [one.event for one in optimizer.recorded if isinstance(one.event, StepReply)]
+    assert replies
+    assert not any(one.missing for one in replies)
 
 
 @pytest.mark.parametrize("error", [dspy.lm15.RateLimitError, dspy.lm15.AuthError])

@@ -7,7 +7,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import dspy
 import kit
@@ -172,3 +172,39 @@ def test_a_cache_that_hides_the_noise_is_said(caplog: pytest.LogCaptureFixture) 
     with dspy.context(lm=lm):
         optimizer.compile(dspy.Predict(kit.Sort), trainset=kit.examples(40))
     assert sum("cache=False" in one.getMessage() for one in caplog.records) == 2
+
+
+def right_more_often_and_less_sure(messages: list[dict[str, str]]) -> tuple[str, dict[str, dict[str, float]]]:
+    """Without the magic sentence sure of what is right and nearly right elsewhere; with it right, but hardly surer than that."""
+    number = kit.number_in(messages)
+    toss = number * 7919 % 100 / 100
+    with_it, without = (0.05 if toss < 0.9 else -3.0), (3.0 if toss < 0.45 else -0.1)
+    margin = with_it if kit.MAGIC in messages[0]["content"] else without
+    right = kit.right_label(number)
+    best, last = (one for one in kit.LABELS if one != right)
+    whole = math.exp(margin) + 1.01
+    shares = {right: math.exp(margin) / whole, best: 1.0 / whole, last: 0.01 / whole}
+    return kit.answer(messages, label=max(shares, key=lambda one: shares[one])), {"label": shares}
+
+
+@pytest.mark.parametrize(("loss", "winner"), [("auto", "student"), ("metric", "candidate 1")])
+def test_with_the_metric_as_loss_the_race_counts_the_metric_alone(
+    loss: Literal["auto", "metric"], winner: str
+) -> None:
+    student = dspy.Predict(kit.Sort)
+    optimizer = kit.optimizer(
+        loss=loss,
+        mode="instructions",
+        instructions=kit.texts_for(student, kit.MAGIC),
+        budget=Budget(metric_calls=300),
+    )
+    with dspy.context(lm=kit.make_lm(right_more_often_and_less_sure), adapter=dspy.JSONAdapter()):
+        optimizer.compile(student, trainset=kit.examples(72))
+    assert optimizer.result.winner == winner
+    student_row, other = optimizer.result.candidates
+    if loss == "metric":
+        assert other.advantage == pytest.approx(other.score - student_row.score)
+
+
+def test_a_constant_of_ones_own_goes_before_what_the_loss_implies() -> None:
+    assert kit.optimizer(loss="metric", config={"race_soft": 0.3}).config.race_soft == 0.3
