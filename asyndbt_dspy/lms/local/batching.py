@@ -65,13 +65,20 @@ class Scheduler:
         with self._condition:
             if self._closed:
                 raise ServerError("the local engine is closed; make a new one with local_lm(...)")
-            self._arrived.append(job)
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._serve, name="asyndbt-local-lm", daemon=True)
-                self._thread.start()
-                # A daemon thread inside torch when the interpreter ends aborts the process.
-                atexit.register(_close_at_exit, weakref.ref(self))
-            self._condition.notify()
+            if not job.answer.done:
+                self._enqueue(job)
+                return
+        # The schema left nothing to choose: there is nothing to ask the model.
+        finish(job, None)
+
+    def _enqueue(self, job: Job) -> None:
+        self._arrived.append(job)
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._serve, name="asyndbt-local-lm", daemon=True)
+            self._thread.start()
+            # A daemon thread inside torch when the interpreter ends aborts the process.
+            atexit.register(_close_at_exit, weakref.ref(self))
+        self._condition.notify()
 
     def cancel(self, job: Job) -> None:
         """Give up a job; it leaves before the next pass."""
@@ -121,11 +128,12 @@ class Scheduler:
             jobs = self._arrived + [job for queue in self._waiting.values() for job in queue] + self._running
             self._arrived, self._running = [], []
             self._waiting.clear()
+            # Before a new request can start the next thread: the state would be taken from under its feet.
+            self.cache.clear()
+            self._row_owner.clear()
+            self._slots.clear()
             if threading.current_thread() is self._thread:
                 self._thread = None
-        self.cache.clear()
-        self._slots.clear()
-        self._row_owner.clear()
         for job in jobs:
             finish(job, error)
 
@@ -181,9 +189,10 @@ class Scheduler:
                 self._waiting.move_to_end(caller)
             else:
                 del self._waiting[caller]
-            expected += self._begin(job)
+            # Before anything that can fail: a job that is in no list would never be settled.
             self._running.append(job)
             pending.append(job)
+            expected += self._begin(job)
         planned = PromptBudget(budget)
         for job in pending:
             if not self._plan_prompt(job, items, planned):
