@@ -20,9 +20,12 @@ from asyndbt_dspy.lms.local.prompts import PromptEncoder
 from asyndbt_dspy.lms.local.sampling import Sampler
 from asyndbt_dspy.lms.local.token_tree import LabelTrie, build_trie, label_log_probabilities
 
-# Tokens kept back, per free part still to come, for closing a constrained answer before max_tokens cuts it.
+# Tokens kept back, per free part still to come, for closing a constrained answer before max_tokens cuts it; more
+# where the forced text after the part is long, which then leaves this many for the part itself.
 CLOSING_TOKENS = 8
-CLOSING_TEXTS = ('"', '"}', "}", "]", '"]', "0", "null", "true", ",", ":", '":', ' "')
+CLOSING_PART_TOKENS = 4
+# What leaves a part comes before what makes it longer: a digit may always follow a digit.
+CLOSING_TEXTS = ('"', '"}', "}", "]", '"]', ",", ":", '":', "0", "null", "true", ' "')
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class GrammarStep:
     """A free part; `matcher` stands at its beginning and is copied for each answer."""
 
     matcher: Any
+    closing_tokens: int
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,13 @@ class CompiledAnswer:
 
     def closing_reserve(self, first: int) -> int:
         """Tokens that steps `first`... need at least."""
-        reserve = 0
-        for step in self.steps[first:]:
-            reserve += max(map(len, step.tokens)) if isinstance(step, LabelStep) else CLOSING_TOKENS
-        return reserve
+        return sum(map(_least_tokens, self.steps[first:]))
+
+
+def _least_tokens(step: LabelStep | GrammarStep | TextStep) -> int:
+    if isinstance(step, LabelStep):
+        return max(map(len, step.tokens))
+    return step.closing_tokens if isinstance(step, GrammarStep) else 1
 
 
 def compile_answer(plan: AnswerPlan, encoder: PromptEncoder, grammars: GrammarFactory) -> CompiledAnswer:
@@ -83,7 +90,9 @@ def compile_answer(plan: AnswerPlan, encoder: PromptEncoder, grammars: GrammarFa
         if isinstance(segment, Choice):
             steps.append(_label_step(segment, _take_forced(segments), encoder))
         elif isinstance(segment, Free):
-            steps.append(GrammarStep(grammars.compile(segment)))
+            after = len(encoder.encode_text(segment.after))
+            closing = max(CLOSING_TOKENS, CLOSING_PART_TOKENS + after)
+            steps.append(GrammarStep(grammars.compile(segment), closing))
         elif isinstance(segment, Unconstrained):
             steps.append(TextStep())
     return CompiledAnswer(lead, tuple(encoder.encode_text(lead)) if lead else (), tuple(steps))
