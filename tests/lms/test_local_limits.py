@@ -9,7 +9,10 @@ from typing import Any
 import dspy
 import numpy as np
 import pytest
-from local_tiny import object_format, request, tiny_lm
+import torch
+from dspy.utils.exceptions import ContextWindowExceededError
+from local_tiny import object_format, request, scheduler_of, tiny_lm, tiny_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +57,58 @@ def test_a_value_in_progress_is_closed_as_it_is(
     assert "00" not in job.answer.text
     assert job.answer.finish_reason == "length"
     assert job.answer.output_tokens <= max_tokens
+
+
+def learned_positions() -> Any:
+    """A model that has no position past its context: to go on there is an error in the middle of a pass."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 258, "n_positions": 128, "n_embd": 48, "n_layer": 2, "n_head": 4}
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=256, eos_token_id=257)).eval()
+
+
+LABEL = {"type": "string", "enum": ["alphaalphaalpha", "betabetabetabeta"]}
+
+
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize(
+    "fields", [{"label": LABEL}, {"reason": {"type": "string"}, "label": LABEL, "n": {"type": "integer"}}]
+)
+def test_no_answer_goes_past_the_context(fields: dict[str, Any], learned: bool) -> None:
+    model = learned_positions() if learned else tiny_model(context=128)
+    lm = tiny_lm(model=model, fused=not learned, num_retries=0)
+    refused = []
+    for length in range(12, 110, 3):
+        asked = request(
+            "x" * length, response_format=object_format(**fields), temperature=1.0, seed=length, top_p=0.9
+        )
+        try:
+            response = lm(asked)
+        except ContextWindowExceededError:
+            refused.append(length)
+            continue
+        assert not refused, "a longer prompt leaves less room"
+        assert set(json.loads(response.text)) == set(fields)
+        assert response.usage.total_tokens <= 128
+    assert 12 < refused[0] < 90
+    lm.engine.close()
+
+
+def test_an_answer_that_outgrows_its_reserve_ends_at_the_context() -> None:
+    lm = tiny_lm(model=learned_positions(), fused=False, num_retries=0)
+    nested: dict[str, Any] = {"type": "integer"}
+    for name in ("first_long_name", "second_long_name", "third_long_name"):
+        nested = {
+            "type": "object",
+            "properties": {name: nested},
+            "required": [name],
+            "additionalProperties": False,
+        }
+    for length in range(40, 80):
+        form = object_format(n=nested, label=LABEL)
+        try:
+            response = lm(request("x" * length, response_format=form))
+        except ContextWindowExceededError:
+            break
+        assert response.usage.total_tokens <= 128 or response.finish_reason == "length"
+    assert scheduler_of(lm).passes > 0
+    lm.engine.close()

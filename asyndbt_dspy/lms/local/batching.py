@@ -338,6 +338,8 @@ class Scheduler:
                 guarded(job, partial(job.answer.take_labels, values[start:end]))
         if token_jobs:
             self._hand_out_tokens(token_jobs, logits, normalizers)
+        for _, job in asking:
+            self._end_at_context(job)
 
     def _hand_out_tokens(
         self, jobs: list[tuple[Job, int]], logits: torch.Tensor, normalizers: torch.Tensor
@@ -349,13 +351,13 @@ class Scheduler:
             else:
                 scores = (logits[row] - normalizers[row]).cpu().numpy()
                 guarded(job, partial(job.answer.take_token, scores))
-        limit = self._decoder.context_tokens
-        for job, _ in jobs:
-            used = (
-                job.tail_start + job.row_length + len(job.answer.ask().append) if not job.answer.done else 0
-            )
-            if used >= limit:
-                job.answer.done, job.answer.finish_reason = True, "length"
+
+    def _end_at_context(self, job: Job) -> None:
+        """End an answer whose next choice lies past what the model reads: there it may have no positions at all."""
+        if job.answer.done or job.error is not None:
+            return
+        if job.tail_start + job.row_length + job.answer.next_tokens > self._decoder.context_tokens:
+            job.answer.done, job.answer.finish_reason = True, "length"
 
     def _leave(self, job: Job) -> None:
         """Give back what a job holds."""

@@ -65,6 +65,11 @@ class CompiledAnswer:
         """Whether one pass decides the whole answer."""
         return len(self.steps) == 1 and isinstance(self.steps[0], LabelStep)
 
+    @property
+    def least_tokens(self) -> int:
+        """Tokens for which the context must have room, forced ones included."""
+        return len(self.lead_tokens) + self.closing_reserve(0)
+
     def closing_reserve(self, first: int) -> int:
         """Tokens that steps `first`... need at least."""
         return sum(map(_least_tokens, self.steps[first:]))
@@ -230,6 +235,14 @@ class AnswerDecoder:
             self._grow_part(token)
         else:
             self._grow_text(token)
+
+    @property
+    def next_tokens(self) -> int:
+        """Tokens up to the end of the next choice: what was forced since the last pass, then a token or a label."""
+        if self.done:
+            return len(self._append)
+        step = self.answer.steps[self._step]
+        return len(self._append) + (_least_tokens(step) if isinstance(step, LabelStep) else 1)
 
     @property
     def plain_greedy(self) -> bool:

@@ -100,7 +100,7 @@ class LocalCore:
         """Check and tokenize a request, and compile its answer; the job is not handed in yet.
 
         Raises:
-            ContextLengthError: The prompt does not fit.
+            ContextLengthError: The prompt does not fit, or leaves no room for the shortest answer.
             InvalidRequestError: The schema cannot be compiled.
             UnsupportedFeatureError: Tools, penalties, or content other than text.
         """
@@ -109,12 +109,7 @@ class LocalCore:
         prompt = self._encoder.encode(request)
         config = request.config
         answer = self._compiled(config.response_format, prompt.indented)
-        room = self.context_tokens - len(prompt.ids) - len(answer.lead_tokens)
-        if room < 1:
-            raise ContextLengthError(
-                f"the prompt has {len(prompt.ids)} tokens, but {self._name} reads at most {self.context_tokens} "
-                "tokens, the answer included; use fewer or shorter demos, or a model with a longer context"
-            )
+        room = self.context_tokens - len(prompt.ids)
         seed = config.seed
         if seed is None:
             seed = 0 if self._deterministic or not config.temperature else secrets.randbits(63)
@@ -132,6 +127,12 @@ class LocalCore:
             encode=self._encoder.encode_text,
             vocabulary=self._vocabulary,
         )
+        least = max(answer.least_tokens, decoder.next_tokens)
+        if room < least:
+            raise ContextLengthError(
+                f"the prompt has {len(prompt.ids)} tokens and its answer {least} or more, but {self._name} reads at "
+                f"most {self.context_tokens} tokens; use fewer or shorter demos, or a model with a longer context"
+            )
         future: Future[Job] = Future()
         # From here on only the scheduler settles it: a cancelled task gives up its job, not this future.
         future.set_running_or_notify_cancel()
