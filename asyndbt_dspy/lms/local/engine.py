@@ -7,6 +7,7 @@ import itertools
 import json
 import secrets
 import weakref
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from concurrent.futures import Future
 from threading import Lock
@@ -190,7 +191,7 @@ class LocalCore:
         return compiled
 
 
-class _EngineBase:
+class _EngineBase(ABC):
     supports_function_calling = False
     supports_reasoning = False
     supports_response_schema = True
@@ -209,6 +210,15 @@ class _EngineBase:
 
     def __copy__(self) -> Any:
         return self
+
+    def __reduce__(self) -> Any:
+        """As its settings: what reads a pickled LM shares the weights of an equal one, or loads them."""
+        return type(self).load_state, (self.dump_state(),)
+
+    @classmethod
+    @abstractmethod
+    def load_state(cls, state: dict[str, Any]) -> Any:
+        """An engine for what `dump_state` returned."""
 
     def dump_state(self) -> dict[str, Any]:
         """What `load_state` needs to make an equal engine: the arguments of `local_lm`."""

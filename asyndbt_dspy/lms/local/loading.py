@@ -27,7 +27,7 @@ def engines_for(
     max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
     prefix_cache_tokens: int = DEFAULT_PREFIX_CACHE_TOKENS,
 ) -> tuple[LocalEngine, AsyncLocalEngine]:
-    """The engine pair for these settings."""
+    """A new engine pair for these settings; `shared_engines` finds it for as long as it is alive."""
     _check_bounds(max_batch_tokens, prefix_cache_tokens)
     settings: dict[str, Any] = {
         "model": model,
@@ -48,26 +48,31 @@ def engines_for(
         max_batch_tokens=max_batch_tokens,
         prefix_cache_tokens=prefix_cache_tokens,
     )
+    with _registering:
+        _alive.setdefault(_key(settings), weakref.WeakSet()).add(core)
     return LocalEngine(core, settings), AsyncLocalEngine(core, settings)
 
 
-_loaded: weakref.WeakValueDictionary[str, LocalCore] = weakref.WeakValueDictionary()
+_alive: dict[str, weakref.WeakSet[LocalCore]] = {}
+_registering = Lock()
 _loading = Lock()
+
+
+def _key(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True)
 
 
 def shared_engines(state: dict[str, Any]) -> tuple[LocalEngine, AsyncLocalEngine]:
     """Engines for a saved state.
 
     DSPy loads the sync and the async engine of an LM, and the LM of every predictor, one by one: those of equal
-    state share one model for as long as any of them is alive.
+    state share one model with each other, and with the LM that was saved, for as long as any of them is alive.
     """
-    key = json.dumps(state, sort_keys=True)
     with _loading:
-        core = _loaded.get(key)
-        if core is None or core.closed:
-            engine, async_engine = engines_for(**state)
-            _loaded[key] = engine.core
-            return engine, async_engine
+        with _registering:
+            core = next((core for core in _alive.get(_key(state), ()) if not core.closed), None)
+        if core is None:
+            return engines_for(**state)
         return LocalEngine(core, state), AsyncLocalEngine(core, state)
 
 
@@ -83,6 +88,9 @@ def local_lm(
     **lm_options: Any,
 ) -> dspy.LM:
     """A local model as a `dspy.LM`.
+
+    Every call makes a new engine with weights of its own. Copies of the LM share them, and so do equal LMs that come
+    with a loaded or an unpickled program while it is alive; `lm.engine.close()` ends it for all of them.
 
     Args:
         model: `"smollm2-135m"` or `"gemma3-270m"` (weights from an installed package), a folder, a GGUF file or a
