@@ -34,7 +34,13 @@ from asyndbt_dspy.lms import distributions
 from asyndbt_dspy.lms.callers import current_caller
 from asyndbt_dspy.lms.local.answers import plan_answer
 from asyndbt_dspy.lms.local.batching import Scheduler
-from asyndbt_dspy.lms.local.decoding import AnswerDecoder, CompiledAnswer, TokenScore, compile_answer
+from asyndbt_dspy.lms.local.decoding import (
+    AnswerDecoder,
+    CompiledAnswer,
+    LabelStep,
+    TokenScore,
+    compile_answer,
+)
 from asyndbt_dspy.lms.local.grammar import GrammarFactory
 from asyndbt_dspy.lms.local.jobs import Job
 from asyndbt_dspy.lms.local.models import LoadedModel
@@ -103,13 +109,15 @@ class LocalCore:
         Raises:
             ContextLengthError: The prompt does not fit, or leaves no room for the shortest answer.
             InvalidRequestError: The schema cannot be compiled.
-            UnsupportedFeatureError: Tools, penalties, or content other than text.
+            UnsupportedFeatureError: What the engine has not: tools, content other than text, settings it does not
+                know, or probabilities where there is no choice among labels.
         """
         validate_request(request)
         _refuse_unsupported(request)
         prompt = self._encoder.encode(request)
         config = request.config
         answer = self._compiled(config.response_format, prompt.indented)
+        _refuse_unmeasured(request, answer)
         room = self.context_tokens - len(prompt.ids)
         seed = config.seed
         if seed is None:
@@ -290,9 +298,31 @@ def _refuse_unsupported(request: Request) -> None:
     config = request.config
     if request.tools:
         raise UnsupportedFeatureError("the local engine does not call tools natively", feature="tools")
-    for name in ("frequency_penalty", "presence_penalty"):
-        if getattr(config, name):
-            raise UnsupportedFeatureError(f"the local engine has no {name}", feature=f"config.{name}")
+    # `store=False` and `effort="off"` ask for what is the case anyway.
+    asked: dict[str, Any] = {
+        "frequency_penalty": config.frequency_penalty,
+        "presence_penalty": config.presence_penalty,
+        "service_tier": config.service_tier,
+        "store": config.store,
+        "reasoning": config.reasoning is not None and config.reasoning.effort != "off",
+    }
+    asked |= {f"extensions[{name!r}]": True for name in config.extensions or {}}
+    for name, value in asked.items():
+        if value:
+            raise UnsupportedFeatureError(
+                f"the local engine has no {name}; leave it out", feature=f"config.{name}"
+            )
+
+
+def _refuse_unmeasured(request: Request, answer: CompiledAnswer) -> None:
+    if request.config.probabilities == "required" and not any(
+        isinstance(step, LabelStep) and step.field and all(step.labels) for step in answer.steps
+    ):
+        raise UnsupportedFeatureError(
+            "the local engine measures probabilities of object fields with a finite number of values, and the response "
+            "schema has none",
+            feature="config.probabilities",
+        )
 
 
 def _answer_part(request: Request, answer: AnswerDecoder) -> TextPart | DataPart:
