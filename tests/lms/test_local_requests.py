@@ -59,3 +59,16 @@ def test_what_is_so_anyway_may_be_asked_for(lm: dspy.LM) -> None:
     )
     assert set(lm.engine.complete(asked).probabilities["label"]) == {"a", "b"}
     assert lm.engine.complete(request("?", probabilities="if_available", max_tokens=2)).text is not None
+
+
+def test_equal_requests_are_answered_equally_where_the_seed_is_fixed_and_differ_where_it_is_free(
+    lm: dspy.LM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def distinct(**settings: Any) -> int:
+        return len(set(lm("hello", n=6, temperature=2.0, max_tokens=8, **settings)))
+
+    assert distinct() == 1
+    assert len({lm("hello", temperature=2.0, max_tokens=8, seed=seed)[0] for seed in range(6)}) > 1
+    monkeypatch.setattr(lm.engine.core, "_deterministic", False)
+    assert distinct(seed=3) == 1
+    assert distinct() > 1

@@ -98,7 +98,8 @@ def local_lm(
         device: `"auto"`, `"cpu"` or `"cuda:N"`; one engine runs on one device.
         dtype: `"auto"` (bfloat16 where the hardware computes it, else float32), `"float32"` or `"bfloat16"`.
         deterministic: Compute in float32 and use a fixed seed where a request has none: a request's answer does
-            not depend on what else is in the batch.
+            not depend on what else is in the batch. Equal requests are then answered equally at any temperature, so
+            the samples of `n=3`, and rollouts by `rollout_id`, are alike; a `seed` for each makes them differ.
         max_batch_tokens: Bound on the tokens of one pass through the model, >= 16.
         prefix_cache_tokens: Bound on remembered prompt prefixes in tokens; 0 shares nothing.
         cache: DSPy's response cache. Off by default: it costs more than it saves on a small local model, and an
