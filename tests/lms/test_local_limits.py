@@ -112,3 +112,13 @@ def test_an_answer_that_outgrows_its_reserve_ends_at_the_context() -> None:
         assert response.usage.total_tokens <= 128 or response.finish_reason == "length"
     assert scheduler_of(lm).passes > 0
     lm.engine.close()
+
+
+def test_a_bare_number_that_begins_another_ends_or_goes_on(lm: dspy.LM) -> None:
+    form = {"type": "json_schema", "schema": {"enum": [1, 10, 100]}}
+    found = {
+        json.loads(lm(request("?", response_format=form, temperature=2.0, seed=seed)).text)
+        for seed in range(20)
+    }
+    assert found <= {1, 10, 100}
+    assert len(found) > 1

@@ -11,6 +11,7 @@ import dspy
 import pytest
 from local_tiny import byte_tokenizer, tiny_model
 
+from asyndbt_dspy.errors import ConfigurationError
 from asyndbt_dspy.lms.local import local_lm
 
 
@@ -59,6 +60,24 @@ def test_a_loaded_program_shares_the_weights_of_the_lm_that_was_saved(lm: dspy.L
     loaded = dspy.Predict("question -> answer")
     loaded.load(tmp_path / "program.json", allow_unsafe_lm_state=True)
     assert loaded.lm.engine.core is lm.engine.core
+
+
+def test_a_path_is_as_good_as_its_text(folder: Path) -> None:
+    lm = local_lm(folder, max_tokens=4)
+    assert lm.model == f"local/{folder}"
+    assert lm.engine.dump_state()["model"] == str(folder)
+    lm.engine.close()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"GGUF\x03\x00\x00\x00" + b"\xff" * 40])
+def test_a_damaged_gguf_file_is_called_damaged(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASYNDBT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "broken.gguf").write_bytes(content)
+    with pytest.raises(ConfigurationError, match=r"broken\.gguf.*damaged"):
+        local_lm(tmp_path / "broken.gguf")
+    assert not list((tmp_path / "cache" / "weights").iterdir())
 
 
 def test_two_calls_are_two_engines_and_a_closed_one_is_shared_no_more(folder: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from dspy.lm15 import LM15Error, ServerError
+from dspy.lm15 import LM15Error, NotConfiguredError, ServerError
 
 from asyndbt_dspy.lms.local.attention import PackedAttention
 from asyndbt_dspy.lms.local.jobs import Decoder, Job, PromptBudget, finish, guarded
@@ -60,11 +60,11 @@ class Scheduler:
         """Hand in a job; starts the thread when there is none (at first, and after it died).
 
         Raises:
-            ServerError: The scheduler is closed.
+            NotConfiguredError: The scheduler is closed; to ask again would not help.
         """
         with self._condition:
             if self._closed:
-                raise ServerError("the local engine is closed; make a new one with local_lm(...)")
+                raise NotConfiguredError("the local engine is closed; make a new one with local_lm(...)")
             if not job.answer.done:
                 self._enqueue(job)
                 return
@@ -111,7 +111,7 @@ class Scheduler:
             with torch.inference_mode():
                 while self._collect():
                     self._step()
-            self._abandon(ServerError("the local engine was closed before the request was done"))
+            self._abandon(NotConfiguredError("the local engine was closed before the request was done"))
         except BaseException as error:
             # The thread is about to die: nobody may be left waiting. The next submit starts a fresh one.
             wrapped = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -19,7 +20,7 @@ DEFAULT_PREFIX_CACHE_TOKENS = 16384
 
 
 def engines_for(
-    model: str,
+    model: str | Path,
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -29,6 +30,7 @@ def engines_for(
 ) -> tuple[LocalEngine, AsyncLocalEngine]:
     """A new engine pair for these settings; `shared_engines` finds it for as long as it is alive."""
     _check_bounds(max_batch_tokens, prefix_cache_tokens)
+    model = str(model)
     settings: dict[str, Any] = {
         "model": model,
         "device": device,
@@ -77,7 +79,7 @@ def shared_engines(state: dict[str, Any]) -> tuple[LocalEngine, AsyncLocalEngine
 
 
 def local_lm(
-    model: str,
+    model: str | Path,
     *,
     device: str = "auto",
     dtype: str = "auto",

@@ -68,8 +68,6 @@ class PrefixCache:
         self.root = Node((), 0, None)
         self._clock = 0
         self.tokens = 0
-        self.hit_tokens = 0
-        self.miss_tokens = 0
 
     def match(self, ids: Sequence[int]) -> Node:
         """The deepest node, computed or pending, whose path is a beginning of `ids`; splits a node where they part."""

@@ -82,10 +82,6 @@ class SlotStore:
         chosen = kv[:, slice(rows[0], rows[-1] + 1) if is_run else list(rows), :tokens]
         return chosen[0].transpose(1, 2), chosen[1].transpose(1, 2)
 
-    def copy_out(self, row: int, tokens: int) -> torch.Tensor:
-        """The first `tokens` tokens of a row as an own tensor [layers, 2, tokens, V, D]."""
-        return self._kv[:, :, row, :tokens].clone()
-
     def clear(self) -> None:
         """Forget all rows."""
         self.lengths.clear()
