@@ -6,6 +6,7 @@ from typing import Any
 
 import dspy
 import torch
+from dspy.lm15 import Config, Message, Request
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -73,6 +74,7 @@ def tiny_lm(
     fused: bool = True,
     max_batch_tokens: int = 2048,
     prefix_cache_tokens: int = 16384,
+    max_running_tokens: int = 65536,
     decoder: Any = None,
     **lm_options: Any,
 ) -> dspy.LM:
@@ -88,6 +90,7 @@ def tiny_lm(
         deterministic=True,
         max_batch_tokens=max_batch_tokens,
         prefix_cache_tokens=prefix_cache_tokens,
+        max_running_tokens=max_running_tokens,
     )
     return dspy.LM(
         "local/tiny",
@@ -101,3 +104,14 @@ def tiny_lm(
 def scheduler_of(lm: dspy.LM) -> Any:
     """The scheduler behind an LM."""
     return lm.engine.core.scheduler
+
+
+def request(text: str, **config: Any) -> Request:
+    """A request of one user turn."""
+    return Request(model="local/tiny", messages=(Message.user(text),), config=Config(**config))
+
+
+def object_format(**properties: Any) -> dict[str, Any]:
+    """A response format of an object with exactly these properties."""
+    schema = {"type": "object", "properties": properties, "required": list(properties)}
+    return {"type": "json_schema", "schema": {**schema, "additionalProperties": False}}

@@ -87,6 +87,16 @@ def test_values_of_a_forbidden_type_are_no_labels() -> None:
     assert labels_of(schema) == {"": ("a", "b")}
 
 
+def test_a_number_that_begins_another_is_left_to_the_grammar_where_nothing_ends_it() -> None:
+    numbers = {"enum": [1, 10, 2]}
+    assert isinstance(
+        plan_answer({"type": "json_schema", "schema": numbers}, indented=False).segments[0], Free
+    )
+    assert labels_of({"type": "json_schema", "schema": {"enum": [1, 20, 3]}}) == {"": ("1", "20", "3")}
+    assert labels_of({"type": "json_schema", "schema": {"enum": ["a", "ab"]}}) == {"": ("a", "ab")}
+    assert labels_of(schema_of(level=(Literal[1, 10], ...))) == {"level": ("1", "10")}
+
+
 def brute_force(labels: list[list[int]], scores: dict[tuple[int, ...], dict[int, float]]) -> np.ndarray:
     sums = np.array([sum(scores[tuple(run[:i])][token] for i, token in enumerate(run)) for run in labels])
     weights = np.exp(sums - sums.max())

@@ -18,8 +18,8 @@ import dspy
 import numpy as np
 import pytest
 import torch
-from dspy.lm15 import Config, InvalidRequestError, Message, Request, ServerError
-from dspy.utils.exceptions import ContextWindowExceededError, LMServerError
+from dspy.lm15 import Config, InvalidRequestError, Message, NotConfiguredError, Request, ServerError
+from dspy.utils.exceptions import ContextWindowExceededError, LMServerError, is_retryable_lm_error
 from local_tiny import byte_tokenizer, scheduler_of, tiny_lm, tiny_model
 
 from asyndbt_dspy.lms.callers import calling_as
@@ -432,8 +432,12 @@ def test_copies_share_the_engine_and_closing_ends_it(lm: dspy.LM) -> None:
     assert copied.lm.engine is lm.engine
     assert lm.copy(temperature=0.5).engine is lm.engine
     lm.engine.close()
-    with pytest.raises(ServerError, match="closed"):
+    with pytest.raises(NotConfiguredError, match="closed"):
         lm.engine.complete(request("late"))
+    # To try again would not help: the error reaches the caller at once.
+    with pytest.raises(dspy.LMNotConfiguredError, match="closed") as caught:
+        lm(request("late"))
+    assert not is_retryable_lm_error(caught.value)
 
 
 def test_the_weights_go_when_the_lm_goes() -> None:

@@ -75,6 +75,8 @@ def test_bounds_devices_and_dtypes_are_checked() -> None:
         local_lm("smollm2-135m", max_batch_tokens=3)
     with pytest.raises(ConfigurationError, match="prefix_cache_tokens is -1"):
         local_lm("smollm2-135m", prefix_cache_tokens=-1)
+    with pytest.raises(ConfigurationError, match="max_running_tokens is 0"):
+        local_lm("smollm2-135m", max_running_tokens=0)
     with pytest.raises(ConfigurationError, match="'tpu'"):
         choose_device("tpu")
     cpu = torch.device("cpu")
@@ -158,9 +160,9 @@ def test_a_saved_program_loads_its_local_lm(exact_lm: dspy.LM, tmp_path: Path) -
     # The sync and the async engine are loaded one by one, but the weights once.
     assert loaded.lm.engine.core is loaded.lm._async_engine_spec.core
     assert shared_engines(exact_lm.engine.dump_state())[0].core is loaded.lm.engine.core
+    assert exact_lm.engine.core is loaded.lm.engine.core
     with dspy.context(adapter=dspy.JSONAdapter()):
         assert loaded(question="Who was Plato ?").label == program(question="Who was Plato ?").label
-    loaded.lm.engine.close()
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 # Beyond this many labels an enumeration is decoded token by token under a grammar, without a distribution.
@@ -92,7 +93,11 @@ def plan_answer(response_format: Mapping[str, Any] | None, *, indented: bool) ->
     schema = response_format["schema"]
     options = enumerate_values(schema, schema)
     if options is not None:
-        return AnswerPlan((Choice("", tuple(map(_label, options)), tuple(map(_json, options))),))
+        texts = tuple(map(_json, options))
+        if _one_begins_another(texts):
+            # Nothing follows that would tell 1 from 10: to end the turn is a part of the choice.
+            return AnswerPlan((Free(_json(schema), "", ""),))
+        return AnswerPlan((Choice("", tuple(map(_label, options)), texts),))
     properties = _fixed_properties(schema)
     if properties is None:
         return AnswerPlan((Free(_json(schema), "", ""),))
@@ -221,6 +226,11 @@ def _object_segments(root: Mapping[str, Any], properties: Mapping[str, Any], ind
                 schema |= definitions
             segments.append(Free(_json(schema), " ", after))
     return segments
+
+
+def _one_begins_another(texts: Sequence[str]) -> bool:
+    ordered = sorted(texts)
+    return any(later.startswith(earlier) for earlier, later in pairwise(ordered))
 
 
 def _merge_forced(segments: Sequence[Segment]) -> list[Segment]:

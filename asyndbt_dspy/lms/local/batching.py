@@ -16,17 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from dspy.lm15 import LM15Error, ServerError
+from dspy.lm15 import LM15Error, NotConfiguredError, ServerError
 
+from asyndbt_dspy.lms.local.admission import DEFAULT_RUNNING_TOKENS, has_memory, next_job
 from asyndbt_dspy.lms.local.attention import PackedAttention
-from asyndbt_dspy.lms.local.jobs import Decoder, Job, PromptBudget, finish, guarded
+from asyndbt_dspy.lms.local.jobs import LONGEST_TAIL, Decoder, Job, PromptBudget, finish, guarded
 from asyndbt_dspy.lms.local.lanes import Lanes, split_pass
 from asyndbt_dspy.lms.local.layout import PassItem, build_layout
 from asyndbt_dspy.lms.local.prefix_cache import Node, PrefixCache
 from asyndbt_dspy.lms.local.slots import SlotStore
-
-# A last turn longer than this is cut: what is before goes into the prefix cache like any shared beginning.
-LONGEST_TAIL = 256
 
 
 class Scheduler:
@@ -36,15 +34,32 @@ class Scheduler:
         decoder: The model.
         max_batch_tokens: Bound on the tokens of a pass, >= 16; generated tokens may exceed it.
         prefix_cache_tokens: Bound on the prefix cache; 0 computes every prompt on its own.
+        max_running_tokens: Bound on what running requests may take beside it; further ones wait. One always runs.
     """
 
-    def __init__(self, decoder: Decoder, *, max_batch_tokens: int, prefix_cache_tokens: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        max_batch_tokens: int,
+        prefix_cache_tokens: int,
+        max_running_tokens: int = DEFAULT_RUNNING_TOKENS,
+    ) -> None:
         self._decoder = decoder
+        self._max_running_tokens = max_running_tokens
         self._max_batch_tokens = max_batch_tokens
         self._sharing = prefix_cache_tokens > 0
         self.cache = PrefixCache(prefix_cache_tokens, _split_kv)
         shape = decoder.shape
-        self._slots = SlotStore(shape.layers, shape.key_heads, shape.head_size, decoder.dtype, decoder.device)
+        self._slots = SlotStore(
+            shape.layers,
+            shape.key_heads,
+            shape.head_size,
+            decoder.dtype,
+            decoder.device,
+            max_tokens=max_running_tokens,
+        )
+        self._longest_row = 0
         self._row_owner: list[Job] = []
         self._lanes = Lanes(decoder.device)
         self._condition = threading.Condition()
@@ -60,18 +75,25 @@ class Scheduler:
         """Hand in a job; starts the thread when there is none (at first, and after it died).
 
         Raises:
-            ServerError: The scheduler is closed.
+            NotConfiguredError: The scheduler is closed; to ask again would not help.
         """
         with self._condition:
             if self._closed:
-                raise ServerError("the local engine is closed; make a new one with local_lm(...)")
-            self._arrived.append(job)
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._serve, name="asyndbt-local-lm", daemon=True)
-                self._thread.start()
-                # A daemon thread inside torch when the interpreter ends aborts the process.
-                atexit.register(_close_at_exit, weakref.ref(self))
-            self._condition.notify()
+                raise NotConfiguredError("the local engine is closed; make a new one with local_lm(...)")
+            if not job.answer.done:
+                self._enqueue(job)
+                return
+        # The schema left nothing to choose: there is nothing to ask the model.
+        finish(job, None)
+
+    def _enqueue(self, job: Job) -> None:
+        self._arrived.append(job)
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._serve, name="asyndbt-local-lm", daemon=True)
+            self._thread.start()
+            # A daemon thread inside torch when the interpreter ends aborts the process.
+            atexit.register(_close_at_exit, weakref.ref(self))
+        self._condition.notify()
 
     def cancel(self, job: Job) -> None:
         """Give up a job; it leaves before the next pass."""
@@ -104,7 +126,7 @@ class Scheduler:
             with torch.inference_mode():
                 while self._collect():
                     self._step()
-            self._abandon(ServerError("the local engine was closed before the request was done"))
+            self._abandon(NotConfiguredError("the local engine was closed before the request was done"))
         except BaseException as error:
             # The thread is about to die: nobody may be left waiting. The next submit starts a fresh one.
             wrapped = (
@@ -121,11 +143,12 @@ class Scheduler:
             jobs = self._arrived + [job for queue in self._waiting.values() for job in queue] + self._running
             self._arrived, self._running = [], []
             self._waiting.clear()
+            # Before a new request can start the next thread: the state would be taken from under its feet.
+            self.cache.clear()
+            self._row_owner.clear()
+            self._slots.clear()
             if threading.current_thread() is self._thread:
                 self._thread = None
-        self.cache.clear()
-        self._slots.clear()
-        self._row_owner.clear()
         for job in jobs:
             finish(job, error)
 
@@ -143,6 +166,7 @@ class Scheduler:
 
     def _step(self) -> None:
         self._drop_cancelled()
+        self._longest_row = max((job.row_tokens for job in self._running), default=0)
         items: list[tuple[PassItem, Job | None]] = []
         for job in self._running:
             if job.prefilled:
@@ -168,26 +192,30 @@ class Scheduler:
                 del self._waiting[caller]
 
     def _admit(self, items: list[tuple[PassItem, Job | None]], budget: int) -> None:
-        """Add prompts to the pass: those begun in earlier passes first, then one of each caller in turn.
+        """Add prompts to the pass: those begun in earlier passes first, then one of each caller in turn, memory allowing.
 
         All of them enter the tree before any is planned: a later one may split the node of an earlier one.
         """
         pending = [job for job in self._running if not job.prefilled]
         expected = sum(len(job.prompt) - job.tail_start for job in pending)
         while self._waiting and expected < budget:
-            caller, queue = next(iter(self._waiting.items()))
-            job = queue.popleft()
-            if queue:
-                self._waiting.move_to_end(caller)
-            else:
-                del self._waiting[caller]
-            expected += self._begin(job)
+            job = next_job(self._waiting, self._fits)
+            if job is None:
+                break
+            # Before anything that can fail: a job that is in no list would never be settled.
             self._running.append(job)
             pending.append(job)
+            self._longest_row = max(self._longest_row, job.row_tokens)
+            expected += self._begin(job)
         planned = PromptBudget(budget)
         for job in pending:
             if not self._plan_prompt(job, items, planned):
                 break
+
+    def _fits(self, job: Job) -> bool:
+        own = 0 if self._sharing else sum(each.tail_start for each in self._running)
+        prompts = self.cache.pinned_tokens + own
+        return has_memory(job, self._running, prompts, self._max_running_tokens)
 
     def _begin(self, job: Job) -> int:
         """Find what is known of the prompt, put what is likely shared into the tree; returns tokens to compute."""
@@ -226,7 +254,7 @@ class Scheduler:
         if not budget.fits(size):
             return False
         if not job.answer.answer.single_pass:
-            self._slots.reserve(len(self._row_owner) + 1, size)
+            self._reserve(len(self._row_owner) + 1, size)
             job.row, job.row_length = self._slots.take(), 0
             self._row_owner.append(job)
         job.prefilled = True
@@ -238,8 +266,13 @@ class Scheduler:
         job.ask = job.answer.ask()
         tokens = list(job.ask.append)
         size = job.row_length + len(tokens) + (job.ask.trie.rows - 1 if job.ask.trie else 0)
-        self._slots.reserve(len(self._row_owner), size)
+        self._reserve(len(self._row_owner), size)
         return self._job_item(job, tokens)
+
+    def _reserve(self, rows: int, tokens: int) -> None:
+        # Also where an answer came to more than was expected: the store must not shrink below it for the next one.
+        self._longest_row = max(self._longest_row, tokens)
+        self._slots.reserve(rows, tokens, self._longest_row)
 
     def _job_item(self, job: Job, tokens: list[int]) -> PassItem:
         assert job.node is not None
@@ -329,6 +362,8 @@ class Scheduler:
                 guarded(job, partial(job.answer.take_labels, values[start:end]))
         if token_jobs:
             self._hand_out_tokens(token_jobs, logits, normalizers)
+        for _, job in asking:
+            self._end_at_context(job)
 
     def _hand_out_tokens(
         self, jobs: list[tuple[Job, int]], logits: torch.Tensor, normalizers: torch.Tensor
@@ -340,13 +375,13 @@ class Scheduler:
             else:
                 scores = (logits[row] - normalizers[row]).cpu().numpy()
                 guarded(job, partial(job.answer.take_token, scores))
-        limit = self._decoder.context_tokens
-        for job, _ in jobs:
-            used = (
-                job.tail_start + job.row_length + len(job.answer.ask().append) if not job.answer.done else 0
-            )
-            if used >= limit:
-                job.answer.done, job.answer.finish_reason = True, "length"
+
+    def _end_at_context(self, job: Job) -> None:
+        """End an answer whose next choice lies past what the model reads: there it may have no positions at all."""
+        if job.answer.done or job.error is not None:
+            return
+        if job.tail_start + job.row_length + job.answer.next_tokens > self._decoder.context_tokens:
+            job.answer.done, job.answer.finish_reason = True, "length"
 
     def _leave(self, job: Job) -> None:
         """Give back what a job holds."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,12 @@ from asyndbt_dspy.lms.local.prompts import PromptEncoder
 from asyndbt_dspy.lms.local.sampling import Sampler
 from asyndbt_dspy.lms.local.token_tree import LabelTrie, build_trie, label_log_probabilities
 
-# Tokens kept back, per free part still to come, for closing a constrained answer before max_tokens cuts it.
+# Tokens kept back, per free part still to come, for closing a constrained answer before max_tokens cuts it; more
+# where the forced text after the part is long, which then leaves this many for the part itself.
 CLOSING_TOKENS = 8
-CLOSING_TEXTS = ('"', '"}', "}", "]", '"]', "0", "null", "true", ",", ":", '":', ' "')
+CLOSING_PART_TOKENS = 4
+# What leaves a part comes before what makes it longer: a digit may always follow a digit.
+CLOSING_TEXTS = ('"', '"}', "}", "]", '"]', ",", ":", '":', "0", "null", "true", ' "')
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class GrammarStep:
     """A free part; `matcher` stands at its beginning and is copied for each answer."""
 
     matcher: Any
+    closing_tokens: int
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,25 @@ class CompiledAnswer:
         """Whether one pass decides the whole answer."""
         return len(self.steps) == 1 and isinstance(self.steps[0], LabelStep)
 
+    @cached_property
+    def least_tokens(self) -> int:
+        """Tokens for which the context must have room, forced ones included."""
+        return len(self.lead_tokens) + self.closing_reserve(0)
+
+    @cached_property
+    def tree_tokens(self) -> int:
+        """Tokens that the largest choice among labels needs for the time that it is scored."""
+        return max((step.trie.rows - 1 for step in self.steps if isinstance(step, LabelStep)), default=0)
+
     def closing_reserve(self, first: int) -> int:
         """Tokens that steps `first`... need at least."""
-        reserve = 0
-        for step in self.steps[first:]:
-            reserve += max(map(len, step.tokens)) if isinstance(step, LabelStep) else CLOSING_TOKENS
-        return reserve
+        return sum(map(_least_tokens, self.steps[first:]))
+
+
+def _least_tokens(step: LabelStep | GrammarStep | TextStep) -> int:
+    if isinstance(step, LabelStep):
+        return max(map(len, step.tokens))
+    return step.closing_tokens if isinstance(step, GrammarStep) else 1
 
 
 def compile_answer(plan: AnswerPlan, encoder: PromptEncoder, grammars: GrammarFactory) -> CompiledAnswer:
@@ -83,7 +101,9 @@ def compile_answer(plan: AnswerPlan, encoder: PromptEncoder, grammars: GrammarFa
         if isinstance(segment, Choice):
             steps.append(_label_step(segment, _take_forced(segments), encoder))
         elif isinstance(segment, Free):
-            steps.append(GrammarStep(grammars.compile(segment)))
+            after = len(encoder.encode_text(segment.after))
+            closing = max(CLOSING_TOKENS, CLOSING_PART_TOKENS + after)
+            steps.append(GrammarStep(grammars.compile(segment), closing))
         elif isinstance(segment, Unconstrained):
             steps.append(TextStep())
     return CompiledAnswer(lead, tuple(encoder.encode_text(lead)) if lead else (), tuple(steps))
@@ -221,6 +241,14 @@ class AnswerDecoder:
             self._grow_part(token)
         else:
             self._grow_text(token)
+
+    @property
+    def next_tokens(self) -> int:
+        """Tokens up to the end of the next choice: what was forced since the last pass, then a token or a label."""
+        if self.done:
+            return len(self._append)
+        step = self.answer.steps[self._step]
+        return len(self._append) + (_least_tokens(step) if isinstance(step, LabelStep) else 1)
 
     @property
     def plain_greedy(self) -> bool:

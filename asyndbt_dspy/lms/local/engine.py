@@ -7,6 +7,7 @@ import itertools
 import json
 import secrets
 import weakref
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from concurrent.futures import Future
 from threading import Lock
@@ -31,9 +32,16 @@ from dspy.lm15 import (
 
 from asyndbt_dspy.lms import distributions
 from asyndbt_dspy.lms.callers import current_caller
+from asyndbt_dspy.lms.local.admission import DEFAULT_RUNNING_TOKENS
 from asyndbt_dspy.lms.local.answers import plan_answer
 from asyndbt_dspy.lms.local.batching import Scheduler
-from asyndbt_dspy.lms.local.decoding import AnswerDecoder, CompiledAnswer, TokenScore, compile_answer
+from asyndbt_dspy.lms.local.decoding import (
+    AnswerDecoder,
+    CompiledAnswer,
+    LabelStep,
+    TokenScore,
+    compile_answer,
+)
 from asyndbt_dspy.lms.local.grammar import GrammarFactory
 from asyndbt_dspy.lms.local.jobs import Job
 from asyndbt_dspy.lms.local.models import LoadedModel
@@ -68,6 +76,7 @@ class LocalCore:
         deterministic: Whether requests without a seed use a fixed one.
         max_batch_tokens: Bound on the tokens of a pass.
         prefix_cache_tokens: Bound on the prefix cache.
+        max_running_tokens: Bound on the memory of running requests.
     """
 
     def __init__(
@@ -79,6 +88,7 @@ class LocalCore:
         deterministic: bool,
         max_batch_tokens: int,
         prefix_cache_tokens: int,
+        max_running_tokens: int = DEFAULT_RUNNING_TOKENS,
     ) -> None:
         self._name = name
         self._deterministic = deterministic
@@ -88,7 +98,10 @@ class LocalCore:
         self._encoder = PromptEncoder(loaded.tokenizer, plain=plain_template)
         self._grammars = GrammarFactory(loaded.tokenizer, loaded.decoder.vocabulary, list(loaded.ends))
         self.scheduler = Scheduler(
-            loaded.decoder, max_batch_tokens=max_batch_tokens, prefix_cache_tokens=prefix_cache_tokens
+            loaded.decoder,
+            max_batch_tokens=max_batch_tokens,
+            prefix_cache_tokens=prefix_cache_tokens,
+            max_running_tokens=max_running_tokens,
         )
         # The thread keeps the scheduler alive, and the scheduler the weights: when nobody can call any more, it ends.
         weakref.finalize(self, self.scheduler.stop)
@@ -100,21 +113,18 @@ class LocalCore:
         """Check and tokenize a request, and compile its answer; the job is not handed in yet.
 
         Raises:
-            ContextLengthError: The prompt does not fit.
+            ContextLengthError: The prompt does not fit, or leaves no room for the shortest answer.
             InvalidRequestError: The schema cannot be compiled.
-            UnsupportedFeatureError: Tools, penalties, or content other than text.
+            UnsupportedFeatureError: What the engine has not: tools, content other than text, settings it does not
+                know, or probabilities where there is no choice among labels.
         """
         validate_request(request)
         _refuse_unsupported(request)
         prompt = self._encoder.encode(request)
         config = request.config
         answer = self._compiled(config.response_format, prompt.indented)
-        room = self.context_tokens - len(prompt.ids) - len(answer.lead_tokens)
-        if room < 1:
-            raise ContextLengthError(
-                f"the prompt has {len(prompt.ids)} tokens, but {self._name} reads at most {self.context_tokens} "
-                "tokens, the answer included; use fewer or shorter demos, or a model with a longer context"
-            )
+        _refuse_unmeasured(request, answer)
+        room = self.context_tokens - len(prompt.ids)
         seed = config.seed
         if seed is None:
             seed = 0 if self._deterministic or not config.temperature else secrets.randbits(63)
@@ -132,6 +142,12 @@ class LocalCore:
             encode=self._encoder.encode_text,
             vocabulary=self._vocabulary,
         )
+        least = max(answer.least_tokens, decoder.next_tokens)
+        if room < least:
+            raise ContextLengthError(
+                f"the prompt has {len(prompt.ids)} tokens and its answer {least} or more, but {self._name} reads at "
+                f"most {self.context_tokens} tokens; use fewer or shorter demos, or a model with a longer context"
+            )
         future: Future[Job] = Future()
         # From here on only the scheduler settles it: a cancelled task gives up its job, not this future.
         future.set_running_or_notify_cancel()
@@ -189,7 +205,7 @@ class LocalCore:
         return compiled
 
 
-class _EngineBase:
+class _EngineBase(ABC):
     supports_function_calling = False
     supports_reasoning = False
     supports_response_schema = True
@@ -208,6 +224,15 @@ class _EngineBase:
 
     def __copy__(self) -> Any:
         return self
+
+    def __reduce__(self) -> Any:
+        """As its settings: what reads a pickled LM shares the weights of an equal one, or loads them."""
+        return type(self).load_state, (self.dump_state(),)
+
+    @classmethod
+    @abstractmethod
+    def load_state(cls, state: dict[str, Any]) -> Any:
+        """An engine for what `dump_state` returned."""
 
     def dump_state(self) -> dict[str, Any]:
         """What `load_state` needs to make an equal engine: the arguments of `local_lm`."""
@@ -279,9 +304,31 @@ def _refuse_unsupported(request: Request) -> None:
     config = request.config
     if request.tools:
         raise UnsupportedFeatureError("the local engine does not call tools natively", feature="tools")
-    for name in ("frequency_penalty", "presence_penalty"):
-        if getattr(config, name):
-            raise UnsupportedFeatureError(f"the local engine has no {name}", feature=f"config.{name}")
+    # `store=False` and `effort="off"` ask for what is the case anyway.
+    asked: dict[str, Any] = {
+        "frequency_penalty": config.frequency_penalty,
+        "presence_penalty": config.presence_penalty,
+        "service_tier": config.service_tier,
+        "store": config.store,
+        "reasoning": config.reasoning is not None and config.reasoning.effort != "off",
+    }
+    asked |= {f"extensions[{name!r}]": True for name in config.extensions or {}}
+    for name, value in asked.items():
+        if value:
+            raise UnsupportedFeatureError(
+                f"the local engine has no {name}; leave it out", feature=f"config.{name}"
+            )
+
+
+def _refuse_unmeasured(request: Request, answer: CompiledAnswer) -> None:
+    if request.config.probabilities == "required" and not any(
+        isinstance(step, LabelStep) and step.field and all(step.labels) for step in answer.steps
+    ):
+        raise UnsupportedFeatureError(
+            "the local engine measures probabilities of object fields with a finite number of values, and the response "
+            "schema has none",
+            feature="config.probabilities",
+        )
 
 
 def _answer_part(request: Request, answer: AnswerDecoder) -> TextPart | DataPart:

@@ -169,10 +169,15 @@ def _convert(gguf: Path, folder: Path) -> None:
     try:
         model = AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **source)
         tokenizer = AutoTokenizer.from_pretrained(**source)
-    except (ImportError, OSError, ValueError) as error:
+    except Exception as error:
+        # What the reader of a damaged file raises is up to where the damage is.
+        remedy = (
+            "install the extra `asyndbt-dspy[local]`"
+            if isinstance(error, ImportError)
+            else "the file may be damaged or of an unknown architecture: get it again"
+        )
         raise ConfigurationError(
-            f"GGUF file {str(gguf)!r} could not be read ({error}); "
-            "install the extra `asyndbt-dspy[local]`, or give a folder or a Hugging Face id"
+            f"GGUF file {str(gguf)!r} could not be read ({error!r}); {remedy}, or give a folder or a Hugging Face id"
         ) from error
     # The tensors are plain float32 now; without these marks save_pretrained refuses a "quantized" model.
     if hasattr(model.config, "quantization_config"):
