@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import dspy
+from langchain_core.messages import BaseMessage
 from langchain_core.runnables import Runnable, RunnableConfig, RunnablePassthrough
 from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from asyndbt_dspy.errors import ConfigurationError, ExportError
-from langchain_asyndbt.chain_adapter import TemplateAdapter
+from langchain_asyndbt.chain_adapter import TemplateAdapter, whole_answers
 from langchain_asyndbt.chain_walk import ModelSite, PromptSite, replace
 from langchain_asyndbt.fields import OUTPUT, field_name
 from langchain_asyndbt.messages import openai_tool_choice
@@ -152,17 +154,19 @@ class PredictorCall(Runnable[Any, Any]):
 
     def _run(self, value: Any) -> Any:
         predict, fields, settings = self._prepared(value)
-        with dspy.context(**settings):
-            return predict(**fields)[self._output]
+        with dspy.context(**settings), _whole_answer() as whole:
+            return self._given(predict(**fields), whole)
 
     async def _arun(self, value: Any) -> Any:
         predict, fields, settings = self._prepared(value)
-        with dspy.context(**settings):
-            return (await predict.acall(**fields))[self._output]
+        with dspy.context(**settings), _whole_answer() as whole:
+            return self._given(await predict.acall(**fields), whole)
 
-    @property
-    def _output(self) -> str:
-        return next(iter(self._predictor.signature.output_fields))
+    def _given(self, prediction: dspy.Prediction, whole: Sequence[Any]) -> Any:
+        """What the next step gets: the message as the model gave it, else what the predictor says."""
+        if whole and isinstance(whole[0], BaseMessage):
+            return whole[0]
+        return prediction[next(iter(self._predictor.signature.output_fields))]
 
     def _prepared(self, value: Any) -> tuple[dspy.Predict, dict[str, Any], dict[str, Any]]:
         program = current_program.get()
@@ -268,6 +272,16 @@ def _predictor(name: str, site: PromptSite, labels: Sequence[str] | None) -> Pro
     )
     lms = tuple(_own_lm(name, number, call.model) for number, call in enumerate(site.calls))
     return PromptPredictor(name, signature, adapters, site.calls, lms)
+
+
+@contextmanager
+def _whole_answer() -> Iterator[list[Any]]:
+    whole: list[Any] = []
+    token = whole_answers.set(whole)
+    try:
+        yield whole
+    finally:
+        whole_answers.reset(token)
 
 
 def _own_lm(name: str, number: int, model: Any) -> dspy.LM:
