@@ -33,6 +33,7 @@ from asyndbt_dspy.deploy.prompts import export_prompt
 from asyndbt_dspy.deploy.public_state import (
     adapter_record,
     check_no_secret,
+    config_record,
     known_secrets,
     lm_record,
     program_state,
@@ -160,7 +161,8 @@ def load_artifact(
     Args:
         path: The artifact's folder.
         student: A program of the same structure, not changed. May be left out for a saved ``dspy.Predict`` or
-            ``dspy.ChainOfThought`` with fields of plain types.
+            ``dspy.ChainOfThought`` with fields of plain types. A predictor's own settings (``dspy.Predict(…,
+            temperature=0.7)``) are the student's; without one they are those that were saved.
         lms: LMs by predictor. Needed for those that cannot be rebuilt from an artifact (an engine of one's own,
             an address, extra headers), unless the student's predictor has an LM of the same name.
 
@@ -188,7 +190,8 @@ def load_artifact(
             f"{PROGRAM} cannot be loaded: {type(error).__name__}: {str(error)[:300]}"
         ) from error
     for name, predictor in program.named_predictors():
-        predictor.demos = [dspy.Example(**demo) for demo in predictor.demos]
+        # As dictionaries: a field may have the name of an argument (`base`).
+        predictor.demos = [dspy.Example(demo) for demo in predictor.demos]
         predictor.lm = chosen[name] or predictor.lm
     return program
 
@@ -276,6 +279,11 @@ def _origin(program: dspy.Module, adapter: Any, lm: Any) -> dict[str, Any]:
         "signature": program_record(program),
         "versions": {"dspy": dspy.__version__, "asyndbt-dspy": _package_version()},
         "adapter": adapter_record(adapter),
+        "config": {
+            name: record
+            for name, predictor in program.named_predictors()
+            if (record := config_record(predictor)) is not None
+        },
         "lms": {
             "default": lm_record(lm).to_json() if lm is not None else None,
             "predictors": {

@@ -134,6 +134,15 @@ def predictor_state(predictor: dspy.Predict) -> dict[str, Any]:
     return state
 
 
+def config_record(predictor: dspy.Predict) -> dict[str, Any] | None:
+    """What may be written about a predictor's own settings, ``None`` where it has none."""
+    config = {key: value for key, value in getattr(predictor, "config", {}).items() if value is not None}
+    sampling = {key: value for key, value in config.items() if key in SAMPLING_KEYS and _is_plain(value)}
+    if not config:
+        return None
+    return {"sampling": sampling, "left_out": sorted(set(config) - set(sampling))}
+
+
 def program_state(program: dspy.Module) -> dict[str, Any]:
     """DSPy's state of the program, in the form that ``dspy.Module.load`` reads."""
     states = {name: predictor_state(predictor) for name, predictor in program.named_predictors()}

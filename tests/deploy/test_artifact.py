@@ -93,6 +93,38 @@ def test_demos_keep_the_order_of_the_keys_in_their_dictionaries(tmp_path: Path) 
     assert (list(demo.order), list(demo.parts)) == (["lamp", "bulb"], ["wire", "foot"])
 
 
+def test_demos_keep_fields_that_have_the_name_of_an_argument(tmp_path: Path) -> None:
+    program = dspy.Predict("base, self_ -> result")
+    program.demos = [dspy.Example({"base": "rice", "self_": "x", "result": "risotto"})]
+    (demo,) = load_artifact(save_artifact(program, tmp_path / "a"), program).demos
+    assert dict(demo.items()) == {"base": "rice", "self_": "x", "result": "risotto"}
+
+
+@pytest.mark.parametrize("cls", [dspy.Predict, dspy.ChainOfThought])
+def test_a_predictors_own_settings_are_rebuilt_or_asked_for(cls: type, tmp_path: Path) -> None:
+    path = save_artifact(cls("q -> a", temperature=0.7, max_tokens=5), tmp_path / "a")
+    assert load_artifact(path).predictors()[0].config == {"temperature": 0.7, "max_tokens": 5}
+    own = cls("q -> a", temperature=0.2)
+    assert load_artifact(path, own).predictors()[0].config == {"temperature": 0.2}
+    path = save_artifact(cls("q -> a", extra_headers={"x-team": "acme-internal"}), tmp_path / "b")
+    assert "acme-internal" not in "".join(file.read_text() for file in path.iterdir())
+    with pytest.raises(ArtifactError, match=r"extra_headers.*student"):
+        load_artifact(path)
+    assert load_artifact(path, own).predictors()[0].config == {"temperature": 0.2}
+
+
+@pytest.mark.parametrize(
+    "config", [[], {"self": []}, {"self": {"sampling": {"api_base": "http://elsewhere"}}}]
+)
+def test_settings_that_are_never_written_are_not_rebuilt(config: object, tmp_path: Path) -> None:
+    path = save_artifact(dspy.Predict("q -> a"), tmp_path / "a")
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["sha256"]
+    (path / "manifest.json").write_bytes(pretty_json(seal({**manifest, "config": config})))
+    with pytest.raises(ArtifactError, match="config"):
+        load_artifact(path)
+
+
 def test_other_programs_are_not_rebuilt_without_a_student(tmp_path: Path) -> None:
     path = save_artifact(kit.tuned("two_steps"), tmp_path / "a")
     with pytest.raises(ArtifactError, match="student"):
