@@ -16,13 +16,17 @@ from typing import Any
 
 import dspy
 from dspy.utils.callback import BaseCallback
+from dspy.utils.exceptions import AdapterParseError
 
 from asyndbt_dspy.deploy.artifact import load_artifact
 from asyndbt_dspy.errors import ArtifactError, ConfigurationError, MetricError
 from asyndbt_dspy.lms.failures import FailureKind, kind_of
+from asyndbt_dspy.programs.checks import check_examples
 from asyndbt_dspy.programs.metrics import bind_metric, excerpt, metric_name, read_score
 
 Z_95 = 1.959964
+NO_LM = "No LM is loaded"
+"""How DSPy's ``ValueError`` begins where a predictor has no LM."""
 HISTORY = 10**9
 """More entries than any evaluation makes: DSPy drops old ones, and with them their cost."""
 
@@ -35,6 +39,7 @@ class Evaluation:
         score: Mean of the metric over the examples that could be run; a program that raises scores 0.
         interval: 95 % interval of the mean: Wilson's for scores of 0 and 1, else normal.
         scores: Per example in order; ``None`` where it is missing.
+        errors: Per example in order, class and beginning of the text of what was raised; ``None`` where nothing was.
         failures: Examples on which the program or the metric raised.
         missing: Examples left out, as in ``compile``, because the LM could not be reached (rate limit, timeout,
             server, no valid key, unknown model) or refused them (content filter, context too long).
@@ -48,6 +53,7 @@ class Evaluation:
     score: float
     interval: tuple[float, float]
     scores: tuple[float | None, ...]
+    errors: tuple[str | None, ...]
     failures: int
     missing: int
     calls: int
@@ -76,7 +82,7 @@ def evaluate_artifact(
 
     Args:
         path: The artifact's folder.
-        data: Examples with their inputs declared, at least one.
+        data: Examples with their inputs declared, at least one; checked as a compile checks them.
         metric: As for ``compile``: ``(gold, prediction)`` and optionally a trace, which is ``None``; plain or
             ``async``.
         student: See ``load_artifact``.
@@ -86,15 +92,18 @@ def evaluate_artifact(
         num_threads: Examples in flight, at least 1.
 
     Raises:
-        ArtifactError: the artifact must not be loaded, or no example could be run.
-        ConfigurationError: no examples, no threads, a metric that cannot take (gold, prediction), or ``lms`` of
-            predictors that there are not.
+        ArtifactError: the artifact must not be loaded, or no example could be run: all are missing, or the program
+            raised on each. (Answers that came and do not parse are a measured 0.)
+        ConfigurationError: no examples or no inputs, no LM, no threads, a metric that cannot take (gold, prediction),
+            or ``lms`` of predictors that there are not.
         MetricError: the metric returned something that is no finite number, or it raised wherever it was asked.
     """
-    if not data or num_threads < 1:
-        raise ConfigurationError(f"need examples and num_threads >= 1, got {len(data)} and {num_threads}")
+    if num_threads < 1:
+        raise ConfigurationError(f"need num_threads >= 1, got {num_threads}")
+    data = list(data)
     runner = _Runner(metric)
     program = load_artifact(path, student, lms=lms)
+    check_examples(program, data, name="data")
     ledger = _Ledger()
     default = ledger.own(lm or dspy.settings.lm)
     for _, predictor in program.named_predictors():
@@ -113,6 +122,7 @@ def evaluate_artifact(
             threads.submit(contextvars.copy_context().run, runner.run, program, example) for example in data
         ]
         outcomes = [run.result() for run in runs]
+    _check_lm(program, default, outcomes)
     _check_measured(outcomes, metric)
     return _summary(outcomes, ledger)
 
@@ -191,6 +201,15 @@ async def _awaited(value: Any) -> Any:
     return await value
 
 
+def _check_lm(program: dspy.Module, default: Any, outcomes: Sequence[_Outcome]) -> None:
+    """Say that there is no LM, where that is why every example failed: a program may also bring one while it runs."""
+    unset = [name for name, predictor in program.named_predictors() if predictor.lm is None]
+    if default is None and unset and all(NO_LM in str(outcome.error) for outcome in outcomes):
+        raise ConfigurationError(
+            f"no LM for the predictors {unset}: none is set by dspy.configure or dspy.context; give lm=…"
+        )
+
+
 def _check_measured(outcomes: Sequence[_Outcome], metric: Callable[..., Any]) -> None:
     """Refuse a score where nothing was measured: it would look like that of a bad program."""
     known = [outcome for outcome in outcomes if outcome.score is not None]
@@ -200,12 +219,21 @@ def _check_measured(outcomes: Sequence[_Outcome], metric: Callable[..., Any]) ->
             f"none of {len(outcomes)} examples could be run: the LM could not be reached or refused them "
             f"({type(error).__name__})"
         ) from error
+    errors = [outcome.error for outcome in known if outcome.error is not None]
+    if len(errors) < len(known):
+        return
     raised = [outcome.error for outcome in known if outcome.metric_raised]
-    if raised and all(outcome.error is not None for outcome in known):
+    if raised:
         raise MetricError(
             f"metric {metric_name(metric)!r} raised for each of the {len(raised)} predictions that it was given: "
             f"{excerpt(raised[0])}"
         ) from raised[0]
+    # An answer that came and cannot be read is the program's, and measured.
+    if not any(isinstance(error, AdapterParseError) for error in errors):
+        raise ArtifactError(
+            f"the program raised on each of the {len(known)} examples that could be run, so nothing was measured: "
+            f"{excerpt(errors[0])}"
+        ) from errors[0]
 
 
 def _summary(outcomes: Sequence[_Outcome], ledger: _Ledger) -> Evaluation:
@@ -217,6 +245,7 @@ def _summary(outcomes: Sequence[_Outcome], ledger: _Ledger) -> Evaluation:
         score=statistics.fmean(known),
         interval=mean_interval(known),
         scores=tuple(scores),
+        errors=tuple(None if o.error is None else excerpt(o.error) for o in outcomes),
         failures=sum(o.score is not None and o.error is not None for o in outcomes),
         missing=len(scores) - len(known),
         calls=len(entries),
