@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -44,6 +45,8 @@ from asyndbt_dspy.deploy.rebuild import program_class, rebuilt_program
 from asyndbt_dspy.deploy.result_summary import summarize_result
 from asyndbt_dspy.deploy.state_checks import check_state
 from asyndbt_dspy.errors import ArtifactError, ConfigurationError, ExportError
+
+logger = logging.getLogger(__name__)
 
 PathLike = str | os.PathLike[str]
 
@@ -103,7 +106,7 @@ def save_artifact(
         raise ArtifactError(
             "the folder to write to is not empty; artifacts are never overwritten, choose a new one"
         )
-    adapter = adapter or dspy.settings.adapter or dspy.ChatAdapter()
+    adapter = adapter or _current_adapter()
     lm = lm or dspy.settings.lm
     if not program.named_predictors():
         raise ArtifactError(f"{type(program).__name__} has no predictors, so there is nothing to save")
@@ -158,6 +161,9 @@ def load_artifact(
 ) -> dspy.Module:
     """The saved program: a copy of ``student`` with the saved instructions, demos and LMs.
 
+    The prompt format is no part of a DSPy program, but demos may be made for one (``demo_ending``) and scores hold for one:
+    a warning is logged where ``dspy.settings`` has another adapter than the manifest names.
+
     Args:
         path: The artifact's folder.
         student: A program of the same structure, not changed. May be left out for a saved ``dspy.Predict`` or
@@ -175,6 +181,7 @@ def load_artifact(
     if student is None:
         student = rebuilt_program(artifact.manifest)
     _check_signature(artifact.manifest, student)
+    _warn_of_another_adapter(artifact.manifest, student)
     program = student.deepcopy()
     own = {name: predictor.lm for name, predictor in student.named_predictors()}
     unknown = sorted(set(lms or {}) - set(own))
@@ -194,6 +201,22 @@ def load_artifact(
         predictor.demos = [dspy.Example(demo) for demo in predictor.demos]
         predictor.lm = chosen[name] or predictor.lm
     return program
+
+
+def _current_adapter() -> dspy.Adapter:
+    return dspy.settings.adapter or dspy.ChatAdapter()
+
+
+def _warn_of_another_adapter(manifest: Mapping[str, Any], program: dspy.Module) -> None:
+    saved, current = manifest["adapter"]["class"], type(_current_adapter()).__name__
+    if saved != current and not callable(getattr(program, "prompt_adapter", None)):
+        logger.warning(
+            "The artifact was saved under %.100s, and dspy.settings has %s: its prompts are not those that were optimized and "
+            "scored, and its demos may ask for another format than the last turn. Set the adapter before loading and "
+            "running: dspy.configure(adapter=…).",
+            saved,
+            current,
+        )
 
 
 def _check_signature(manifest: Mapping[str, Any], student: dspy.Module) -> None:

@@ -88,7 +88,7 @@ def evaluate_artifact(
         student: See ``load_artifact``.
         lm: For predictors without an own LM; default: that of ``dspy.settings``.
         lms: See ``load_artifact``.
-        adapter: Default: that of ``dspy.settings``; it should be the one named in the manifest.
+        adapter: Default: that of ``dspy.settings``. A warning is logged where the manifest names another one.
         num_threads: Examples in flight, at least 1.
 
     Raises:
@@ -102,7 +102,8 @@ def evaluate_artifact(
         raise ConfigurationError(f"need num_threads >= 1, got {num_threads}")
     data = list(data)
     runner = _Runner(metric)
-    program = load_artifact(path, student, lms=lms)
+    with dspy.context(adapter=adapter or dspy.settings.adapter):
+        program = load_artifact(path, student, lms=lms)
     check_examples(program, data, name="data")
     ledger = _Ledger()
     default = ledger.own(lm or dspy.settings.lm)
@@ -110,12 +111,11 @@ def evaluate_artifact(
         predictor.lm = ledger.own(predictor.lm)
     settings: dict[str, Any] = {
         "lm": default,
+        "adapter": adapter or dspy.settings.adapter,
         "callbacks": [*dspy.settings.callbacks, ledger],
         "max_history_size": HISTORY,
         "disable_history": False,
     }
-    if adapter is not None:
-        settings["adapter"] = adapter
     with dspy.context(**settings), ThreadPoolExecutor(num_threads) as threads:
         # DSPy's settings travel in context variables, which threads do not inherit.
         runs = [

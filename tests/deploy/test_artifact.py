@@ -13,14 +13,14 @@ import artifact_kit as kit
 import dspy
 import pytest
 
-from asyndbt_dspy.deploy import load_artifact, read_artifact, save_artifact
+from asyndbt_dspy.deploy import evaluate_artifact, load_artifact, read_artifact, save_artifact
 from asyndbt_dspy.deploy.manifest import pretty_json, seal
 from asyndbt_dspy.errors import ArtifactError, ConfigurationError
 
 FRESH = """
 import json, sys
 import dspy
-from asyndbt_dspy.deploy import load_artifact
+from asyndbt_dspy.deploy import evaluate_artifact, load_artifact
 import artifact_kit as kit
 kind, path = sys.argv[1:]
 program = load_artifact(path, kit.KINDS[kind]())
@@ -129,6 +129,23 @@ def test_other_programs_are_not_rebuilt_without_a_student(tmp_path: Path) -> Non
     path = save_artifact(kit.tuned("two_steps"), tmp_path / "a")
     with pytest.raises(ArtifactError, match="student"):
         load_artifact(path)
+
+
+def test_another_adapter_than_the_saved_one_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    program, data = kit.tuned("single"), kit.examples("single", 2)
+    with dspy.context(adapter=dspy.JSONAdapter()):
+        path = save_artifact(program, tmp_path / "a")
+        load_artifact(path)
+        assert not caplog.records
+    evaluate_artifact(path, data, lambda *_: 1.0, lm=kit.hash_lm(), adapter=dspy.JSONAdapter())
+    assert not caplog.records
+    for load in (load_artifact, lambda path: evaluate_artifact(path, data, lambda *_: 1.0, lm=kit.hash_lm())):
+        load(path)
+        (record,) = caplog.records
+        assert "JSONAdapter, and dspy.settings has ChatAdapter" in record.getMessage()
+        caplog.clear()
 
 
 class Reordered(dspy.Signature):
