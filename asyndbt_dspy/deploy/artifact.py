@@ -333,9 +333,10 @@ def _json_file(value: Any, name: str) -> bytes:
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:
     parent = folder.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=".artifact-", dir=parent))
+    building = None
     try:
+        parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=".artifact-", dir=parent))
         for name, content in files.items():
             (building / name).write_bytes(content)
         building.chmod(0o755)
@@ -343,7 +344,8 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
     except OSError as error:
         raise ArtifactError(f"the artifact cannot be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        if building is not None:
+            shutil.rmtree(building, ignore_errors=True)
 
 
 def _package_version() -> str:

@@ -252,6 +252,12 @@ def test_an_artifact_is_never_overwritten_and_nothing_is_left_behind(tmp_path: P
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
 
 
+def test_a_folder_that_cannot_be_made_is_an_artifact_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ArtifactError, match="cannot be written"):
+        save_artifact(kit.tuned("single"), tmp_path / "file" / "folder" / "a")
+
+
 def test_own_lms_come_back_or_must_be_given(tmp_path: Path) -> None:
     program = kit.tuned("two_steps")
     program.summarize.lm = dspy.LM("openai/gpt-4o-mini", temperature=0.2, api_key="sk-planted-planted")
