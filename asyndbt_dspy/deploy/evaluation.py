@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,8 +28,6 @@ from asyndbt_dspy.programs.metrics import bind_metric, excerpt, metric_name, rea
 Z_95 = 1.959964
 NO_LM = "No LM is loaded"
 """How DSPy's ``ValueError`` begins where a predictor has no LM."""
-HISTORY = 10**9
-"""More entries than any evaluation makes: DSPy drops old ones, and with them their cost."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,8 @@ class Evaluation:
         failures: Examples on which the program or the metric raised.
         missing: Examples left out, as in ``compile``, because the LM could not be reached (rate limit, timeout,
             server, no valid key, unknown model) or refused them (content filter, context too long).
-        calls: LM calls, those answered by DSPy's cache included.
+        calls: The program's LM calls, whichever LM it asks, those answered by DSPy's cache included. Those of the
+            metric are not counted, here or below.
         seconds_per_call: Mean, median and 95th percentile of an LM call's duration in seconds.
         seconds_per_example: Mean duration of the program in seconds.
         tokens_per_call: Mean of input and of output tokens; ``None`` where the LM reports none.
@@ -101,22 +101,15 @@ def evaluate_artifact(
     if num_threads < 1:
         raise ConfigurationError(f"need num_threads >= 1, got {num_threads}")
     data = list(data)
-    runner = _Runner(metric)
-    with dspy.context(adapter=adapter or dspy.settings.adapter):
-        program = load_artifact(path, student, lms=lms)
-    check_examples(program, data, name="data")
     ledger = _Ledger()
-    default = ledger.own(lm or dspy.settings.lm)
-    for _, predictor in program.named_predictors():
-        predictor.lm = ledger.own(predictor.lm)
-    settings: dict[str, Any] = {
-        "lm": default,
-        "adapter": adapter or dspy.settings.adapter,
-        "callbacks": [*dspy.settings.callbacks, ledger],
-        "max_history_size": HISTORY,
-        "disable_history": False,
-    }
-    with dspy.context(**settings), ThreadPoolExecutor(num_threads) as threads:
+    runner = _Runner(metric, ledger)
+    default = lm or dspy.settings.lm
+    with (
+        dspy.context(lm=default, adapter=adapter or dspy.settings.adapter),
+        ThreadPoolExecutor(num_threads) as threads,
+    ):
+        program = load_artifact(path, student, lms=lms)
+        check_examples(program, data, name="data")
         # DSPy's settings travel in context variables, which threads do not inherit.
         runs = [
             threads.submit(contextvars.copy_context().run, runner.run, program, example) for example in data
@@ -138,15 +131,17 @@ class _Outcome:
 class _Runner:
     """Runs and scores one example; called from several threads at once."""
 
-    def __init__(self, metric: Callable[..., Any]) -> None:
+    def __init__(self, metric: Callable[..., Any], ledger: _Ledger) -> None:
         self._metric = metric
+        self._ledger = ledger
         self._score = bind_metric(metric)
 
     def run(self, program: dspy.Module, example: dspy.Example) -> _Outcome:
         start = time.perf_counter()
         try:
             # Not `toDict`, which makes dicts of models, histories and nested examples.
-            prediction = _call(program, dict(example.inputs().items()))
+            with self._ledger.open():
+                prediction = _call(program, dict(example.inputs().items()))
         except Exception as error:  # noqa: BLE001 - the user's program may raise anything
             return _failed(error, time.perf_counter() - start)
         seconds = time.perf_counter() - start
@@ -172,18 +167,25 @@ def _failed(error: Exception, seconds: float, *, metric_raised: bool = False) ->
 
 
 class _Ledger(BaseCallback):
-    """Durations of LM calls, and copies of the LMs whose history is this evaluation's alone."""
+    """Durations and records of all LM calls inside ``open``, whichever LM is asked."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.history = _Entries()
         self._started: dict[str, float] = {}
-        self._copies: dict[int, tuple[Any, Any]] = {}
 
-    def own(self, lm: Any) -> Any:
-        if lm is None:
-            return None
-        # The original is kept beside its copy: an id is only unique while its object lives.
-        return self._copies.setdefault(id(lm), (lm, lm.copy()))[1]
+    def open(self) -> AbstractContextManager[Any]:
+        """Inside, LM calls are recorded.
+
+        DSPy writes each call down for the LM and for the modules that it is made in, and a callback is not told what it
+        cost: so this stands among the modules. test_comparison_and_evaluation.py fails if DSPy moves that.
+        """
+        return dspy.context(
+            callbacks=[*dspy.settings.callbacks, self],
+            caller_modules=[*(dspy.settings.caller_modules or ()), self],
+            max_history_size=max(1, dspy.settings.max_history_size),
+            disable_history=False,
+        )
 
     def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         self._started[call_id] = time.perf_counter()
@@ -193,8 +195,18 @@ class _Ledger(BaseCallback):
         if started is not None and exception is None:
             self.seconds.append(time.perf_counter() - started)
 
-    def entries(self) -> list[dict[str, Any]]:
-        return [entry for _, copy in self._copies.values() for entry in copy.history]
+
+class _Entries:
+    """A history of which DSPy drops no old entries, and with them their cost: it never seems full."""
+
+    def __init__(self) -> None:
+        self.kept: list[dict[str, Any]] = []
+
+    def __len__(self) -> int:
+        return 0
+
+    def append(self, entry: dict[str, Any]) -> None:
+        self.kept.append(entry)
 
 
 async def _awaited(value: Any) -> Any:
@@ -239,7 +251,7 @@ def _check_measured(outcomes: Sequence[_Outcome], metric: Callable[..., Any]) ->
 def _summary(outcomes: Sequence[_Outcome], ledger: _Ledger) -> Evaluation:
     scores = [outcome.score for outcome in outcomes]
     known = [score for score in scores if score is not None]
-    entries = ledger.entries()
+    entries = ledger.history.kept
     costs = [entry.get("cost") for entry in entries]
     return Evaluation(
         score=statistics.fmean(known),

@@ -224,6 +224,30 @@ def test_without_an_lm_nothing_is_measured_unless_the_program_brings_one(tmp_pat
     assert evaluate_artifact(path, data, metric, student=BringsAnLM()).failures == 0
 
 
+def test_calls_of_every_lm_of_the_program_count_and_those_of_the_metric_do_not(tmp_path: Path) -> None:
+    path, data = save_artifact(BringsAnLM(), tmp_path / "a"), kit.examples("single")
+    judge = kit.hash_lm()
+
+    def judged(gold: dspy.Example, prediction: dspy.Prediction) -> float:
+        dspy.Predict("label -> answer")(label=prediction.label)
+        return 1.0
+
+    with dspy.context(disable_history=True, max_history_size=0):
+        found = evaluate_artifact(path, data, judged, student=BringsAnLM(), lm=judge)
+    assert len(judge.engine.prompts) == len(data), "the metric's own"
+    assert found.calls == len(data)
+    assert found.tokens_per_call["input"] > 100
+    assert found.seconds_per_call["p95"] >= found.seconds_per_call["median"] > 0
+
+
+def test_calls_count_beyond_the_longest_history(tmp_path: Path) -> None:
+    path, data = save_artifact(kit.tuned("two_steps"), tmp_path / "a"), kit.examples("two_steps")
+    lm = kit.hash_lm()
+    with dspy.context(max_history_size=3):
+        found = evaluate_artifact(path, data, lambda *_: 1.0, student=kit.TwoSteps(), lm=lm)
+    assert (found.calls, len(lm.history)) == (2 * len(data), 3)
+
+
 class BringsAnLM(dspy.Module):
     def __init__(self) -> None:
         super().__init__()
