@@ -11,7 +11,9 @@ name is imported on first use.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 # LiteLLM fetches a price table from the network when it is imported, unless told to use the one it ships.
@@ -89,8 +91,22 @@ _HOMES = {
     **{name: "asyndbt_dspy.errors" for name in __all__ if name.endswith("Error")},
 }
 
-# What a name needs beside the package's own dependencies.
-_EXTRAS = {"RayEngine": "ray", "local_lm": "local"}
+# What a name needs beside the package's own dependencies: the extra, and the libraries that it cannot be imported without.
+_EXTRAS = {
+    "RayEngine": ("ray", ("ray",)),
+    "local_lm": ("local", ("torch", "transformers", "llguidance")),
+}
+
+
+def _has_its_libraries(name: str) -> bool:
+    _, libraries = _EXTRAS.get(name, ("", ()))
+    # A stand-in that someone has put among the modules has no spec.
+    return all((sys.modules.get(one) or importlib.util.find_spec(one)) is not None for one in libraries)
+
+
+if not TYPE_CHECKING:
+    # `import *`, pydoc and inspect ask for every name that is listed, and one that cannot be had would fail them all.
+    __all__ = [name for name in __all__ if _has_its_libraries(name)]
 
 
 def __getattr__(name: str) -> Any:
@@ -104,7 +120,7 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if name not in _EXTRAS:
             raise
-        remedy = f"pip install 'asyndbt-dspy[{_EXTRAS[name]}]'"
+        remedy = f"pip install 'asyndbt-dspy[{_EXTRAS[name][0]}]'"
         raise ModuleNotFoundError(f"{name} needs {error.name}: {remedy}", name=error.name) from error
 
 

@@ -64,8 +64,9 @@ PARTS = {
         "asyndbt_dspy.lms", CORE, libraries=f"{LM} torch transformers tokenizers safetensors gguf llguidance"
     ),
     "asyndbt_dspy.programs": _part(CORE, libraries=f"numpy {DSPY}"),
-    # An evaluation reads the metric and tells errors apart as a compile does.
+    # An evaluation checks its examples, reads the metric and tells errors apart as a compile does.
     "asyndbt_dspy.deploy": _part(
+        "asyndbt_dspy.programs.checks",
         "asyndbt_dspy.programs.metrics",
         "asyndbt_dspy.lms.failures",
         CORE,

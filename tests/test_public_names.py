@@ -133,6 +133,34 @@ except ModuleNotFoundError as error:
     assert in_fresh_interpreter(code) == "local_lm needs torch: pip install 'asyndbt-dspy[local]'"
 
 
+def test_missing_extras_fail_neither_a_star_import_nor_introspection() -> None:
+    code = """
+sys.modules.update({name: None for name in ("ray", "torch")})
+import inspect, pydoc
+import asyndbt_dspy
+from asyndbt_dspy import *
+names = {name for name, _ in inspect.getmembers(asyndbt_dspy)}
+pydoc.render_doc(asyndbt_dspy)
+print(AsynDBT.__name__, "AsynDBT" in names, names & {"RayEngine", "local_lm"})
+"""
+    assert in_fresh_interpreter(code) == "AsynDBT True set()"
+
+
+def test_langchain_that_is_missing_is_named_with_the_command_that_installs_it() -> None:
+    code = """
+sys.modules["langchain_core"] = None
+import langchain_asyndbt
+try:
+    langchain_asyndbt.optimize_chain
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    found = in_fresh_interpreter(code, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'integrations'}")
+    assert re.fullmatch(
+        r"optimize_chain needs langchain_core[\w.]*: pip install 'asyndbt-dspy\[langchain\]'", found
+    )
+
+
 def test_the_version_is_the_distributions() -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     found = re.search(r'^version = "(.+)"$', project, flags=re.MULTILINE)

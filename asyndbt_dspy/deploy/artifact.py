@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -33,6 +34,7 @@ from asyndbt_dspy.deploy.prompts import export_prompt
 from asyndbt_dspy.deploy.public_state import (
     adapter_record,
     check_no_secret,
+    config_record,
     known_secrets,
     lm_record,
     program_state,
@@ -43,6 +45,8 @@ from asyndbt_dspy.deploy.rebuild import program_class, rebuilt_program
 from asyndbt_dspy.deploy.result_summary import summarize_result
 from asyndbt_dspy.deploy.state_checks import check_state
 from asyndbt_dspy.errors import ArtifactError, ConfigurationError, ExportError
+
+logger = logging.getLogger(__name__)
 
 PathLike = str | os.PathLike[str]
 
@@ -102,7 +106,7 @@ def save_artifact(
         raise ArtifactError(
             "the folder to write to is not empty; artifacts are never overwritten, choose a new one"
         )
-    adapter = adapter or dspy.settings.adapter or dspy.ChatAdapter()
+    adapter = adapter or _current_adapter()
     lm = lm or dspy.settings.lm
     if not program.named_predictors():
         raise ArtifactError(f"{type(program).__name__} has no predictors, so there is nothing to save")
@@ -157,10 +161,14 @@ def load_artifact(
 ) -> dspy.Module:
     """The saved program: a copy of ``student`` with the saved instructions, demos and LMs.
 
+    The prompt format is no part of a DSPy program, but demos may be made for one (``demo_ending``) and scores hold for one:
+    a warning is logged where ``dspy.settings`` has another adapter than the manifest names.
+
     Args:
         path: The artifact's folder.
         student: A program of the same structure, not changed. May be left out for a saved ``dspy.Predict`` or
-            ``dspy.ChainOfThought`` with fields of plain types.
+            ``dspy.ChainOfThought`` with fields of plain types. A predictor's own settings (``dspy.Predict(…,
+            temperature=0.7)``) are the student's; without one they are those that were saved.
         lms: LMs by predictor. Needed for those that cannot be rebuilt from an artifact (an engine of one's own,
             an address, extra headers), unless the student's predictor has an LM of the same name.
 
@@ -173,6 +181,7 @@ def load_artifact(
     if student is None:
         student = rebuilt_program(artifact.manifest)
     _check_signature(artifact.manifest, student)
+    _warn_of_another_adapter(artifact.manifest, student)
     program = student.deepcopy()
     own = {name: predictor.lm for name, predictor in student.named_predictors()}
     unknown = sorted(set(lms or {}) - set(own))
@@ -188,9 +197,26 @@ def load_artifact(
             f"{PROGRAM} cannot be loaded: {type(error).__name__}: {str(error)[:300]}"
         ) from error
     for name, predictor in program.named_predictors():
-        predictor.demos = [dspy.Example(**demo) for demo in predictor.demos]
+        # As dictionaries: a field may have the name of an argument (`base`).
+        predictor.demos = [dspy.Example(demo) for demo in predictor.demos]
         predictor.lm = chosen[name] or predictor.lm
     return program
+
+
+def _current_adapter() -> dspy.Adapter:
+    return dspy.settings.adapter or dspy.ChatAdapter()
+
+
+def _warn_of_another_adapter(manifest: Mapping[str, Any], program: dspy.Module) -> None:
+    saved, current = manifest["adapter"]["class"], type(_current_adapter()).__name__
+    if saved != current and not callable(getattr(program, "prompt_adapter", None)):
+        logger.warning(
+            "The artifact was saved under %.100s, and dspy.settings has %s: its prompts are not those that were optimized and "
+            "scored, and its demos may ask for another format than the last turn. Set the adapter before loading and "
+            "running: dspy.configure(adapter=…).",
+            saved,
+            current,
+        )
 
 
 def _check_signature(manifest: Mapping[str, Any], student: dspy.Module) -> None:
@@ -276,6 +302,11 @@ def _origin(program: dspy.Module, adapter: Any, lm: Any) -> dict[str, Any]:
         "signature": program_record(program),
         "versions": {"dspy": dspy.__version__, "asyndbt-dspy": _package_version()},
         "adapter": adapter_record(adapter),
+        "config": {
+            name: record
+            for name, predictor in program.named_predictors()
+            if (record := config_record(predictor)) is not None
+        },
         "lms": {
             "default": lm_record(lm).to_json() if lm is not None else None,
             "predictors": {
@@ -302,9 +333,10 @@ def _json_file(value: Any, name: str) -> bytes:
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:
     parent = folder.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=".artifact-", dir=parent))
+    building = None
     try:
+        parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=".artifact-", dir=parent))
         for name, content in files.items():
             (building / name).write_bytes(content)
         building.chmod(0o755)
@@ -312,7 +344,8 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
     except OSError as error:
         raise ArtifactError(f"the artifact cannot be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        if building is not None:
+            shutil.rmtree(building, ignore_errors=True)
 
 
 def _package_version() -> str:

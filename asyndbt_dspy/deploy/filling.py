@@ -1,4 +1,4 @@
-"""Put values into an exported prompt. Standard library only: it may be copied into a service without DSPy."""
+"""Put values into an exported prompt. Standard library only: this file may be copied into a service without this package."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from asyndbt_dspy.errors import ExportError
+try:
+    from asyndbt_dspy.errors import ExportError
+except ModuleNotFoundError:  # the file was copied
+
+    class ExportError(ValueError):  # type: ignore[no-redef]
+        """The messages cannot be filled. The message gives the reason."""
 
 
 def fill_messages(entry: Mapping[str, Any], values: Mapping[str, str]) -> list[dict[str, str]]:

@@ -42,7 +42,7 @@ ADAPTER_OPTIONS = ("use_native_function_calling", "use_json_adapter_fallback", "
 KEY_SETTINGS = ("api_key",)
 """Settings that are never written, but that an LM finds again in its environment."""
 
-SECRET_NAME = re.compile(r"(api_?key|token|secret|password|passwd|credential)", re.IGNORECASE)
+SECRET_NAME = re.compile(r"(api_?key|token(?!iz)|secret|password|passwd|credential)", re.IGNORECASE)
 SECRET_SETTING = re.compile(
     r"((?<!cache_)key(?!word)|token(?!iz)|secret|passw|credential|auth(?:$|[_-]|ori[sz])|cookie|header"  # keys
     r"|_base$|url|uri$|endpoint|host(?:name)?$|proxy|proxies|address"  # addresses
@@ -55,6 +55,8 @@ SECRET_MAPPING = re.compile(r"(credential|cookie|header)", re.IGNORECASE)
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://\S+", re.IGNORECASE)
 PLAIN_COUNT = re.compile(r"^(max_.*tokens|.*_tokens)$")
 MIN_SECRET_CHARACTERS = 8
+ORDINARY = re.compile(r"[A-Z]?[a-z]{0,19}|[A-Z]{0,20}|[0-9]{0,11}")
+"""Values of environment variables that are a word or a small number (``DB_PASSWORD=password``): any prompt may hold them."""
 PATH_OR_ADDRESS = re.compile(r"(://|^[/~\\]|/[/~]|^[A-Za-z]:[\\/]|\\)")
 
 
@@ -134,6 +136,15 @@ def predictor_state(predictor: dspy.Predict) -> dict[str, Any]:
     return state
 
 
+def config_record(predictor: dspy.Predict) -> dict[str, Any] | None:
+    """What may be written about a predictor's own settings, ``None`` where it has none."""
+    config = {key: value for key, value in getattr(predictor, "config", {}).items() if value is not None}
+    sampling = {key: value for key, value in config.items() if key in SAMPLING_KEYS and _is_plain(value)}
+    if not config:
+        return None
+    return {"sampling": sampling, "left_out": sorted(set(config) - set(sampling))}
+
+
 def program_state(program: dspy.Module) -> dict[str, Any]:
     """DSPy's state of the program, in the form that ``dspy.Module.load`` reads."""
     states = {name: predictor_state(predictor) for name, predictor in program.named_predictors()}
@@ -173,32 +184,38 @@ def numbers_only(value: Any, depth: int = 6) -> Any:
     return None
 
 
-def known_secrets(lms: Iterable[Any]) -> set[str]:
-    """Texts that must not be in any file: keys, addresses, headers and account names of the LMs, and secrets of
-    the environment.
+def known_secrets(lms: Iterable[Any]) -> dict[str, str]:
+    """Texts that must not be in any file, and where each is from: keys, addresses, headers and account names of the LMs,
+    and secrets of the environment.
     """
-    found: set[str] = set()
-    for lm in lms:
-        found |= _secret_texts(getattr(lm, "kwargs", None) or {})
+    found: dict[str, str] = {}
     for name, value in os.environ.items():
-        if SECRET_NAME.search(name) and not PLAIN_COUNT.match(name.lower()):
-            found.add(value)
-    return {text for text in found if len(text) >= MIN_SECRET_CHARACTERS}
+        is_secret = SECRET_NAME.search(name) and not PLAIN_COUNT.match(name.lower())
+        if is_secret and not ORDINARY.fullmatch(value):
+            found[value] = f"the value of the environment variable {name}"
+    for lm in lms:
+        for name, value in (getattr(lm, "kwargs", None) or {}).items():
+            found |= dict.fromkeys(_secret_texts({name: value}), f"the setting {str(name)!r} of an LM")
+    return {text: source for text, source in found.items() if len(text) >= MIN_SECRET_CHARACTERS}
 
 
-def check_no_secret(files: Mapping[str, bytes], secrets: Iterable[str]) -> None:
+def check_no_secret(files: Mapping[str, bytes], secrets: Mapping[str, str]) -> None:
     """Refuse files that hold a secret.
 
+    Args:
+        files: Contents by name.
+        secrets: As ``known_secrets`` gives them.
+
     Raises:
-        ArtifactError: names the file, never the secret.
+        ArtifactError: names the file and where the secret is from, never the secret.
     """
-    for secret in secrets:
+    for secret, source in secrets.items():
         escaped = secret.encode("unicode_escape")
         for name, content in files.items():
             if secret.encode("utf-8", "replace") in content or escaped in content:
                 raise ArtifactError(
-                    f"{name} would hold a key, an address or another secret of an LM or of the environment "
-                    f"({len(secret)} characters); remove it from the instructions, the demos or the labels"
+                    f"{name} would hold {source}, which is taken for a secret ({len(secret)} characters); remove it from the "
+                    "instructions, the demos or the labels"
                 )
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, Union
 
 import dspy
 
+from asyndbt_dspy.deploy.public_state import SAMPLING_KEYS
 from asyndbt_dspy.errors import ArtifactError
 
 REBUILDABLE: dict[str, type[dspy.Module]] = {
@@ -26,10 +27,10 @@ def program_class(program: dspy.Module) -> str:
 
 
 def rebuilt_program(manifest: Mapping[str, Any]) -> dspy.Module:
-    """A new program with the saved signature and nothing else.
+    """A new program with the saved signature and the predictor's own settings, and nothing else.
 
     Raises:
-        ArtifactError: another class, or a field whose type JSON does not describe.
+        ArtifactError: another class, a field whose type JSON does not describe, or a setting that was not written.
     """
     name = manifest.get("program")
     cls = REBUILDABLE.get(name) if isinstance(name, str) else None
@@ -39,7 +40,8 @@ def rebuilt_program(manifest: Mapping[str, Any]) -> dspy.Module:
             f"the artifact was saved from a {str(name)[:100]}, which cannot be rebuilt from it; "
             "give a program of the same structure as student=…"
         )
-    record = next(iter(predictors.values()))
+    predictor, record = next(iter(predictors.items()))
+    config = _config(manifest, predictor)
     fields: dict[str, tuple[Any, Any]] = {}
     try:
         for field in record["inputs"]:
@@ -47,7 +49,7 @@ def rebuilt_program(manifest: Mapping[str, Any]) -> dspy.Module:
         for field in record["outputs"]:
             if cls is not dspy.ChainOfThought or field["name"] != REASONING:
                 fields[field["name"]] = (_type(field), dspy.OutputField(**_default(field)))
-        return cls(dspy.Signature(fields))
+        return cls(dspy.Signature(fields), **config)
     except ArtifactError:
         raise
     except Exception as error:
@@ -55,6 +57,20 @@ def rebuilt_program(manifest: Mapping[str, Any]) -> dspy.Module:
         raise ArtifactError(
             f"the saved signature cannot be rebuilt: {str(error)[:200]}; give student=…"
         ) from error
+
+
+def _config(manifest: Mapping[str, Any], predictor: str) -> dict[str, Any]:
+    """The saved settings of a predictor: of the sampling alone, whatever the file says."""
+    records = manifest.get("config", {})
+    record = records.get(predictor, {}) if isinstance(records, dict) else None
+    sampling = record.get("sampling", {}) if isinstance(record, dict) else None
+    if not isinstance(record, dict) or not isinstance(sampling, dict) or not set(sampling) <= SAMPLING_KEYS:
+        raise ArtifactError("the manifest's config of the predictor is not one that is written")
+    if record.get("left_out"):
+        raise ArtifactError(
+            f"the saved predictor had settings that are not written: {str(record['left_out'])[:200]}; give student=…"
+        )
+    return sampling
 
 
 def _default(field: Mapping[str, Any]) -> dict[str, Any]:

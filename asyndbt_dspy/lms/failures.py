@@ -28,7 +28,7 @@ from __future__ import annotations
 import json
 import math
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Any
 
@@ -159,6 +159,8 @@ _CUT_NAMES = frozenset(
         "CancelledError",
     )
 )
+# aiohttp's of this name are cut connections; Google's and botocore's are answers, and have a status.
+_ANSWERED_NAMES = frozenset(("ClientError",))
 # A class that stands for an answer of the endpoint, also where an engine gives no status with it.
 _REFUSED_NAMES = frozenset(
     (
@@ -222,12 +224,15 @@ def kind_of(error: BaseException) -> FailureKind:
 
 def _is_of_an_lm(error: BaseException) -> bool:
     frames = (str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__))
-    classes = (cls.__module__ for cls in type(error).__mro__)
-    return any(
-        module == one or module.startswith(f"{one}.")
-        for module in (*classes, *frames)
-        for one in _LM_PACKAGES
-    )
+    return _has_an_lms_class(error) or any(map(_is_of_an_lm_package, frames))
+
+
+def _has_an_lms_class(error: BaseException) -> bool:
+    return any(_is_of_an_lm_package(cls.__module__) for cls in type(error).__mro__)
+
+
+def _is_of_an_lm_package(module: str) -> bool:
+    return any(module == one or module.startswith(f"{one}.") for one in _LM_PACKAGES)
 
 
 def fate_of(error: BaseException) -> Fate:
@@ -307,6 +312,8 @@ def _was_cut(error: BaseException) -> bool:
     if isinstance(error, (TimeoutError, ConnectionError, json.JSONDecodeError)):
         # LM15's TimeoutError is also raised for a status: then the status decides.
         return _status(error) is None
+    if _is_named(error, _ANSWERED_NAMES) and _status(error) is not None:
+        return False
     return _is_named(error, _CUT_NAMES)
 
 
@@ -319,7 +326,15 @@ def _status(error: BaseException) -> int | None:
         status = getattr(error, name, None)
         if isinstance(status, int) and not isinstance(status, bool):
             return status
-    return None
+    response = getattr(error, "response", None)
+    if isinstance(response, Mapping):  # botocore's
+        return _error_status((response.get("ResponseMetadata") or {}).get("HTTPStatusCode"))
+    # Google's clients; elsewhere a `code` may be anything.
+    return _error_status(getattr(error, "code", None)) if _has_an_lms_class(error) else None
+
+
+def _error_status(value: Any) -> int | None:
+    return int(value) if isinstance(value, int) and 400 <= value < 600 else None
 
 
 def _header(headers: Any, name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Score against calls, with intervals. Needs matplotlib (extra ``report`` or ``bench``)."""
+"""Score against calls, with intervals. Needs matplotlib (extra ``bench``)."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def _draw(rows: Sequence[cells.Row], found: Sequence[Summary], folder: Path) -> 
     try:
         files = plots.draw(rows, found, folder)
     except ImportError as error:
-        sys.stderr.write(f"no plots ({error}): pip install 'asyndbt-dspy[report]'\n")
+        sys.stderr.write(f"no plots ({error}): pip install 'asyndbt-dspy[bench]'\n")
         return
     sys.stderr.write(f"plots: {', '.join(map(str, files))}\n")
 

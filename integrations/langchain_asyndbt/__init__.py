@@ -48,7 +48,13 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(
             f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(__all__)}"
         )
-    return getattr(importlib.import_module(home), name)
+    try:
+        return getattr(importlib.import_module(home), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "langchain_core":
+            raise
+        remedy = "pip install 'asyndbt-dspy[langchain]'"
+        raise ModuleNotFoundError(f"{name} needs {error.name}: {remedy}", name=error.name) from error
 
 
 def __dir__() -> list[str]:

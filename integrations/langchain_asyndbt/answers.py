@@ -44,6 +44,17 @@ def as_message(value: Any) -> Any:
     return value
 
 
+def as_shown(value: Any) -> Any:
+    """A message with what a demo shows of it, text and tool calls; anything else stays as it is.
+
+    The rest (headers, request ids, usage, reasoning) is the provider's, differs from run to run, and is nobody else's business.
+    """
+    if not isinstance(value, BaseMessage):
+        return value
+    calls = [{**call, "id": None} for call in getattr(value, "tool_calls", [])]
+    return AIMessage(content=text_of(value), tool_calls=_with_ids(calls))
+
+
 def parse(parser: Runnable[Any, Any] | None, message: BaseMessage) -> Any:
     """What the chain makes of the model's message: the message itself where there is no parser."""
     return message if parser is None else parser.invoke(message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import dspy
@@ -11,10 +12,13 @@ from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.messages.tool import tool_call
 
-from langchain_asyndbt.answers import answer_messages, parse
+from langchain_asyndbt.answers import answer_messages, as_shown, parse
 from langchain_asyndbt.messages import to_openai
 from langchain_asyndbt.templates import PromptSlots, same_instructions
 from langchain_asyndbt.worker_lm import ChainCall, chain_call
+
+whole_answers: ContextVar[list[Any] | None] = ContextVar("langchain_asyndbt_whole_answers", default=None)
+"""Where set, takes what the parser gave: the steps behind it get whole messages, of which the predictor's field holds less."""
 
 
 class TemplateAdapter(dspy.Adapter):
@@ -110,7 +114,11 @@ class TemplateAdapter(dspy.Adapter):
     ) -> list[dict[str, Any]]:
         call = chain_call.get()
         own = call.answer if call is not None and len(outputs) == 1 else None
-        return [{self._output: self._parsed(own if own is not None else _message(o), o)} for o in outputs]
+        parsed = [self._parsed(own if own is not None else _message(o), o) for o in outputs]
+        whole = whole_answers.get()
+        if whole is not None:
+            whole[:] = parsed
+        return [{self._output: as_shown(value)} for value in parsed]
 
     def parse(self, signature: Any, completion: str) -> dict[str, Any]:
         """The chain's reading of a text."""

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import dspy
+from langchain_core.messages import BaseMessage
 from langchain_core.runnables import Runnable, RunnableConfig, RunnablePassthrough
 from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from asyndbt_dspy.errors import ConfigurationError, ExportError
-from langchain_asyndbt.chain_adapter import TemplateAdapter
+from langchain_asyndbt.chain_adapter import TemplateAdapter, whole_answers
 from langchain_asyndbt.chain_walk import ModelSite, PromptSite, replace
-from langchain_asyndbt.fields import OUTPUT, field_name
+from langchain_asyndbt.fields import OUTPUT, field_name, output_field
 from langchain_asyndbt.messages import openai_tool_choice
 from langchain_asyndbt.templates import PromptSlots, instructions_of, variables_of
 from langchain_asyndbt.tracing import child_config
@@ -26,6 +28,8 @@ PORTABLE = ("stop", "temperature", "max_tokens", "top_p", "seed", "tools", "tool
 
 AMBIENT_SETTING = "langchain_ambient_lm"
 """Key in ``dspy.settings``: the LM that was configured around an optimization, which is not for its chain."""
+
+AFTER_THE_LAST = "a step after it may change them (a function, a parser that is one, include_raw=True)"
 
 current_program: ContextVar[ChainProgram | None] = ContextVar("langchain_asyndbt_program", default=None)
 
@@ -59,12 +63,16 @@ class ChainPlan:
     """The chain, its predictors, and the chain with calls of predictors in place of prompts and models.
 
     One plan is shared by all copies of a program: nothing in it changes after it was made.
+
+    ``output_keys`` says where the chain's output holds what its last prompts give: ``None`` where it is the output itself, keys
+    where it is a dictionary, nothing where steps follow that may change it.
     """
 
     chain: Runnable[Any, Any]
     predictors: dict[str, PromptPredictor] = field(default_factory=dict)
     runnable: Runnable[Any, Any] = field(default_factory=RunnablePassthrough)
     input_key: str | None = None
+    output_keys: tuple[str | None, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ChainPlan:
         return self
@@ -87,7 +95,7 @@ class ChainProgram(dspy.Module):
         """Run the chain on one example's inputs; the chain's output is the field ``output``."""
         token = current_program.set(self)
         try:
-            return _prediction(self.plan.runnable.invoke(self._chain_input(inputs), child_config()))
+            return self._prediction(self.plan.runnable.invoke(self._chain_input(inputs), child_config()))
         finally:
             current_program.reset(token)
 
@@ -95,7 +103,8 @@ class ChainProgram(dspy.Module):
         """``forward`` on the event loop."""
         token = current_program.set(self)
         try:
-            return _prediction(await self.plan.runnable.ainvoke(self._chain_input(inputs), child_config()))
+            output = await self.plan.runnable.ainvoke(self._chain_input(inputs), child_config())
+            return self._prediction(output)
         finally:
             current_program.reset(token)
 
@@ -127,6 +136,11 @@ class ChainProgram(dspy.Module):
         name = next(name for name, known in self.named_predictors() if known is predictor)
         return self.prompt_adapter(name)
 
+    def _prediction(self, output: Any) -> dspy.Prediction:
+        fields = {str(name): value for name, value in output.items()} if isinstance(output, Mapping) else {}
+        answers = {output_field(key): fields[key] for key in self.plan.output_keys if key in fields}
+        return dspy.Prediction({**fields, **answers, OUTPUT: output})
+
     def _chain_input(self, inputs: Mapping[str, Any]) -> Any:
         if self.plan.input_key is not None:
             return inputs[field_name(self.plan.input_key)]
@@ -152,17 +166,19 @@ class PredictorCall(Runnable[Any, Any]):
 
     def _run(self, value: Any) -> Any:
         predict, fields, settings = self._prepared(value)
-        with dspy.context(**settings):
-            return predict(**fields)[self._output]
+        with dspy.context(**settings), _whole_answer() as whole:
+            return self._given(predict(**fields), whole)
 
     async def _arun(self, value: Any) -> Any:
         predict, fields, settings = self._prepared(value)
-        with dspy.context(**settings):
-            return (await predict.acall(**fields))[self._output]
+        with dspy.context(**settings), _whole_answer() as whole:
+            return self._given(await predict.acall(**fields), whole)
 
-    @property
-    def _output(self) -> str:
-        return next(iter(self._predictor.signature.output_fields))
+    def _given(self, prediction: dspy.Prediction, whole: Sequence[Any]) -> Any:
+        """What the next step gets: the message as the model gave it, else what the predictor says."""
+        if whole and isinstance(whole[0], BaseMessage):
+            return whole[0]
+        return prediction[next(iter(self._predictor.signature.output_fields))]
 
     def _prepared(self, value: Any) -> tuple[dspy.Predict, dict[str, Any], dict[str, Any]]:
         program = current_program.get()
@@ -202,13 +218,21 @@ def to_program(
     Args:
         chain: Composed of LangChain's runnables. Not changed.
         labels: The answers of the last prompt where they are an enumeration: demos are then chosen per label.
-            They change neither prompt nor parsing.
+            They change neither prompt nor parsing. The chain's output must be this prompt's answer, or a dictionary with it.
         input_key: Where the chain's input is no dictionary: the example's field that is passed to it.
 
     Raises:
         ExportError: no prompt that is followed by a model, or one of a kind that cannot take demos.
+        ConfigurationError: labels of no one prompt's answers.
     """
-    plan = ChainPlan(chain, input_key=input_key)
+    keys = _output_keys(chain)
+    if labels and len(keys) != 1:
+        raise ConfigurationError(
+            "labels are the answers of the chain's last prompt, but "
+            + (f"the chain gives several prompts' answers, {list(keys)}" if keys else AFTER_THE_LAST)
+            + "; leave labels out"
+        )
+    plan = ChainPlan(chain, input_key=input_key, output_keys=keys)
 
     def visit(site: PromptSite) -> tuple[Runnable[Any, Any], Sequence[Sequence[Runnable[Any, Any]]]]:
         name = "prompt" if not plan.predictors else f"prompt_{len(plan.predictors) + 1}"
@@ -223,6 +247,18 @@ def to_program(
             "(RunnableLambda) cannot be seen: compose them with |"
         )
     return ChainProgram(plan)
+
+
+def _output_keys(chain: Runnable[Any, Any]) -> tuple[str | None, ...]:
+    found: list[str | None] = []
+
+    def visit(site: PromptSite) -> tuple[Runnable[Any, Any], Sequence[Sequence[Runnable[Any, Any]]]]:
+        if site.is_last:
+            found.append(site.key)
+        return site.prompt, [[c.model, c.parser] if c.parser is not None else [c.model] for c in site.calls]
+
+    replace(chain, visit)
+    return tuple(dict.fromkeys(found))
 
 
 def bound_settings(model: Any) -> dict[str, Any]:
@@ -253,7 +289,7 @@ def _predictor(name: str, site: PromptSite, labels: Sequence[str] | None) -> Pro
     slots = PromptSlots.of(site.prompt, site.calls[0].parser)
     required, optional = variables_of(site.prompt)
     variables = {field_name(variable): variable for variable in (*required, *optional)}
-    output = OUTPUT if site.is_last else f"{name}_{OUTPUT}"
+    output = output_field(site.key) if site.is_last else f"{name}_{OUTPUT}"
     annotation: Any = Literal[tuple(labels)] if labels else Any
     # A field that may be None may be left out, as an optional variable may.
     fields: dict[str, tuple[Any, Any]] = {
@@ -270,6 +306,16 @@ def _predictor(name: str, site: PromptSite, labels: Sequence[str] | None) -> Pro
     return PromptPredictor(name, signature, adapters, site.calls, lms)
 
 
+@contextmanager
+def _whole_answer() -> Iterator[list[Any]]:
+    whole: list[Any] = []
+    token = whole_answers.set(whole)
+    try:
+        yield whole
+    finally:
+        whole_answers.reset(token)
+
+
 def _own_lm(name: str, number: int, model: Any) -> dspy.LM:
     inner = base_model(model)
     # The string tells this LM from those that replace it; it is not a cache key, since the LM is not cached.
@@ -279,8 +325,3 @@ def _own_lm(name: str, number: int, model: Any) -> dspy.LM:
 def _all_variables(predictor: PromptPredictor) -> list[str]:
     required, optional = variables_of(predictor.adapter.slots.prompt)
     return [*required, *optional]
-
-
-def _prediction(output: Any) -> dspy.Prediction:
-    fields = {str(name): value for name, value in output.items()} if isinstance(output, Mapping) else {}
-    return dspy.Prediction({**fields, OUTPUT: output})

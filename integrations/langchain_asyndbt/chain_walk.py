@@ -37,12 +37,14 @@ class PromptSite:
     Attributes:
         prompt: The prompt.
         calls: One per model that follows: usually one, several where a parallel step follows.
-        is_last: Whether the chain's output is what the one call gives.
+        is_last: Whether the chain's output is what the one call gives, or holds it under ``key``.
+        key: Where the chain gives a dictionary; else ``None``.
     """
 
     prompt: BasePromptTemplate[Any]
     calls: tuple[ModelSite, ...]
     is_last: bool
+    key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def rebound(runnable: Any, prompt: Runnable[Any, Any]) -> Runnable[Any, Any]:
     return prompt
 
 
-def _walk(runnable: Any, visit: Visitor, *, is_last: bool, depth: int) -> Any:
+def _walk(runnable: Any, visit: Visitor, *, is_last: bool, depth: int, key: str | None = None) -> Any:
     if depth > MAX_DEPTH:
         raise ExportError(f"the chain is nested deeper than {MAX_DEPTH} levels")
     if bound_prompt(runnable) is not None:
@@ -95,13 +97,16 @@ def _walk(runnable: Any, visit: Visitor, *, is_last: bool, depth: int) -> Any:
     if base_model(runnable) is not None:
         return runnable
 
-    def inner(item: Any, last: bool = False) -> Any:
-        return _walk(item, visit, is_last=last, depth=depth + 1)
+    def inner(item: Any, last: bool = False, key: str | None = key) -> Any:
+        return _walk(item, visit, is_last=last, depth=depth + 1, key=key)
 
     if isinstance(runnable, RunnableSequence):
-        return _walk_steps(runnable, visit, is_last=is_last, depth=depth)
+        return _walk_steps(runnable, visit, is_last=is_last, depth=depth, key=key)
     if isinstance(runnable, RunnableParallel):
-        steps = {name: inner(step) for name, step in runnable.steps__.items()}
+        # A chain that ends so gives a dictionary of what the steps give. Dictionaries inside it have no keys of their own here.
+        steps = {
+            name: inner(step, is_last and key is None, key=name) for name, step in runnable.steps__.items()
+        }
         return _changed(runnable, steps__=(dict(runnable.steps__), steps))
     if isinstance(runnable, RunnableBranch):
         # All branches give the chain's output; conditions run as they are.
@@ -111,7 +116,7 @@ def _walk(runnable: Any, visit: Visitor, *, is_last: bool, depth: int) -> Any:
             runnable, branches=(list(runnable.branches), branches), default=(runnable.default, default)
         )
     if isinstance(runnable, RunnableAssign):
-        return _changed(runnable, mapper=(runnable.mapper, inner(runnable.mapper)))
+        return _changed(runnable, mapper=(runnable.mapper, inner(runnable.mapper, is_last)))
     if isinstance(runnable, RunnableBindingBase):
         return _changed(runnable, bound=(runnable.bound, inner(runnable.bound, is_last)))
     if isinstance(runnable, RunnableEachBase):
@@ -130,7 +135,7 @@ def _walk(runnable: Any, visit: Visitor, *, is_last: bool, depth: int) -> Any:
     return runnable
 
 
-def _walk_steps(sequence: Any, visit: Visitor, *, is_last: bool, depth: int) -> Any:
+def _walk_steps(sequence: Any, visit: Visitor, *, is_last: bool, depth: int, key: str | None) -> Any:
     steps = list(sequence.steps)
     done: list[Any] = []
     index = 0
@@ -138,14 +143,14 @@ def _walk_steps(sequence: Any, visit: Visitor, *, is_last: bool, depth: int) -> 
         prompt = bound_prompt(steps[index])
         if prompt is None:
             last = is_last and index == len(steps) - 1
-            done.append(_walk(steps[index], visit, is_last=last, depth=depth + 1))
+            done.append(_walk(steps[index], visit, is_last=last, depth=depth + 1, key=key))
             index += 1
             continue
         if index + 1 == len(steps):
             raise ExportError(
                 f"prompt {_name(prompt)} is not followed by a model, so its answers cannot be scored"
             )
-        replaced, used = _site(prompt, steps[index:], visit, is_last)
+        replaced, used = _site(prompt, steps[index:], visit, is_last, key)
         # The prompt keeps its own config and tags.
         done += [rebound(steps[index], replaced[0]), *replaced[1:]]
         index += used
@@ -154,13 +159,15 @@ def _walk_steps(sequence: Any, visit: Visitor, *, is_last: bool, depth: int) -> 
     return sequence.model_copy(update={"first": done[0], "middle": done[1:-1], "last": done[-1]})
 
 
-def _site(prompt: Any, steps: list[Any], visit: Visitor, is_last: bool) -> tuple[list[Any], int]:
+def _site(
+    prompt: Any, steps: list[Any], visit: Visitor, is_last: bool, key: str | None
+) -> tuple[list[Any], int]:
     """What comes in place of the prompt at ``steps[0]`` and its calls, and how many steps that takes up."""
     following = steps[1]
     if base_model(following) is not None:
         parser = steps[2] if len(steps) > 2 and _is_parser(steps[2], following) else None
         used = 3 if parser is not None else 2
-        site = PromptSite(prompt, (ModelSite(following, parser),), is_last and used == len(steps))
+        site = PromptSite(prompt, (ModelSite(following, parser),), is_last and used == len(steps), key)
         new_prompt, calls = visit(site)
         return [new_prompt, *calls[0]], used
     if isinstance(following, RunnableParallel):

@@ -12,8 +12,8 @@ import dspy
 
 from asyndbt_dspy.errors import ConfigurationError, ExportError
 from langchain_asyndbt.answers import answer_messages
-from langchain_asyndbt.chain_program import ChainPlan
-from langchain_asyndbt.fields import OUTPUT, field_name
+from langchain_asyndbt.chain_program import AFTER_THE_LAST, ChainPlan
+from langchain_asyndbt.fields import OUTPUT, field_name, output_field
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +52,14 @@ class ExampleForm:
         input_keys: Names of the inputs of plain dictionaries.
         input_key: Where the chain's input is no dictionary: the field that is passed to it.
         output_key: The output that is the chain's output; ``None`` where there is one only, or all together.
+        output_keys: Of the dictionary that the chain gives, the keys that hold its prompts' answers.
         reads: Whether the chain could give an output; tells ``{"label": "a"}`` from ``"a"``.
     """
 
     input_keys: tuple[str, ...]
     input_key: str | None = None
     output_key: str | None = None
+    output_keys: tuple[str, ...] = ()
     reads: Callable[[Any], bool] = field(default=lambda output: True, compare=False)
 
     def examples(self, data: Iterable[Any]) -> list[dspy.Example]:
@@ -109,10 +111,19 @@ class ExampleForm:
         fields |= {name: value for name, value in outputs.items() if name not in fields}
         if OUTPUT not in fields and outputs:
             fields[OUTPUT] = self._output(outputs, number)
+        fields |= self._answers(outputs)
         # As a dictionary: a field may have the name of an argument.
         example = SourcedExample(fields)
         example._source = (inputs, outputs)
         return example.with_inputs(*(field_name(name) for name in inputs))
+
+    def _answers(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Outputs under the fields of the chain's prompts: by the names of keys, or the only one for the only key."""
+        names = {key: key for key in self.output_keys}
+        single = next(iter(outputs)) if len(outputs) == 1 else self.output_key
+        if len(names) == 1 and single is not None and (self.output_key or not names.keys() & outputs.keys()):
+            names = dict.fromkeys(names, single)
+        return {output_field(key): outputs[name] for key, name in names.items() if name in outputs}
 
     def _output(self, outputs: Mapping[str, Any], number: int) -> Any:
         if self.output_key is not None:
@@ -135,18 +146,19 @@ def example_form(
     def reads(output: Any) -> bool:
         return _unreadable(plan, output) is None
 
+    keys = tuple(key for key in plan.output_keys if key is not None)
     if input_keys is not None:
-        return ExampleForm(tuple(input_keys), input_key, output_key, reads)
+        return ExampleForm(tuple(input_keys), input_key, output_key, keys, reads)
     if input_key is not None:
-        return ExampleForm((input_key,), input_key, output_key, reads)
+        return ExampleForm((input_key,), input_key, output_key, keys, reads)
     named = plan.chain.get_input_jsonschema().get("properties") or {}
     variables = [name for p in plan.predictors.values() for name in p.adapter.variables]
-    return ExampleForm(tuple(named or dict.fromkeys(variables)), None, output_key, reads)
+    return ExampleForm(tuple(named or dict.fromkeys(variables)), None, output_key, keys, reads)
 
 
-def infer_labels(examples: Sequence[dspy.Example]) -> list[str] | None:
-    """The answers, where they are a handful of texts that repeat; ``None`` where they are not."""
-    outputs = [example.get(OUTPUT) for example in examples]
+def infer_labels(examples: Sequence[dspy.Example], name: str = OUTPUT) -> list[str] | None:
+    """The answers in a field, where they are a handful of texts that repeat; ``None`` where they are not."""
+    outputs = [example.get(name) for example in examples]
     if not outputs or not all(isinstance(output, str) for output in outputs):
         return None
     counts = Counter(outputs)
@@ -155,16 +167,28 @@ def infer_labels(examples: Sequence[dspy.Example]) -> list[str] | None:
 
 
 def warn_of_unwritable(plan: ChainPlan, examples: Sequence[dspy.Example]) -> None:
-    """Say how many examples cannot become demos, because the chain would not read their output back."""
-    refused = [_unreadable(plan, example[OUTPUT]) for example in examples if OUTPUT in example]
-    reasons = [reason for reason in refused if reason is not None]
-    if reasons:
-        logger.warning("%d of %d examples cannot be demos: %s", len(reasons), len(examples), reasons[0])
+    """Say how many examples cannot become demos: the chain would not read their output back, or it is not a prompt's answer."""
+    if not plan.output_keys and any(OUTPUT in example for example in examples):
+        logger.warning(
+            "The examples' outputs are not the answers of the chain's last prompt: %s. So demos come from runs alone, and "
+            "are not chosen per label.",
+            AFTER_THE_LAST,
+        )
+    for key in plan.output_keys:
+        name = output_field(key)
+        refused = [
+            _unreadable(plan, example[name], name) if name in example else f"no output {key!r}"
+            for example in examples
+            if name in example or (key is not None and OUTPUT in example)
+        ]
+        reasons = [reason for reason in refused if reason is not None]
+        if reasons:
+            logger.warning("%d of %d examples cannot be demos: %s", len(reasons), len(examples), reasons[0])
 
 
-def _unreadable(plan: ChainPlan, output: Any) -> str | None:
-    """Why the chain's last prompt could not have given ``output``; ``None`` where it could."""
-    last = next((p for p in plan.predictors.values() if OUTPUT in p.signature.output_fields), None)
+def _unreadable(plan: ChainPlan, output: Any, name: str = OUTPUT) -> str | None:
+    """Why the prompt that answers the field ``name`` could not have given ``output``; ``None`` where it could."""
+    last = next((p for p in plan.predictors.values() if name in p.signature.output_fields), None)
     if last is None:
         return None
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import dspy
@@ -61,7 +61,8 @@ def as_lm15_errors() -> Iterator[None]:
     except lm15.LM15Error:
         raise
     except Exception as error:
-        status = _status(error)
+        # Integrations wrap what a provider's client raised in errors of their own that say nothing of it.
+        status = next((found for one in _causes(error) if (found := _status(one)) is not None), None)
         kind = next((ours for theirs, ours in TO_LM15 if isinstance(error, theirs)), None)
         if kind is None and status is not None:
             kind = BY_STATUS.get(status) or (lm15.ServerError if status in SERVER_ERRORS else None)
@@ -82,11 +83,28 @@ def as_langchain_errors() -> Iterator[None]:
         raise kind(str(error)) from error
 
 
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """``error`` and what it was raised from, each once."""
+    seen: list[BaseException] = []
+    one: BaseException | None = error
+    while one is not None and not any(one is other for other in seen):
+        seen.append(one)
+        yield one
+        one = one.__cause__
+
+
 def _status(error: BaseException) -> int | None:
-    for holder in (error, getattr(error, "response", None)):
+    """The HTTP status, from wherever a client keeps it."""
+    response = getattr(error, "response", None)
+    for holder in (error, response):
         status = getattr(holder, "status_code", None)
         if isinstance(status, int) and not isinstance(status, bool):
             return status
+    # Google's clients, and botocore's.
+    metadata = response.get("ResponseMetadata") if isinstance(response, Mapping) else None
+    for status in (getattr(error, "code", None), (metadata or {}).get("HTTPStatusCode")):
+        if isinstance(status, int) and 400 <= status < 600:
+            return int(status)
     return None
 
 

@@ -15,6 +15,7 @@ from asyndbt_dspy import AsynDBT, Worker
 from asyndbt_dspy.errors import ConfigurationError
 from langchain_asyndbt.chain_program import AMBIENT_SETTING, ChainProgram, to_program
 from langchain_asyndbt.datasets import ExampleForm, example_form, infer_labels, warn_of_unwritable
+from langchain_asyndbt.fields import output_field
 from langchain_asyndbt.metrics import as_dspy_metric
 
 OnDone = Callable[[AsynDBT, ChainProgram], None]
@@ -46,7 +47,8 @@ def optimize_chain(
         valset: Examples for the final comparison; else a part of ``trainset`` is kept back.
         workers: A number, or ``asyndbt_dspy.Worker`` objects with examples in any of these forms. A worker
             without an LM asks the chain's own models; ``Worker(lm=langchain_lm(model))`` asks another one.
-        labels: The answers where they are an enumeration; default: found out from ``trainset``.
+        labels: The answers where they are an enumeration; default: found out from ``trainset``. Only where the chain's
+            output is its last prompt's answer, or a dictionary with the answer of one prompt.
         input_keys: Names of the inputs in plain dictionaries; default: what the chain's schema says.
         input_key: Where the chain's input is no dictionary: the example's field that is passed to it.
         output_key: The output field that the chain should give; default: the only one.
@@ -120,16 +122,17 @@ def _prepare(
     input_key: str | None,
     output_key: str | None,
 ) -> _Job:
-    form = example_form(
-        to_program(chain).plan, input_keys=input_keys, input_key=input_key, output_key=output_key
-    )
+    plan = to_program(chain).plan
+    form = example_form(plan, input_keys=input_keys, input_key=input_key, output_key=output_key)
     listed = list(workers) if isinstance(workers, Sequence) else []
     if trainset is None and not listed:
         raise ConfigurationError("give a trainset, or workers that bring their own")
     train = form.examples(trainset) if trainset is not None else None
     converted = [_converted(worker, form) for worker in listed]
     known = [*(train or ()), *(example for worker in converted for example in worker.trainset)]
-    program = to_program(chain, labels=labels or infer_labels(known), input_key=input_key)
+    if not labels and len(plan.output_keys) == 1:
+        labels = infer_labels(known, output_field(plan.output_keys[0]))
+    program = to_program(chain, labels=labels, input_key=input_key)
     warn_of_unwritable(program.plan, known)
     # A chain's own template shows demos as it shows the last turn; what DSPy's adapters add is none of its business.
     options: dict[str, Any] = {"demo_ending": False}

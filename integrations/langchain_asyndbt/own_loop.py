@@ -11,10 +11,20 @@ from typing import Any
 
 
 def from_own_loop(make: Callable[[], AsyncIterator[Any]]) -> Iterator[Any]:
-    """Items of an async iterator that runs on an event loop in a thread of its own, in a copy of this context."""
+    """Items of an async iterator that runs on an event loop in a thread of its own, in a copy of this context.
+
+    Where the caller stops reading, the iterator is cancelled: nobody reads what it would still be paid for.
+    """
     items: queue.Queue[tuple[str, Any]] = queue.Queue()
+    running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
+    closed = threading.Event()
 
     async def drain() -> None:
+        task = asyncio.current_task()
+        if task is not None:
+            running.append((asyncio.get_running_loop(), task))
+        if closed.is_set():
+            return
         async for item in make():
             items.put(("item", item))
 
@@ -26,15 +36,27 @@ def from_own_loop(make: Callable[[], AsyncIterator[Any]]) -> Iterator[Any]:
         else:
             items.put(("end", None))
 
+    def close() -> None:
+        closed.set()
+        for loop, task in running:
+            try:
+                loop.call_soon_threadsafe(task.cancel)
+            except RuntimeError:
+                # The loop is closed: all was read, or it failed.
+                continue
+
     threading.Thread(target=copy_context().run, args=(run,), daemon=True).start()
-    return _items(items)
+    return _items(items, close)
 
 
-def _items(items: queue.Queue[tuple[str, Any]]) -> Iterator[Any]:
-    while True:
-        kind, item = items.get()
-        if kind == "end":
-            return
-        if kind == "error":
-            raise item
-        yield item
+def _items(items: queue.Queue[tuple[str, Any]], close: Callable[[], None]) -> Iterator[Any]:
+    try:
+        while True:
+            kind, item = items.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise item
+            yield item
+    finally:
+        close()

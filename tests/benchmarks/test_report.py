@@ -264,7 +264,7 @@ def test_a_report_writes_its_plots_beside_the_results_and_a_line_for_programs_wr
     assert (tmp_path / "plots" / "quality_300.svg").stat().st_size > 1_000
     monkeypatch.setattr(plots, "draw", lambda *_: (_ for _ in ()).throw(ImportError("no matplotlib here")))
     assert report.main(results, False, None, None) is None
-    assert "pip install 'asyndbt-dspy[report]'" in capsys.readouterr().err
+    assert "pip install 'asyndbt-dspy[bench]'" in capsys.readouterr().err
 
 
 def test_the_others_settings_are_committed_for_every_task_and_budget() -> None:

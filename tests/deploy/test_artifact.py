@@ -13,14 +13,14 @@ import artifact_kit as kit
 import dspy
 import pytest
 
-from asyndbt_dspy.deploy import load_artifact, read_artifact, save_artifact
+from asyndbt_dspy.deploy import evaluate_artifact, load_artifact, read_artifact, save_artifact
 from asyndbt_dspy.deploy.manifest import pretty_json, seal
 from asyndbt_dspy.errors import ArtifactError, ConfigurationError
 
 FRESH = """
 import json, sys
 import dspy
-from asyndbt_dspy.deploy import load_artifact
+from asyndbt_dspy.deploy import evaluate_artifact, load_artifact
 import artifact_kit as kit
 kind, path = sys.argv[1:]
 program = load_artifact(path, kit.KINDS[kind]())
@@ -93,10 +93,59 @@ def test_demos_keep_the_order_of_the_keys_in_their_dictionaries(tmp_path: Path) 
     assert (list(demo.order), list(demo.parts)) == (["lamp", "bulb"], ["wire", "foot"])
 
 
+def test_demos_keep_fields_that_have_the_name_of_an_argument(tmp_path: Path) -> None:
+    program = dspy.Predict("base, self_ -> result")
+    program.demos = [dspy.Example({"base": "rice", "self_": "x", "result": "risotto"})]
+    (demo,) = load_artifact(save_artifact(program, tmp_path / "a"), program).demos
+    assert dict(demo.items()) == {"base": "rice", "self_": "x", "result": "risotto"}
+
+
+@pytest.mark.parametrize("cls", [dspy.Predict, dspy.ChainOfThought])
+def test_a_predictors_own_settings_are_rebuilt_or_asked_for(cls: type, tmp_path: Path) -> None:
+    path = save_artifact(cls("q -> a", temperature=0.7, max_tokens=5), tmp_path / "a")
+    assert load_artifact(path).predictors()[0].config == {"temperature": 0.7, "max_tokens": 5}
+    own = cls("q -> a", temperature=0.2)
+    assert load_artifact(path, own).predictors()[0].config == {"temperature": 0.2}
+    path = save_artifact(cls("q -> a", extra_headers={"x-team": "acme-internal"}), tmp_path / "b")
+    assert "acme-internal" not in "".join(file.read_text() for file in path.iterdir())
+    with pytest.raises(ArtifactError, match=r"extra_headers.*student"):
+        load_artifact(path)
+    assert load_artifact(path, own).predictors()[0].config == {"temperature": 0.2}
+
+
+@pytest.mark.parametrize(
+    "config", [[], {"self": []}, {"self": {"sampling": {"api_base": "http://elsewhere"}}}]
+)
+def test_settings_that_are_never_written_are_not_rebuilt(config: object, tmp_path: Path) -> None:
+    path = save_artifact(dspy.Predict("q -> a"), tmp_path / "a")
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["sha256"]
+    (path / "manifest.json").write_bytes(pretty_json(seal({**manifest, "config": config})))
+    with pytest.raises(ArtifactError, match="config"):
+        load_artifact(path)
+
+
 def test_other_programs_are_not_rebuilt_without_a_student(tmp_path: Path) -> None:
     path = save_artifact(kit.tuned("two_steps"), tmp_path / "a")
     with pytest.raises(ArtifactError, match="student"):
         load_artifact(path)
+
+
+def test_another_adapter_than_the_saved_one_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    program, data = kit.tuned("single"), kit.examples("single", 2)
+    with dspy.context(adapter=dspy.JSONAdapter()):
+        path = save_artifact(program, tmp_path / "a")
+        load_artifact(path)
+        assert not caplog.records
+    evaluate_artifact(path, data, lambda *_: 1.0, lm=kit.hash_lm(), adapter=dspy.JSONAdapter())
+    assert not caplog.records
+    for load in (load_artifact, lambda path: evaluate_artifact(path, data, lambda *_: 1.0, lm=kit.hash_lm())):
+        load(path)
+        (record,) = caplog.records
+        assert "JSONAdapter, and dspy.settings has ChatAdapter" in record.getMessage()
+        caplog.clear()
 
 
 class Reordered(dspy.Signature):
@@ -201,6 +250,12 @@ def test_an_artifact_is_never_overwritten_and_nothing_is_left_behind(tmp_path: P
     with pytest.raises(ArtifactError, match="not empty"):
         save_artifact(kit.tuned("react"), tmp_path / "a")
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_folder_that_cannot_be_made_is_an_artifact_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ArtifactError, match="cannot be written"):
+        save_artifact(kit.tuned("single"), tmp_path / "file" / "folder" / "a")
 
 
 def test_own_lms_come_back_or_must_be_given(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import artifact_kit as kit
 import dspy
 import pydantic
 import pytest
-from dspy.lm15 import AuthError, RateLimitError
+from dspy.lm15 import AuthError, Message, RateLimitError, TextPart
 
 from asyndbt_dspy.deploy import diff, evaluate_artifact, save_artifact
 from asyndbt_dspy.deploy.comparison import word_changes
@@ -181,14 +182,80 @@ class ToolOff(dspy.Module):
         self.predict = dspy.Predict("message -> label")
 
     def forward(self, message: str) -> dspy.Prediction:
+        if "message 0 " in message:
+            return self.predict(message=message)
         raise ConnectionError("the program's own tool")
 
 
 def test_a_tool_that_cannot_be_reached_is_the_programs_failure(tmp_path: Path) -> None:
     path = save_artifact(ToolOff(), tmp_path / "a")
     data = kit.examples("two_steps", 4)
-    found = evaluate_artifact(path, data, metric, student=ToolOff(), lm=kit.hash_lm())
-    assert (found.score, found.failures, found.missing) == (0.0, 4, 0)
+    found = evaluate_artifact(path, data, lambda *_: 1.0, student=ToolOff(), lm=kit.hash_lm())
+    assert (found.scores, found.failures, found.missing) == ((1.0, 0.0, 0.0, 0.0), 3, 0)
+    assert found.errors == (None, *['ConnectionError("the program\'s own tool")'] * 3)
+
+
+def test_a_program_that_always_raises_is_no_measured_zero(tmp_path: Path) -> None:
+    path = save_artifact(ToolOff(), tmp_path / "a")
+    data = kit.examples("two_steps", 4)[1:]
+    with pytest.raises(ArtifactError, match=r"each of the 3 examples.*the program's own tool"):
+        evaluate_artifact(path, data, metric, student=ToolOff(), lm=kit.hash_lm())
+
+
+def test_answers_that_never_parse_are_a_measured_zero(tmp_path: Path) -> None:
+    class Babbling(kit.HashEngine):
+        def complete(self, request: Any) -> Any:
+            return dataclasses.replace(
+                super().complete(request), message=Message.assistant([TextPart("I would rather not")])
+            )
+
+    path = save_artifact(kit.tuned("single"), tmp_path / "a")
+    lm = dspy.LM("test/babbling", engine=Babbling(), cache=False)
+    found = evaluate_artifact(path, kit.examples("single"), metric, lm=lm)
+    assert (found.score, found.failures, found.missing) == (0.0, 12, 0)
+    assert all("AdapterParseError" in str(error) for error in found.errors)
+
+
+def test_without_an_lm_nothing_is_measured_unless_the_program_brings_one(tmp_path: Path) -> None:
+    path, data = save_artifact(kit.tuned("single"), tmp_path / "a"), kit.examples("single")
+    with pytest.raises(ConfigurationError, match=r"no LM for the predictors \['self'\].*lm="):
+        evaluate_artifact(path, data, metric)
+    path = save_artifact(BringsAnLM(), tmp_path / "b")
+    assert evaluate_artifact(path, data, metric, student=BringsAnLM()).failures == 0
+
+
+def test_calls_of_every_lm_of_the_program_count_and_those_of_the_metric_do_not(tmp_path: Path) -> None:
+    path, data = save_artifact(BringsAnLM(), tmp_path / "a"), kit.examples("single")
+    judge = kit.hash_lm()
+
+    def judged(gold: dspy.Example, prediction: dspy.Prediction) -> float:
+        dspy.Predict("label -> answer")(label=prediction.label)
+        return 1.0
+
+    with dspy.context(disable_history=True, max_history_size=0):
+        found = evaluate_artifact(path, data, judged, student=BringsAnLM(), lm=judge)
+    assert len(judge.engine.prompts) == len(data), "the metric's own"
+    assert found.calls == len(data)
+    assert found.tokens_per_call["input"] > 100
+    assert found.seconds_per_call["p95"] >= found.seconds_per_call["median"] > 0
+
+
+def test_calls_count_beyond_the_longest_history(tmp_path: Path) -> None:
+    path, data = save_artifact(kit.tuned("two_steps"), tmp_path / "a"), kit.examples("two_steps")
+    lm = kit.hash_lm()
+    with dspy.context(max_history_size=3):
+        found = evaluate_artifact(path, data, lambda *_: 1.0, student=kit.TwoSteps(), lm=lm)
+    assert (found.calls, len(lm.history)) == (2 * len(data), 3)
+
+
+class BringsAnLM(dspy.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.classify = kit.single()
+
+    def forward(self, message: str, tags: list[str]) -> dspy.Prediction:
+        with dspy.context(lm=kit.hash_lm()):
+            return self.classify(message=message, tags=tags)
 
 
 def test_a_metric_that_always_raises_is_no_measured_zero(tmp_path: Path) -> None:
@@ -211,6 +278,8 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
     path = save_artifact(kit.tuned("single"), tmp_path / "a")
     with pytest.raises(ConfigurationError):
         evaluate_artifact(path, [], metric, lm=kit.hash_lm())
+    with pytest.raises(ConfigurationError, match="with_inputs"):
+        evaluate_artifact(path, [dspy.Example(message="a", tags=[])], metric, lm=kit.hash_lm())
     with pytest.raises(ConfigurationError, match="must take"):
         evaluate_artifact(path, kit.examples("single"), lambda gold: 1.0, lm=kit.hash_lm())
     with pytest.raises(MetricError, match="None"):

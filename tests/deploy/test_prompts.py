@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any, Literal
 
 import dspy
@@ -11,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asyndbt_dspy import deploy
 from asyndbt_dspy.deploy import export_prompt, fill_messages, format_inputs
 from asyndbt_dspy.errors import ExportError
 
@@ -108,3 +114,44 @@ def test_filling_refuses_missing_unknown_and_other_values() -> None:
             fill_messages(entry, values)
     with pytest.raises(ExportError, match="History"):
         fill_messages({"refused": "a dspy.History"}, {})
+
+
+FILL = """
+entry = {"messages": [{"role": "user", "content": "Say {{q}}."}], "placeholders": {"q": "{{q}}"}}
+print(fill_messages(entry, {"q": "{{q}}"})[0]["content"])
+try:
+    fill_messages(entry, {})
+except ValueError as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.parametrize("how", ["imported", "copied"])
+def test_filling_needs_the_standard_library_alone(how: str, tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    if how == "copied":
+        (tmp_path / "copied.py").write_bytes((root / "asyndbt_dspy" / "deploy" / "filling.py").read_bytes())
+        start = "from copied import fill_messages"
+    else:
+        start = "from asyndbt_dspy.deploy import fill_messages"
+    done = subprocess.run(
+        # Without site-packages: nothing but the standard library and what is on the path.
+        [sys.executable, "-S", "-c", f"{start}\n{FILL}"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path if how == "copied" else root)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.split()) == (0, ["Say", "{{q}}.", "ExportError"]), done.stderr
+
+
+def test_the_names_of_deploy_are_those_its_modules_define() -> None:
+    assert sorted(deploy._HOMES) == sorted(deploy.__all__)
+    for name, home in deploy._HOMES.items():
+        assert getattr(deploy, name) is getattr(importlib.import_module(home), name)
+        assert getattr(deploy, name).__module__ == home
+        assert name in dir(deploy)
+    with pytest.raises(AttributeError, match="public names: "):
+        _ = deploy.fill_message

@@ -73,7 +73,7 @@ def test_a_secret_inside_the_prompt_is_refused_without_being_quoted(place: str, 
         program.demos[0]["message"] = f"my key is {KEY}"
     else:
         program.signature = program.signature.with_instructions(f"Use {KEY}.")
-    with pytest.raises(ArtifactError, match="secret") as refused:
+    with pytest.raises(ArtifactError, match=r"setting 'api_key' of an LM.*secret") as refused:
         save_artifact(program, tmp_path / "a", lm=lm)
     assert KEY not in str(refused.value)
     assert not (tmp_path / "a").exists()
@@ -128,7 +128,31 @@ def test_a_secret_of_the_environment_is_refused(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("SOME_SERVICE_API_KEY", KEY)
     program = kit.tuned("single")
     program.signature = program.signature.with_instructions(f"Use {KEY}.")
-    with pytest.raises(ArtifactError, match="secret"):
+    with pytest.raises(ArtifactError, match=r"environment variable SOME_SERVICE_API_KEY.*secret") as refused:
+        save_artifact(program, tmp_path / "a")
+    assert KEY not in str(refused.value)
+
+
+@pytest.mark.parametrize("value", ["password", "Disabled", "PRODUCTION", "20240131"])
+def test_words_and_numbers_of_the_environment_are_no_secrets(
+    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DB_PASSWORD", value)
+    program = kit.tuned("single")
+    program.demos[0]["message"] = f"I forgot my {value}"
+    save_artifact(program, tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "value", ["hunter2hunter2", "aBcDeFgHiJ", "correct horse battery", "4711471147114711"]
+)
+def test_what_is_no_word_is_a_secret_of_the_environment(
+    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DB_PASSWORD", value)
+    program = kit.tuned("single")
+    program.demos[0]["message"] = f"I forgot my {value}"
+    with pytest.raises(ArtifactError, match="DB_PASSWORD"):
         save_artifact(program, tmp_path / "a")
 
 

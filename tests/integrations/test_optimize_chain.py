@@ -9,7 +9,7 @@ import pickle
 from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import dspy
 import pytest
@@ -27,7 +27,7 @@ from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.output_parsers import PydanticOutputParser, StrOutputParser
 from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.prompts import ChatPromptTemplate
-from langchain_core.runnables import Runnable, RunnablePassthrough
+from langchain_core.runnables import Runnable, RunnableLambda, RunnableParallel, RunnablePassthrough
 from pydantic import BaseModel, Field
 
 from asyndbt_dspy import Budget, Worker
@@ -80,6 +80,10 @@ def named_metric(inputs: dict, outputs: dict, reference_outputs: dict) -> bool:
     return outputs["output"] == reference_outputs["label"]
 
 
+def named_metric_of(key: str) -> Callable[..., bool]:
+    return lambda outputs, reference_outputs: outputs[key] == reference_outputs[key]
+
+
 async def async_metric(outputs: dict, reference_outputs: dict) -> float:
     return float(outputs["output"] == reference_outputs["label"])
 
@@ -127,6 +131,87 @@ def test_the_same_chain_comes_back_better(form: str, metric: Callable[..., Any])
     assert answers == optimized.batch([{"text": row["text"]} for row in DATA]), "both forms, answer by answer"
 
 
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda chain: RunnablePassthrough.assign(label=chain),
+        lambda chain: RunnableParallel(label=chain, text=lambda inputs: inputs["text"]),
+    ],
+)
+def test_a_chain_that_gives_a_dictionary_comes_back_better(wrapped: Callable[[Any], Runnable]) -> None:
+    chain, kept = wrapped(chain_of(Copycat(asked=[]))), {}
+    optimized = optimize_chain(
+        chain,
+        metric=named_metric_of("label"),
+        trainset=DATA,
+        input_keys=["text"],
+        budget=Budget(metric_calls=150),
+        progress=False,
+        on_done=lambda optimizer, program: kept.update(program=program),
+    )
+    answers = optimized.batch([{"text": row["text"]} for row in DATA])
+    assert [answer["label"] for answer in answers] == [row["label"] for row in DATA]
+    assert [answer["text"] for answer in answers] == [row["text"] for row in DATA]
+    again = to_program(chain, labels=["calm", "cold", "warm"])
+    assert (
+        kept["program"].prompt.signature.output_fields.keys() == again.prompt.signature.output_fields.keys()
+    )
+    assert again.prompt.signature.output_fields["output_label"].annotation == Literal["calm", "cold", "warm"]
+
+
+def test_every_key_of_a_dictionary_has_its_own_demos(caplog: pytest.LogCaptureFixture) -> None:
+    mood, size = (
+        chain_of(Copycat()),
+        ChatPromptTemplate([("human", "{text}")]) | Copycat() | StrOutputParser(),
+    )
+    chain = RunnableParallel(mood=mood, size=size)
+    rows = [{"text": "a", "mood": "warm", "size": "big"}, {"text": "b", "mood": "cold"}]
+    examples = form_of(chain).examples(rows)
+    program = to_program(chain)
+    shown = [
+        (item.predictor, dict(item.demo.items())) for item in labelled_demos(program, examples, worker="all")
+    ]
+    assert shown == [
+        ("prompt", {"text": "a", "output_mood": "warm"}),
+        ("prompt", {"text": "b", "output_mood": "cold"}),
+        ("prompt_2", {"text": "a", "output_size": "big"}),
+    ]
+    warn_of_unwritable(program.plan, examples)
+    assert "1 of 2 examples cannot be demos: no output 'size'" in caplog.text
+    with pytest.raises(ConfigurationError, match=r"'mood', 'size'"):
+        to_program(chain, labels=["warm", "cold"])
+
+
+def test_the_only_output_is_the_answer_of_the_only_key_whatever_its_name() -> None:
+    chain = RunnablePassthrough.assign(mood=chain_of(Copycat()))
+    row = {"text": "t", "label": "warm", "why": "red"}
+    assert form_of(chain).examples([{"text": "t", "label": "warm"}])[0]["output_mood"] == "warm"
+    assert form_of(chain, output_key="label").examples([row])[0]["output_mood"] == "warm"
+    assert "output_mood" not in form_of(chain).examples([row])[0]
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        chain_of(Copycat()) | RunnableLambda(str.strip),
+        ChatPromptTemplate([("human", "{text}")]) | Copycat() | (lambda message: message.content),
+        RunnableParallel(raw=chain_of(Copycat()))
+        | RunnablePassthrough.assign(parsed=lambda found: found["raw"]),
+    ],
+)
+def test_where_a_step_may_change_the_last_answer_outputs_and_labels_are_not_taken_for_it(
+    chain: Runnable, caplog: pytest.LogCaptureFixture
+) -> None:
+    examples = ExampleForm(("text",)).examples(DATA)
+    warn_of_unwritable(to_program(chain).plan, examples)
+    assert "a step after it may change them" in caplog.text
+    caplog.clear()
+    warn_of_unwritable(to_program(chain).plan, ExampleForm(("text",)).examples([{"text": "t"}]))
+    assert not caplog.records, "without outputs there is nothing to say"
+    with pytest.raises(ConfigurationError, match="a step after it may change them"):
+        to_program(chain, labels=["calm", "cold"])
+
+
 def test_aoptimize_chain_on_a_running_loop() -> None:
     chain = chain_of(Copycat(asked=[]))
 
@@ -163,7 +248,9 @@ def test_an_lm_configured_around_it_is_not_asked_instead_of_the_chains_model() -
     assert ambient.asked == []
 
 
-def test_a_chain_program_is_saved_and_loaded_as_any_other(tmp_path: Any) -> None:
+def test_a_chain_program_is_saved_and_loaded_as_any_other(
+    tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     chain = chain_of(Copycat(asked=[]))
     kept: dict[str, Any] = {}
     optimized = optimize_chain(
@@ -172,7 +259,10 @@ def test_a_chain_program_is_saved_and_loaded_as_any_other(tmp_path: Any) -> None
     )  # fmt: skip
     path = save_artifact(kept["program"], tmp_path / "a", result=kept["result"], trainset=None)
     student = to_program(chain, labels=["calm", "cold", "warm"])
-    again = load_artifact(path, student=student).to_chain()
+    caplog.clear()
+    with dspy.context(adapter=dspy.JSONAdapter()):
+        again = load_artifact(path, student=student).to_chain()
+    assert not caplog.records, "the chain's own format goes with it, whatever DSPy's adapter is"
     assert again.bound.first == optimized.bound.first
     assert read_artifact(path).manifest["scores"]["optimized"]["score"] == 1.0
     with pytest.raises(ArtifactError, match="'calm', 'cold', 'warm'"):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
+from collections.abc import AsyncIterator
 from typing import Any, TypedDict
 from uuid import UUID
 
 import dspy
 import pytest
+from dspy.lm15 import StreamDeltaEvent, StreamStartEvent, TextDelta
 from langchain_asyndbt import langchain_lm, to_chat_model, to_runnable
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables import RunnableLambda
 from langgraph.graph import END, START, StateGraph
-from scripted_chat import chat_lm
+from scripted_chat import AsyncChatEngine, ChatEngine, chat_lm
 
 from asyndbt_dspy.errors import ConfigurationError
 
@@ -98,6 +101,38 @@ def test_tokens_come_as_they_are_written() -> None:
     chunks = list(to_runnable(dspy.Predict("question -> answer"), lm=lm).stream({"question": "q"}))
     assert len(chunks) > 4
     assert lm.engine.streamed == 1
+
+
+class EndlessEngine(AsyncChatEngine):
+    """Streams twenty words, and then waits for good; says when it is cancelled."""
+
+    def __init__(self, engine: ChatEngine) -> None:
+        super().__init__(engine)
+        self.cancelled = threading.Event()
+
+    async def stream(self, request: Any) -> AsyncIterator[Any]:
+        try:
+            yield StreamStartEvent(id="r1", model=request.model)
+            for word in ("[[ ## answer ## ]]\n", *(f"word {n} " for n in range(20))):
+                yield StreamDeltaEvent(delta=TextDelta(text=word))
+            await asyncio.Event().wait()
+        finally:
+            self.cancelled.set()
+
+
+@pytest.mark.parametrize("made", ["runnable", "chat_model"])
+def test_a_stream_that_is_no_longer_read_is_no_longer_asked_for(made: str) -> None:
+    engine = ChatEngine()
+    endless = EndlessEngine(engine)
+    lm = dspy.LM("test/endless", engine=engine, async_engine=endless, cache=False)
+    if made == "runnable":
+        stream = to_runnable(dspy.Predict("question -> answer"), lm=lm).stream({"question": "q"})
+    else:
+        stream = to_chat_model(lm).stream("q")
+    next(stream)
+    assert not endless.cancelled.is_set()
+    stream.close()
+    assert endless.cancelled.wait(20)
 
 
 def test_an_lm_that_cannot_stream_gives_one_chunk() -> None:

@@ -46,12 +46,41 @@ class Status(Exception):
         self.response = type("Response", (), {"headers": headers or {}, "status_code": status})()
 
 
+class Coded(Exception):
+    """As Google's clients raise them."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"code {code}")
+        self.code = code
+
+
+class Throttled(Exception):
+    """As botocore raises them."""
+
+    def __init__(self) -> None:
+        super().__init__("slow down")
+        self.response = {"Error": {"Code": "said"}, "ResponseMetadata": {"HTTPStatusCode": 429}}
+
+
+def wrapped(error: Exception) -> Exception:
+    """As an integration raises it anew."""
+    outer = RuntimeError("error calling the model")
+    outer.__cause__ = error
+    return outer
+
+
 RETRIED = [
     lc.ModelRateLimitError("429"), lc.ModelTimeoutError("slow"), lc.ModelConnectionError("gone"),
     lc.ModelAPIError("500"), TimeoutError("slow"), ConnectionError("gone"), Status(429), Status(503), Status(408),
+    Coded(429), Coded(503), Throttled(), wrapped(Coded(429)),
 ]  # fmt: skip
 FINAL = {
-    dspy.LMAuthError: [lc.ModelAuthenticationError("401"), lc.ModelPermissionDeniedError("403"), Status(401)],
+    dspy.LMAuthError: [
+        lc.ModelAuthenticationError("401"),
+        lc.ModelPermissionDeniedError("403"),
+        Status(401),
+        Coded(403),
+    ],
     dspy.LMInvalidRequestError: [lc.ModelInvalidRequestError("400"), Status(422)],
     dspy.LMUnsupportedModelError: [lc.ModelNotFoundError("404")],
     dspy.ContextWindowExceededError: [lc.ContextOverflowError("long")],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+from http import HTTPStatus
 from typing import Any
 
 import dspy
@@ -25,6 +26,17 @@ def named(name: str, **attributes: Any) -> Exception:
     """An error of an SDK that need not be installed."""
     error: Exception = type(name, (Exception,), attributes)(name)
     return error
+
+
+def of_module(module: str, name: str, **attributes: Any) -> Exception:
+    """As ``named``, of a class that a module is said to define."""
+    return named(name, __module__=module, **attributes)
+
+
+def botocores(status: int) -> Exception:
+    """As botocore raises them: the status is in a dictionary."""
+    response = {"Error": {"Code": "said"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return of_module("botocore.exceptions", "ClientError", response=response)
 
 
 def chained(*errors: BaseException) -> BaseException:
@@ -72,6 +84,15 @@ def test_every_error_of_lm15_has_its_kind() -> None:
         (named("NotFoundError", status_code=404), ENDPOINT),
         (named("APIError", status_code=502), TRANSIENT),
         (named("APIError", status_code=403), ENDPOINT),
+        (of_module("google.genai.errors", "ClientError", code=429), TRANSIENT),
+        (of_module("google.genai.errors", "ClientError", code=403), ENDPOINT),
+        (of_module("google.genai.errors", "ClientError", code=400), PROGRAM),
+        (of_module("google.api_core.exceptions", "ResourceExhausted", code=HTTPStatus(429)), TRANSIENT),
+        (of_module("a_tool", "Failed", code=429), PROGRAM),
+        (botocores(429), TRANSIENT),
+        (botocores(503), TRANSIENT),
+        (botocores(403), ENDPOINT),
+        (botocores(400), PROGRAM),
         (asyncio.TimeoutError(), TRANSIENT),
         (ConnectionResetError(), TRANSIENT),
         (ValueError("the program's own"), PROGRAM),
@@ -158,7 +179,10 @@ def test_a_ring_of_causes_ends() -> None:
             chained(lm15.ServerError("x", status=503), named("InternalServerError", status_code=503)),
             Fate.REFUSED,
         ),
+        (botocores(429), Fate.REFUSED),
+        (of_module("google.genai.errors", "ClientError", code=429), Fate.REFUSED),
         # It may have been billed.
+        (of_module("aiohttp.client_exceptions", "ClientError"), Fate.CUT),
         (lm15.TransportError("x"), Fate.CUT),
         (lm15.TimeoutError("x", status=504), Fate.CUT),
         (lm15.ServerError("x"), Fate.CUT),
