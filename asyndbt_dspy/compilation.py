@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import dspy
 
 from asyndbt_dspy import preparation, sharding
+from asyndbt_dspy.bootstrapping import MOST_OF_SEARCH, make_demos
 from asyndbt_dspy.core.config import AlgorithmConfig, resolve
 from asyndbt_dspy.core.policies import WorkerSpace
 from asyndbt_dspy.core.server import ServerState
@@ -22,12 +23,13 @@ from asyndbt_dspy.engines.meter import RunMeter
 from asyndbt_dspy.engines.protocols import Engine, ListeningEngine, Recorded, RemoteRollouts, ResumableEngine
 from asyndbt_dspy.errors import BudgetExceededError
 from asyndbt_dspy.later_instructions import ASKED_AFTER, LaterInstructions
+from asyndbt_dspy.lms.estimates import WorkerPlan
 from asyndbt_dspy.lms.identity import is_deterministic
-from asyndbt_dspy.metering import PROPOSER, Metering, confirm, estimate
+from asyndbt_dspy.metering import PROPOSER, Metering, affordable, confirm, make_plans, measured_plans
 from asyndbt_dspy.programs import checks
 from asyndbt_dspy.programs.evaluator import ProgramEvaluator
 from asyndbt_dspy.programs.rollout import Rollout, RolloutRunner, Runner
-from asyndbt_dspy.programs.slots import DemoItem, ProgramSpace, demo_slots
+from asyndbt_dspy.programs.slots import ProgramSpace, demo_slots
 from asyndbt_dspy.recording.opening import open_book, space_digest
 from asyndbt_dspy.recording.recorder import KeysOnly, RunRecorder
 from asyndbt_dspy.remote import RemoteRunner, elsewhere
@@ -52,9 +54,6 @@ _CACHED_NOISE = (
 )
 _DEMO_TOKENS = 60
 """Of one demo, where nothing is known of it."""
-_BOOTSTRAP_FRACTION = 0.12
-_BOOTSTRAP_CALLS = 1_000
-"""What ``_BOOTSTRAP_FRACTION`` is taken of where metric calls are not bounded."""
 
 
 async def prepare(
@@ -93,8 +92,8 @@ async def prepare(
     )
     surrounding = dspy.settings.lm
     lms = {worker.name: metering.worker_lm(worker, surrounding) for worker in workers}
-    expected = estimate(metering, student, shards, surrounding, demo_tokens=_demo_tokens(optimizer, student))
-    confirm(optimizer.confirm, expected)
+    plans = make_plans(metering, student, shards, surrounding, demo_tokens=_demo_tokens(optimizer, student))
+    confirm(optimizer.confirm, plans)
     book = open_book(optimizer, student, teacher, workers, valset, config)
     book.join_ledger(metering.ledger)
     try:
@@ -110,7 +109,7 @@ async def prepare(
                 book,
                 metering,
                 lms,
-                expected.metric_calls,
+                plans,
             )
     except BaseException:
         try:
@@ -190,7 +189,7 @@ async def _arrange(
     book: KeysOnly,
     metering: Metering,
     lms: Mapping[str, Any],
-    affordable: int,
+    plans: Sequence[WorkerPlan],
 ) -> Run:
     metered_student = metering.program(student)
     plain = preparation.make_space(
@@ -208,11 +207,18 @@ async def _arrange(
         gate=stop.gate,
         on_refused=metering.note_refused,
     )
+    may_begin = _setup_goes_on(optimizer, config, metering, started)
     try:
         setup = SetupRollouts(evaluator, book)
         probes = await _probe(optimizer, setup, shards)
         metered_teacher = None if teacher is None else metering.program(teacher)
-        items, rollouts = await _demos(optimizer, student, metered_teacher, shards, setup)
+        plans = measured_plans(
+            plans, evaluator.uses, optimizer.budget, demo_tokens=_demo_tokens(optimizer, student)
+        )
+        payable = affordable(optimizer.budget, plans)
+        items, rollouts = await make_demos(
+            optimizer, student, metered_teacher, shards, setup, payable, may_begin
+        )
         options = dataclasses.replace(
             optimizer.options, proposer=metering.lm(optimizer.options.proposer, PROPOSER)
         )
@@ -252,8 +258,8 @@ async def _arrange(
         book,
         waits=optimizer.deterministic,
         # Where metric calls are the bound, the server knows better what the race leaves of them.
-        affordable=0 if affordable == calls else _for_search(config, affordable) - spent,
-        is_late=_late(optimizer, config, started),
+        affordable=0 if payable == calls else _for_search(config, payable) - spent,
+        is_late=_late(optimizer, config, started, ASKED_AFTER),
     )
     return Run(
         optimizer, programs, shards, evaluator, server, states, spent, started, stop, book, metering, later
@@ -265,14 +271,23 @@ def _for_search(config: AlgorithmConfig, amount: float) -> float:
     return (1 - config.race_fraction) * amount if config.race else amount
 
 
-def _late(optimizer: AsynDBT, config: AlgorithmConfig, started: float) -> Callable[[], bool]:
-    """Whether the part of the search's seconds is over after which the proposer is asked."""
+def _late(optimizer: AsynDBT, config: AlgorithmConfig, started: float, part: float) -> Callable[[], bool]:
+    """Whether so much of what is now left of the search's seconds is over."""
     seconds = optimizer.budget.seconds
     if seconds is None or optimizer.deterministic:  # time has no say in a run that is to be repeatable
         return lambda: False
     now = time.perf_counter()
-    due = now + ASKED_AFTER * max(0.0, started + _for_search(config, seconds) - now)
+    due = now + part * max(0.0, started + _for_search(config, seconds) - now)
     return lambda: time.perf_counter() >= due
+
+
+def _setup_goes_on(
+    optimizer: AsynDBT, config: AlgorithmConfig, metering: Metering, started: float
+) -> Callable[[], bool]:
+    """Whether the setup leaves the search enough of every cap for another trace to begin."""
+    is_late = _late(optimizer, config, started, MOST_OF_SEARCH)
+    share = _for_search(config, MOST_OF_SEARCH)
+    return lambda: not (is_late() or metering.has_spent(share))
 
 
 def _recover_s(optimizer: AsynDBT) -> float:
@@ -309,31 +324,6 @@ async def _probe(
     rollouts = await setup.run("probes", asked)
     preparation.check_lm(student, shards, rollouts)
     return {name: one for name, one in zip(names, rollouts, strict=True) if one is not None}
-
-
-async def _demos(
-    optimizer: AsynDBT,
-    student: dspy.Module,
-    teacher: dspy.Module | None,
-    shards: Sequence[sharding.Shard],
-    setup: SetupRollouts,
-) -> tuple[list[DemoItem], list[tuple[str, dspy.Example, Rollout]]]:
-    """Demo arms, and the runs (worker, example, rollout) that traces were taken from."""
-    options, plain = optimizer.options, setup.evaluator.programs
-    found = [] if options.mode == "instructions" else preparation.labelled_items(student, shards, options)
-    rollouts: list[tuple[str, dspy.Example, Rollout]] = []
-    wanted = preparation.wants_bootstrap(student, teacher, options, found)
-    if wanted or options.proposer is not None:
-        calls = optimizer.budget.metric_calls or _BOOTSTRAP_CALLS
-        spend = max(0, min(int(calls * _BOOTSTRAP_FRACTION), calls - setup.calls))
-        spend = setup.count("traces", spend)
-        program = teacher or plain.build(plain.space.student)
-        threshold = max(0.5, optimizer.failure_score)
-        traced, rollouts = await preparation.bootstrap_items(
-            setup, program, student, shards, options, spend, threshold
-        )
-        found = [*traced, *found] if wanted else found
-    return preparation.choose_demos(found, options, optimizer.seed), rollouts
 
 
 class Run:

@@ -19,6 +19,7 @@ from asyndbt_dspy.lms.limits import RateLimits
 from asyndbt_dspy.lms.metered import metered
 from asyndbt_dspy.lms.prices import Price, Tariff
 from asyndbt_dspy.programs.copies import copy_program, shared_parts
+from asyndbt_dspy.programs.evaluator import WorkerUse
 from asyndbt_dspy.sharding import Shard
 from asyndbt_dspy.workers import Worker
 
@@ -61,6 +62,17 @@ class Metering:
     def note_refused(self, error: BudgetExceededError) -> None:
         """A call was refused before there was a search to end."""
         self.refused = error
+
+    def has_spent(self, share: float) -> bool:
+        """Whether so much of a cap on the wire is gone, calls in flight included."""
+        spent, budget = self.ledger.spent, self.budget
+        gone = {
+            "lm_calls": spent.lm_calls,
+            "tokens": spent.tokens + spent.reserved_tokens,
+            "dollars": float(spent.dollars + spent.reserved_dollars),
+        }
+        caps = ((gone[name], getattr(budget, name)) for name in WIRE_CAPS)
+        return any(cap is not None and amount >= share * cap for amount, cap in caps)
 
     def open_kept_back(self) -> None:
         """The final race begins: from now on all of every cap may be spent."""
@@ -146,14 +158,14 @@ def with_lms_of(student: dspy.Module, program: dspy.Module) -> dspy.Module:
     return program
 
 
-def estimate(
+def make_plans(
     metering: Metering,
     student: dspy.Module,
     shards: Sequence[Shard],
     surrounding: Any,
     *,
     demo_tokens: float,
-) -> Estimate:
+) -> list[WorkerPlan]:
     """What the run is expected to take at most, before any call.
 
     The metric calls of the budget, or as many as its other caps pay for, each with one call per predictor, a prompt as
@@ -181,16 +193,44 @@ def estimate(
                 ),
             )
         )
-    rollouts = _affordable(metering.budget, plans) / len(plans)
-    return estimate_run([replace(plan, rollouts=rollouts) for plan in plans])
+    return _shared_out(metering.budget, plans)
 
 
-def confirm(asked: Callable[[Estimate], bool] | None, expected: Estimate) -> None:
+def measured_plans(
+    plans: Sequence[WorkerPlan], uses: Mapping[str, WorkerUse], budget: Budget, *, demo_tokens: float
+) -> list[WorkerPlan]:
+    """``plans`` again, once the workers have made their first rollouts, of the student as it is: tells the user too.
+
+    Args:
+        demo_tokens: That prompts may grow by.
+    """
+    found: list[WorkerPlan] = []
+    for plan in plans:
+        use = uses.get(plan.worker)
+        if use is None or not use.calls or not use.lm_calls:
+            found.append(plan)
+            continue
+        plan = plan.as_measured(use.calls, use.lm_calls, use.prompt_tokens, use.completion_tokens)
+        found.append(replace(plan, prompt_tokens=plan.prompt_tokens + demo_tokens))
+    if found == list(plans):
+        return found
+    found = _shared_out(budget, found)
+    logger.info("By its first rollouts, this compile may take %s.", estimate_run(found))
+    return found
+
+
+def _shared_out(budget: Budget, plans: Sequence[WorkerPlan]) -> list[WorkerPlan]:
+    rollouts = affordable(budget, plans) / len(plans)
+    return [replace(plan, rollouts=rollouts) for plan in plans]
+
+
+def confirm(asked: Callable[[Estimate], bool] | None, plans: Sequence[WorkerPlan]) -> None:
     """Tell the user what the run may take, and let them refuse.
 
     Raises:
         ConfigurationError: refused; nothing was called.
     """
+    expected = estimate_run(plans)
     logger.info("This compile may take %s.", expected)
     if asked is not None and not asked(expected):
         raise ConfigurationError(
@@ -198,7 +238,7 @@ def confirm(asked: Callable[[Estimate], bool] | None, expected: Estimate) -> Non
         )
 
 
-def _affordable(budget: Budget, plans: Sequence[WorkerPlan]) -> float:
+def affordable(budget: Budget, plans: Sequence[WorkerPlan]) -> float:
     """Rollouts that every cap pays for; 0 where only time is capped."""
     calls = sum(plan.calls_per_rollout for plan in plans) / len(plans)
     tokens = sum(

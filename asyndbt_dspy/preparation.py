@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -151,12 +151,14 @@ async def bootstrap_items(
     options: SearchSpaceOptions,
     calls: int,
     threshold: float,
+    may_begin: Callable[[], bool] = lambda: True,
 ) -> tuple[list[DemoItem], list[tuple[str, dspy.Example, Rollout]]]:
     """Run ``program`` on pool examples, ``calls`` in all, evenly over the classes; their traces become demos.
 
     Args:
         program: The student as it is built here, or a teacher.
         student: Whose predictors show the demos, and whose output says the class of an example.
+        may_begin: Asked before each run.
 
     Returns:
         The demos, and all runs as (worker, example, rollout): the proposer reads failures from those that may be shared.
@@ -170,7 +172,7 @@ async def bootstrap_items(
     items: list[DemoItem] = []
     too_long: list[int] = []
     rollouts: list[tuple[str, dspy.Example, Rollout]] = []
-    for (shard, number), rollout in zip(places, await setup.run("traces", asked), strict=True):
+    for (shard, number), rollout in zip(places, await setup.run("traces", asked, may_begin), strict=True):
         if rollout is None:
             continue
         rollouts.append((shard.worker.name, shard.pool[number], rollout))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from asyndbt_dspy.core.budget import Budget
 from asyndbt_dspy.errors import ConfigurationError
-from asyndbt_dspy.lms.ledger import LedgerLine
 from asyndbt_dspy.lms.limits import RateLimits
 from asyndbt_dspy.lms.prices import Price
 
@@ -74,26 +73,22 @@ class WorkerPlan:
             )
         )
 
-    def as_measured(self, line: LedgerLine, rollouts: int) -> WorkerPlan:
-        """The same plan with the averages of what this worker has done so far; unchanged where it has done nothing.
+    def as_measured(
+        self, rollouts: int, lm_calls: int, prompt_tokens: int, completion_tokens: int
+    ) -> WorkerPlan:
+        """The same plan with the averages of what this worker has done so far; unchanged where that is nothing.
 
         Args:
-            line: Of its ledger.
-            rollouts: That the line is about.
+            rollouts: That were made.
+            lm_calls, prompt_tokens, completion_tokens: Of all of them together.
         """
-        if not line.answers or not rollouts:
+        if not lm_calls or not rollouts:
             return self
-        return WorkerPlan(
-            self.worker,
-            self.rollouts,
-            line.attempts / rollouts,
-            line.prompt_tokens / line.answers,
-            line.completion_tokens / line.answers,
-            self.price,
-            self.seconds_per_call,
-            self.max_concurrency,
-            self.endpoint,
-            self.limits,
+        return replace(
+            self,
+            calls_per_rollout=lm_calls / rollouts,
+            prompt_tokens=prompt_tokens / lm_calls,
+            completion_tokens=completion_tokens / lm_calls,
         )
 
 
