@@ -259,17 +259,11 @@ def choose_demos(items: Sequence[DemoItem], options: SearchSpaceOptions, seed: i
 
 def _unequal(items: Sequence[DemoItem]) -> list[DemoItem]:
     """The items without repeats: a predictor that reads few different values has many equal traces."""
-    found: dict[str, list[DemoItem]] = {}
+    found: dict[str, DemoItem] = {}
     for item in sorted(items, key=lambda item: _PREFERRED.index(item.source)):
-        alike = found.setdefault(repr(_fields(item)), [])  # values need not be hashable; equality decides
-        if all(_fields(item) != _fields(other) for other in alike):
-            alike.append(item)
-    kept = {id(item) for alike in found.values() for item in alike}
+        found.setdefault(item.text, item)
+    kept = {id(item) for item in found.values()}
     return [item for item in items if id(item) in kept]
-
-
-def _fields(item: DemoItem) -> dict[str, Any]:
-    return {name: value for name, value in item.demo.items() if name != "augmented"}
 
 
 async def instruction_arms(

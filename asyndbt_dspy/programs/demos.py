@@ -16,7 +16,7 @@ from pydantic_core import PydanticUndefined
 
 from asyndbt_dspy.errors import ExportError
 from asyndbt_dspy.programs.labels import enumeration
-from asyndbt_dspy.programs.program_space import Source
+from asyndbt_dspy.programs.program_space import Source, demo_text
 from asyndbt_dspy.programs.rollout import Rollout
 from asyndbt_dspy.programs.slots import DemoItem
 
@@ -191,16 +191,15 @@ class _Collected:
     count_tokens: TokenCounter | None
     items: list[DemoItem] = field(default_factory=list)
     left_out: list[int] = field(default_factory=list)
-    seen: dict[tuple[str, str], list[dspy.Example]] = field(default_factory=dict)
+    seen: set[tuple[str, str]] = field(default_factory=set)
 
     def add(
         self, key: str, predictor: str, signature: type[dspy.Signature], demo: dspy.Example, index: int
     ) -> None:
-        # Field values need not be hashable, hence their `repr`; equality decides.
-        alike = self.seen.setdefault((predictor, repr(demo)), [])
-        if any(demo == other for other in alike):
+        content = (predictor, demo_text(demo))
+        if content in self.seen:
             return
-        alike.append(demo)
+        self.seen.add(content)
         tokens = demo_tokens(demo, self.count_tokens)
         if tokens > self.max_demo_tokens:
             self.left_out.append(tokens)
@@ -235,7 +234,7 @@ class _Collected:
 
 def _labelled(signature: type[dspy.Signature], example: dspy.Example) -> dspy.Example | None:
     held = {
-        name: example[name].item() if isinstance(example[name], np.generic) else example[name]
+        name: _plain(example[name])
         for name, declared in signature.fields.items()
         if name in example and (example[name] is not None or annotation_allows_none(declared.annotation))
     }
@@ -263,7 +262,16 @@ def _bootstrapped(
         return None
     shown = {name: inputs[name] for name in signature.input_fields if name in inputs}
     shown.update({name: prediction[name] for name in signature.output_fields if name in prediction})
-    return dspy.Example(augmented=True, **shown)
+    return dspy.Example(augmented=True, **{name: _plain(value) for name, value in shown.items()})
+
+
+def _plain(value: Any) -> Any:
+    """``value`` without NumPy's types, which a saved program could not hold: lists and numbers in their place."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if type(value) in (list, tuple):
+        return type(value)(_plain(one) for one in value)
+    return {key: _plain(one) for key, one in value.items()} if type(value) is dict else value
 
 
 def _corrected(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import dspy
+import numpy as np
 import pytest
 from dspy.utils.dummies import DummyLM
 
@@ -79,6 +80,21 @@ def test_enum_and_unhashable_values(queue: Any) -> None:
     ]
     items = labelled_demos(dspy.Predict(signature), [*examples, examples[0].copy()], worker="eu")
     assert [item.stratum for item in items] == ["billing", "access", "access"]
+
+
+def test_arrays_are_lists_in_demos_and_repeats_of_them_are_dropped() -> None:
+    student = dspy.Predict("passages: list[str], found: dict -> note")
+    nested = np.array([{"at": np.arange(2)}, np.float32(0.5)], dtype=object)
+    examples = [
+        dspy.Example(passages=np.array(["a", last]), found={"more": nested}, note="n")
+        for last in ("b", "c", "b")
+    ]
+    items = labelled_demos(student, examples, worker="eu")
+    assert [item.demo.passages for item in items] == [["a", "b"], ["a", "c"]]
+    assert items[0].demo.found == {"more": [{"at": [0, 1]}, 0.5]}
+    rollout = Rollout(1.0, trace=[(student, dict(examples[0].items()), dspy.Prediction(note="n"))])
+    (item,) = bootstrapped_demos(rollout, examples[0], program=student, worker="eu", example_index=0)
+    assert item.demo.passages == ["a", "b"] and item.text == items[0].text
 
 
 def test_long_demos_are_left_out_with_one_warning(
