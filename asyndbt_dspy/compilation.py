@@ -91,7 +91,13 @@ async def prepare(
         one_trainset=isinstance(optimizer.workers, int),
     )
     surrounding = dspy.settings.lm
-    lms = {worker.name: metering.worker_lm(worker, surrounding) for worker in workers}
+    called = _Metered(
+        {worker.name: metering.worker_lm(worker, surrounding) for worker in workers},
+        metering.program(student),
+        None if teacher is None else metering.program(teacher),
+        metering.lm(optimizer.options.proposer, PROPOSER),
+    )
+    metering.surrounding_lm(surrounding)
     plans = make_plans(metering, student, shards, surrounding, demo_tokens=_demo_tokens(optimizer, student))
     confirm(optimizer.confirm, plans)
     book = open_book(optimizer, student, teacher, workers, valset, config)
@@ -101,14 +107,13 @@ async def prepare(
             return await _arrange(
                 optimizer,
                 student,
-                teacher,
+                called,
                 shards,
                 config,
                 started - book.elapsed_s,
                 stop,
                 book,
                 metering,
-                lms,
                 plans,
             )
     except BaseException:
@@ -178,27 +183,35 @@ def _check_data(
         checks.check_overlap([one for worker in workers for one in worker.trainset], valset)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Metered:
+    """All that calls an LM, metered before any call: what the budget's caps cannot bound is refused then."""
+
+    lms: Mapping[str, Any]
+    student: dspy.Module
+    teacher: dspy.Module | None
+    proposer: Any
+
+
 async def _arrange(
     optimizer: AsynDBT,
     student: dspy.Module,
-    teacher: dspy.Module | None,
+    called: _Metered,
     shards: Sequence[sharding.Shard],
     config: AlgorithmConfig,
     started: float,
     stop: StopRequest,
     book: KeysOnly,
     metering: Metering,
-    lms: Mapping[str, Any],
     plans: Sequence[WorkerPlan],
 ) -> Run:
-    metered_student = metering.program(student)
     plain = preparation.make_space(
-        metered_student, shards, dataclasses.replace(optimizer.options, fragments=0), {}, ()
+        called.student, shards, dataclasses.replace(optimizer.options, fragments=0), {}, ()
     )
     evaluator = ProgramEvaluator(
         plain,
-        preparation.make_parts(shards, lms),
-        _make_runner(optimizer, config, lms, book.run_id),
+        preparation.make_parts(shards, called.lms),
+        _make_runner(optimizer, config, called.lms, book.run_id),
         rollout_timeout_s=optimizer.rollout_timeout_s + _recover_s(optimizer),
         max_failures=optimizer.max_failures,
         straggler_factor=None if optimizer.deterministic else optimizer.straggler_factor,
@@ -211,22 +224,19 @@ async def _arrange(
     try:
         setup = SetupRollouts(evaluator, book)
         probes = await _probe(optimizer, setup, shards)
-        metered_teacher = None if teacher is None else metering.program(teacher)
         plans = measured_plans(
             plans, evaluator.uses, optimizer.budget, demo_tokens=_demo_tokens(optimizer, student)
         )
         payable = affordable(optimizer.budget, plans)
         items, rollouts = await make_demos(
-            optimizer, student, metered_teacher, shards, setup, payable, may_begin
+            optimizer, student, called.teacher, shards, setup, payable, may_begin
         )
-        options = dataclasses.replace(
-            optimizer.options, proposer=metering.lm(optimizer.options.proposer, PROPOSER)
-        )
+        options = dataclasses.replace(optimizer.options, proposer=called.proposer)
         texts = await preparation.instruction_arms(student, shards, options, rollouts, optimizer.seed, book)
     except BaseException:
         await evaluator.aclose()
         raise
-    programs = preparation.make_space(metered_student, shards, optimizer.options, texts, items)
+    programs = preparation.make_space(called.student, shards, optimizer.options, texts, items)
     evaluator.programs = programs
     for worker, rollout in probes.items():
         evaluator.remember((programs.space.student, worker, False, 0), rollout)  # paid for already

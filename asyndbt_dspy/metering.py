@@ -92,6 +92,16 @@ class Metering:
             self._metered[id(lm)] = (lm, found)  # with the LM, so that its id stays its own
         return found
 
+    def surrounding_lm(self, lm: Any) -> Any:
+        """``lm`` of ``dspy.configure`` metered, for a metric or a part of the program that calls it."""
+        try:
+            return self.lm(lm)
+        except ConfigurationError as error:
+            raise ConfigurationError(
+                f"{error}. No worker has this LM; it is the surrounding one, which the metric or a part of the program may "
+                "call. Where nothing does, compile within dspy.context(lm=None)"
+            ) from error
+
     def worker_lm(self, worker: Worker, surrounding: Any) -> Any:
         """What ``worker`` calls: its LMs in order, each limited and counted, one behind the other."""
         lms = worker.lms or ([surrounding] if surrounding is not None else [])

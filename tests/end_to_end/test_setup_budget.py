@@ -11,7 +11,7 @@ import kit
 import pytest
 from dspy.lm15 import Usage
 
-from asyndbt_dspy import AsynDBT, Budget, Price, Worker
+from asyndbt_dspy import AsynDBT, Budget, ConfigurationError, Price, Worker
 from asyndbt_dspy.lms.scripted import AsyncScriptedEngine
 from asyndbt_dspy.setup_rollouts import SetupRollouts
 
@@ -104,3 +104,28 @@ def test_a_teacher_that_costs_many_times_as_much_ends_before_the_search_is_paid_
     before = made["traces"] * 15
     assert 0.3 * 400 - 15 <= before <= 0.3 * 400 + 4 * 15, "what is in flight at the end of its share goes on"
     assert len(optimizer.result.curve) > 1
+
+
+@pytest.mark.parametrize("whose", ["proposer", "teacher", "predictor", "surrounding"])
+def test_an_lm_that_no_cap_can_bound_is_refused_before_any_call(whose: str) -> None:
+    bounded, unbounded = kit.color_lm(max_tokens=50), kit.color_lm("unbounded")
+    student, teacher = dspy.Predict(kit.Sort), dspy.Predict(kit.Sort)
+    for program, name in ((student, "predictor"), (teacher, "teacher")):
+        program.lm = unbounded if whose == name else None
+    optimizer = kit.optimizer(
+        workers=[Worker("w", TRAIN, lm=bounded)],
+        budget=Budget(tokens=10**6, metric_calls=120),
+        proposer=unbounded if whose == "proposer" else None,
+    )
+    match = "'scripted/unbounded'.* has no max_tokens"
+    if whose == "surrounding":
+        match += r".*No worker has this LM.*compile within dspy\.context\(lm=None\)"
+    with (
+        dspy.context(lm=unbounded if whose == "surrounding" else None),
+        pytest.raises(ConfigurationError, match=match),
+    ):
+        optimizer.compile(student, teacher=teacher)
+    assert kit.calls_of(bounded) == kit.calls_of(unbounded) == 0
+    with dspy.context(lm=None):
+        if whose == "surrounding":
+            optimizer.compile(student, teacher=teacher)
