@@ -29,6 +29,8 @@ WIRE_CAPS = ("lm_calls", "tokens", "dollars")
 """Caps on what goes over the wire."""
 PROPOSER = "proposer"
 """The proposer's line in the ledger."""
+_TURNS = ("max_iters", "max_iterations")
+"""What DSPy's modules that loop call the most turns that they take."""
 _COMPLETION_TOKENS = 60
 """Of an answer, where nothing is known of it."""
 
@@ -178,7 +180,7 @@ def make_plans(
 ) -> list[WorkerPlan]:
     """What the run is expected to take at most, before any call.
 
-    The metric calls of the budget, or as many as its other caps pay for, each with one call per predictor, a prompt as
+    The metric calls of the budget, or as many as its other caps pay for, each with ``_most_calls``, a prompt as
     the student's with the demos that it may come to show, and answers of ``max_tokens`` where that is small.
     """
     predictors = [predictor for _, predictor in student.named_predictors()]
@@ -192,7 +194,7 @@ def make_plans(
             WorkerPlan(
                 shard.worker.name,
                 0,
-                len(predictors),
+                _most_calls(student),
                 sum(prompts) / len(prompts) + demo_tokens,
                 min(_COMPLETION_TOKENS, limit or _COMPLETION_TOKENS),
                 _known_price(metering, shard.worker, lm),
@@ -270,6 +272,21 @@ def _known_price(metering: Metering, worker: Worker, lm: Any) -> Price | None:
     if not isinstance(lm, dspy.BaseLM):
         return None
     return Tariff(lm, worker.price or metering._price(lm)).worst
+
+
+def _most_calls(program: dspy.Module) -> int:
+    """LM calls of one rollout, as far as the program's form tells: one per predictor, but of a part that loops over tool calls
+    or code (``dspy.ReAct`` and its like) one per turn and one to answer."""
+    predictors = {id(one) for _, one in program.named_predictors()}
+    turns = 0
+    for _, part in program.named_sub_modules():
+        found = (getattr(part, name, None) for name in _TURNS)
+        most = next((one for one in found if isinstance(one, int)), None)
+        inner = {id(one) for _, one in part.named_predictors()}
+        if most is not None and inner & predictors:
+            turns += most + 1
+            predictors -= inner
+    return turns + len(predictors)
 
 
 def _prompt_tokens(adapter: Any, predictor: Any, example: dspy.Example) -> int:

@@ -15,6 +15,8 @@ from asyndbt_dspy.lms.prices import Price
 
 _BYTES_PER_TOKEN = 4
 _MESSAGE_TOKENS = 4
+_MEDIA_TOKENS = 1_024
+"""Of an image, a sound or a document: what most providers bill for an image of common size. The worst case is in ``bounds``."""
 
 
 @dataclass(frozen=True)
@@ -152,10 +154,16 @@ def estimate_run(plans: Sequence[WorkerPlan]) -> Estimate:
 
 
 def rough_tokens(messages: Iterable[Mapping[str, Any]]) -> int:
-    """Tokens of a rendered prompt, guessed without the model's tokenizer: four bytes each."""
-    return sum(
-        _MESSAGE_TOKENS + len(str(message.get("content", "")).encode()) // _BYTES_PER_TOKEN
-        for message in messages
+    """Tokens of a rendered prompt, guessed without the model's tokenizer: four bytes each, and a constant for each image,
+    sound or document, of whatever size its file is."""
+    return sum(_MESSAGE_TOKENS + _content_tokens(message.get("content", "")) for message in messages)
+
+
+def _content_tokens(content: Any) -> int:
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    texts = [str(part.get("text", "")) for part in parts if part.get("type") == "text"]
+    return sum(len(text.encode()) // _BYTES_PER_TOKEN for text in texts) + _MEDIA_TOKENS * (
+        len(parts) - len(texts)
     )
 
 

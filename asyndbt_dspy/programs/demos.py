@@ -11,6 +11,7 @@ from typing import Any
 
 import dspy
 import numpy as np
+from dspy.adapters.types.base_type import split_message_content_for_custom_types
 from dspy.adapters.utils import annotation_allows_none, serialize_for_json
 from pydantic_core import PydanticUndefined
 
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_DEMO_TOKENS = 400
 """A demo is paid for in every later call, and long ones bloat prompts (the cap is per demo)."""
+MEDIA_TOKENS = 1_024
+"""Taken for an image, a sound or a document: what most providers bill for an image of common size."""
 
 TokenCounter = Callable[[str], int]
 
@@ -34,10 +37,18 @@ def estimate_tokens(text: str) -> int:
 
 
 def demo_tokens(demo: dspy.Example, count_tokens: TokenCounter | None = None) -> int:
-    """Length in tokens of a demo's field names and values, by ``count_tokens`` or ``estimate_tokens``."""
+    """Length in tokens of a demo's field names and values, by ``count_tokens`` or ``estimate_tokens``.
+
+    An image, a sound or a document counts ``MEDIA_TOKENS``: its file as text has nothing to do with what is billed.
+    """
     fields = ((name, value) for name, value in demo.items() if name != "augmented")
     text = "\n".join(f"{name}: {serialize_for_json(value)}" for name, value in fields)
-    return (count_tokens or estimate_tokens)(text)
+    [message] = split_message_content_for_custom_types([{"role": "user", "content": text}])
+    parts = message["content"]
+    if isinstance(parts, str):
+        return (count_tokens or estimate_tokens)(text)
+    texts = [str(part.get("text", "")) for part in parts if part.get("type") == "text"]
+    return (count_tokens or estimate_tokens)("".join(texts)) + MEDIA_TOKENS * (len(parts) - len(texts))
 
 
 def labelled_demos(

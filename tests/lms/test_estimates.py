@@ -73,3 +73,11 @@ def test_numbers_out_of_range() -> None:
 
 def test_tokens_of_a_prompt_are_guessed_from_bytes() -> None:
     assert rough_tokens([{"content": "x" * 40}, {"role": "user"}]) == 18
+
+
+def test_an_image_is_no_text_however_large_its_file() -> None:
+    def prompt(size: int) -> list[dict[str, object]]:
+        image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * size}}
+        return [{"content": [{"type": "text", "text": "x" * 40}, image, image]}]
+
+    assert rough_tokens(prompt(10)) == rough_tokens(prompt(10**6)) == 4 + 10 + 2 * 1024

@@ -97,6 +97,19 @@ def test_arrays_are_lists_in_demos_and_repeats_of_them_are_dropped() -> None:
     assert item.demo.passages == ["a", "b"] and item.text == items[0].text
 
 
+@pytest.mark.parametrize("size", [30, 300_000])
+def test_images_count_alike_whatever_the_size_of_their_file(size: int) -> None:
+    image = dspy.Image("data:image/png;base64," + "A" * size)
+    shown = "image: \nlabel: a"
+    assert demo_tokens(dspy.Example(image=image, label="a")) == 1024 + estimate_tokens(shown)
+    pages = dspy.Example(pages=[image, image], label="a", augmented=True)
+    assert demo_tokens(pages, lambda _: 7) == 2048 + 7
+    student = dspy.Predict("image: dspy.Image -> label")
+    examples = [dspy.Example(image=image, label="a")]
+    assert not labelled_demos(student, examples, worker="eu")
+    assert labelled_demos(student, examples, worker="eu", max_demo_tokens=1_100)
+
+
 def test_long_demos_are_left_out_with_one_warning(
     plain: dspy.Module, caplog: pytest.LogCaptureFixture
 ) -> None:
