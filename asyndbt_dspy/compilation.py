@@ -216,6 +216,7 @@ async def _arrange(
         max_failures=optimizer.max_failures,
         straggler_factor=None if optimizer.deterministic else optimizer.straggler_factor,
         repeats=config.repeats,
+        on_rollout=preparation.scale_watch(),
         book=book,
         gate=stop.gate,
         on_refused=metering.note_refused,

@@ -237,6 +237,24 @@ def check_lm(student: dspy.Module, shards: Sequence[Shard], probes: Sequence[Rol
     )
 
 
+def scale_watch() -> Callable[[str, Rollout], None]:
+    """Tells once of a score outside of [0, 1]: which runs are good ones and which are failures is said on that scale."""
+    told = False
+
+    def note(_: str, rollout: Rollout) -> None:
+        nonlocal told
+        if told or rollout.score is None or rollout.failure is not None or 0 <= rollout.score <= 1:
+            return
+        told = True
+        logger.warning(
+            "The metric gave %g, but scores are taken to lie in [0, 1]: runs of 0.5 and more are shown as demos as they are, and a "
+            "proposer hears of those below 1 as failures. Divide the metric by the most that it gives. This is said once.",
+            rollout.score,
+        )
+
+    return note
+
+
 def choose_demos(items: Sequence[DemoItem], options: SearchSpaceOptions, seed: int) -> list[DemoItem]:
     """At most ``demo_candidates`` demos per worker, predictor and class, drawn at random.
 

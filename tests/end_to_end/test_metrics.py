@@ -172,3 +172,22 @@ def test_a_cache_that_hides_the_noise_is_said(caplog: pytest.LogCaptureFixture) 
     with dspy.context(lm=lm):
         optimizer.compile(dspy.Predict(kit.Sort), trainset=kit.examples(40))
     assert sum("cache=False" in one.getMessage() for one in caplog.records) == 2
+
+
+@pytest.mark.parametrize(
+    ("scale", "failure_score", "told"), [(1.0, 0.0, 0), (1.0, -1.0, 0), (10.0, 0.0, 1), (-1.0, 0.0, 1)]
+)
+def test_a_metric_on_another_scale_is_told_of_once(
+    scale: float, failure_score: float, told: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(messages: Any) -> str:
+        return "no JSON" if kit.number_in(messages) % 7 == 0 else kit.stairs(1)(messages)
+
+    optimizer = kit.optimizer(metric=lambda *of: scale * right(*of), failure_score=failure_score)
+    with dspy.context(lm=kit.make_lm(broken), adapter=dspy.JSONAdapter()):
+        optimizer.compile(dspy.Predict(kit.Sort), trainset=kit.examples(60))
+    said = [
+        one.getMessage() for one in caplog.records if "scores are taken to lie in [0, 1]" in one.getMessage()
+    ]
+    assert len(said) == told
+    assert all(f"The metric gave {scale:g}" in one for one in said)
