@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import dspy
 
 from asyndbt_dspy import preparation, sharding
+from asyndbt_dspy.bootstrapping import MOST_OF_SEARCH, make_demos
 from asyndbt_dspy.core.config import AlgorithmConfig, resolve
 from asyndbt_dspy.core.policies import WorkerSpace
 from asyndbt_dspy.core.server import ServerState
@@ -22,12 +23,13 @@ from asyndbt_dspy.engines.meter import RunMeter
 from asyndbt_dspy.engines.protocols import Engine, ListeningEngine, Recorded, RemoteRollouts, ResumableEngine
 from asyndbt_dspy.errors import BudgetExceededError
 from asyndbt_dspy.later_instructions import ASKED_AFTER, LaterInstructions
+from asyndbt_dspy.lms.estimates import WorkerPlan
 from asyndbt_dspy.lms.identity import is_deterministic
-from asyndbt_dspy.metering import PROPOSER, Metering, confirm, estimate
+from asyndbt_dspy.metering import PROPOSER, Metering, affordable, confirm, make_plans, measured_plans
 from asyndbt_dspy.programs import checks
 from asyndbt_dspy.programs.evaluator import ProgramEvaluator
 from asyndbt_dspy.programs.rollout import Rollout, RolloutRunner, Runner
-from asyndbt_dspy.programs.slots import DemoItem, ProgramSpace, demo_slots
+from asyndbt_dspy.programs.slots import ProgramSpace, demo_slots
 from asyndbt_dspy.recording.opening import open_book, space_digest
 from asyndbt_dspy.recording.recorder import KeysOnly, RunRecorder
 from asyndbt_dspy.remote import RemoteRunner, elsewhere
@@ -52,9 +54,6 @@ _CACHED_NOISE = (
 )
 _DEMO_TOKENS = 60
 """Of one demo, where nothing is known of it."""
-_BOOTSTRAP_FRACTION = 0.12
-_BOOTSTRAP_CALLS = 1_000
-"""What ``_BOOTSTRAP_FRACTION`` is taken of where metric calls are not bounded."""
 
 
 async def prepare(
@@ -96,24 +95,30 @@ async def prepare(
     for program in (student, teacher):
         if program is not None:
             checks.check_lms(program, lms)
-    expected = estimate(metering, student, shards, surrounding, demo_tokens=_demo_tokens(optimizer, student))
-    confirm(optimizer.confirm, expected)
+    called = _Metered(
+        lms,
+        metering.program(student),
+        None if teacher is None else metering.program(teacher),
+        metering.lm(optimizer.options.proposer, PROPOSER),
+    )
+    surroundings = metering.surroundings()
+    plans = make_plans(metering, student, shards, surrounding, demo_tokens=_demo_tokens(optimizer, student))
+    confirm(optimizer.confirm, plans)
     book = open_book(optimizer, student, teacher, workers, valset, config)
     book.join_ledger(metering.ledger)
     try:
-        with dspy.context(**metering.surroundings()):
+        with dspy.context(**surroundings):
             return await _arrange(
                 optimizer,
                 student,
-                teacher,
+                called,
                 shards,
                 config,
                 started - book.elapsed_s,
                 stop,
                 book,
                 metering,
-                lms,
-                expected.metric_calls,
+                plans,
             )
     except BaseException:
         try:
@@ -188,48 +193,61 @@ def _check_data(
         checks.check_overlap([one for worker in workers for one in worker.trainset], valset)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Metered:
+    """All that calls an LM, metered before any call: what the budget's caps cannot bound is refused then."""
+
+    lms: Mapping[str, Any]
+    student: dspy.Module
+    teacher: dspy.Module | None
+    proposer: Any
+
+
 async def _arrange(
     optimizer: AsynDBT,
     student: dspy.Module,
-    teacher: dspy.Module | None,
+    called: _Metered,
     shards: Sequence[sharding.Shard],
     config: AlgorithmConfig,
     started: float,
     stop: StopRequest,
     book: KeysOnly,
     metering: Metering,
-    lms: Mapping[str, Any],
-    affordable: int,
+    plans: Sequence[WorkerPlan],
 ) -> Run:
-    metered_student = metering.program(student)
     plain = preparation.make_space(
-        metered_student, shards, dataclasses.replace(optimizer.options, fragments=0), {}, ()
+        called.student, shards, dataclasses.replace(optimizer.options, fragments=0), {}, ()
     )
     evaluator = ProgramEvaluator(
         plain,
-        preparation.make_parts(shards, lms),
-        _make_runner(optimizer, config, lms, book.run_id),
+        preparation.make_parts(shards, called.lms),
+        _make_runner(optimizer, config, called.lms, book.run_id),
         rollout_timeout_s=optimizer.rollout_timeout_s + _recover_s(optimizer),
         max_failures=optimizer.max_failures,
         straggler_factor=None if optimizer.deterministic else optimizer.straggler_factor,
         repeats=config.repeats,
+        on_rollout=preparation.scale_watch(),
         book=book,
         gate=stop.gate,
         on_refused=metering.note_refused,
     )
+    may_begin = _setup_goes_on(optimizer, config, metering, started)
     try:
         setup = SetupRollouts(evaluator, book)
         probes = await _probe(optimizer, setup, shards)
-        metered_teacher = None if teacher is None else metering.program(teacher)
-        items, rollouts = await _demos(optimizer, student, metered_teacher, shards, setup)
-        options = dataclasses.replace(
-            optimizer.options, proposer=metering.lm(optimizer.options.proposer, PROPOSER)
+        plans = measured_plans(
+            plans, evaluator.uses, optimizer.budget, demo_tokens=_demo_tokens(optimizer, student)
         )
+        payable = affordable(optimizer.budget, plans)
+        items, rollouts = await make_demos(
+            optimizer, student, called.teacher, shards, setup, payable, may_begin
+        )
+        options = dataclasses.replace(optimizer.options, proposer=called.proposer)
         texts = await preparation.instruction_arms(student, shards, options, rollouts, optimizer.seed, book)
     except BaseException:
         await evaluator.aclose()
         raise
-    programs = preparation.make_space(metered_student, shards, optimizer.options, texts, items)
+    programs = preparation.make_space(called.student, shards, optimizer.options, texts, items)
     evaluator.programs = programs
     for worker, rollout in probes.items():
         evaluator.remember((programs.space.student, worker, False, 0), rollout)  # paid for already
@@ -261,8 +279,8 @@ async def _arrange(
         book,
         waits=optimizer.deterministic,
         # Where metric calls are the bound, the server knows better what the race leaves of them.
-        affordable=0 if affordable == calls else _for_search(config, affordable) - spent,
-        is_late=_late(optimizer, config, started),
+        affordable=0 if payable == calls else _for_search(config, payable) - spent,
+        is_late=_late(optimizer, config, started, ASKED_AFTER),
     )
     return Run(
         optimizer, programs, shards, evaluator, server, states, spent, started, stop, book, metering, later
@@ -274,14 +292,23 @@ def _for_search(config: AlgorithmConfig, amount: float) -> float:
     return (1 - config.race_fraction) * amount if config.race else amount
 
 
-def _late(optimizer: AsynDBT, config: AlgorithmConfig, started: float) -> Callable[[], bool]:
-    """Whether the part of the search's seconds is over after which the proposer is asked."""
+def _late(optimizer: AsynDBT, config: AlgorithmConfig, started: float, part: float) -> Callable[[], bool]:
+    """Whether so much of what is now left of the search's seconds is over."""
     seconds = optimizer.budget.seconds
     if seconds is None or optimizer.deterministic:  # time has no say in a run that is to be repeatable
         return lambda: False
     now = time.perf_counter()
-    due = now + ASKED_AFTER * max(0.0, started + _for_search(config, seconds) - now)
+    due = now + part * max(0.0, started + _for_search(config, seconds) - now)
     return lambda: time.perf_counter() >= due
+
+
+def _setup_goes_on(
+    optimizer: AsynDBT, config: AlgorithmConfig, metering: Metering, started: float
+) -> Callable[[], bool]:
+    """Whether the setup leaves the search enough of every cap for another trace to begin."""
+    is_late = _late(optimizer, config, started, MOST_OF_SEARCH)
+    share = _for_search(config, MOST_OF_SEARCH)
+    return lambda: not (is_late() or metering.has_spent(share))
 
 
 def _recover_s(optimizer: AsynDBT) -> float:
@@ -318,31 +345,6 @@ async def _probe(
     rollouts = await setup.run("probes", asked)
     preparation.check_lm(student, shards, rollouts)
     return {name: one for name, one in zip(names, rollouts, strict=True) if one is not None}
-
-
-async def _demos(
-    optimizer: AsynDBT,
-    student: dspy.Module,
-    teacher: dspy.Module | None,
-    shards: Sequence[sharding.Shard],
-    setup: SetupRollouts,
-) -> tuple[list[DemoItem], list[tuple[str, dspy.Example, Rollout]]]:
-    """Demo arms, and the runs (worker, example, rollout) that traces were taken from."""
-    options, plain = optimizer.options, setup.evaluator.programs
-    found = [] if options.mode == "instructions" else preparation.labelled_items(student, shards, options)
-    rollouts: list[tuple[str, dspy.Example, Rollout]] = []
-    wanted = preparation.wants_bootstrap(student, teacher, options, found)
-    if wanted or options.proposer is not None:
-        calls = optimizer.budget.metric_calls or _BOOTSTRAP_CALLS
-        spend = max(0, min(int(calls * _BOOTSTRAP_FRACTION), calls - setup.calls))
-        spend = setup.count("traces", spend)
-        program = teacher or plain.build(plain.space.student)
-        threshold = max(0.5, optimizer.failure_score)
-        traced, rollouts = await preparation.bootstrap_items(
-            setup, program, student, shards, options, spend, threshold
-        )
-        found = [*traced, *found] if wanted else found
-    return preparation.choose_demos(found, options, optimizer.seed), rollouts
 
 
 class Run:

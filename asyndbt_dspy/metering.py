@@ -20,6 +20,7 @@ from asyndbt_dspy.lms.limits import RateLimits
 from asyndbt_dspy.lms.metered import metered
 from asyndbt_dspy.lms.prices import Price, Tariff
 from asyndbt_dspy.programs.copies import copy_program, shared_parts
+from asyndbt_dspy.programs.evaluator import WorkerUse
 from asyndbt_dspy.sharding import Shard
 from asyndbt_dspy.workers import Worker
 
@@ -29,6 +30,8 @@ WIRE_CAPS = ("lm_calls", "tokens", "dollars")
 """Caps on what goes over the wire."""
 PROPOSER = "proposer"
 """The proposer's line in the ledger."""
+_TURNS = ("max_iters", "max_iterations")
+"""What DSPy's modules that loop call the most turns that they take."""
 _COMPLETION_TOKENS = 60
 """Of an answer, where nothing is known of it."""
 
@@ -63,6 +66,17 @@ class Metering:
         """A call was refused before there was a search to end."""
         self.refused = error
 
+    def has_spent(self, share: float) -> bool:
+        """Whether so much of a cap on the wire is gone, calls in flight included."""
+        spent, budget = self.ledger.spent, self.budget
+        gone = {
+            "lm_calls": spent.lm_calls,
+            "tokens": spent.tokens + spent.reserved_tokens,
+            "dollars": float(spent.dollars + spent.reserved_dollars),
+        }
+        caps = ((gone[name], getattr(budget, name)) for name in WIRE_CAPS)
+        return any(cap is not None and amount >= share * cap for amount, cap in caps)
+
     def open_kept_back(self) -> None:
         """The final race begins: from now on all of every cap may be spent."""
         if not self._is_open:
@@ -80,6 +94,16 @@ class Metering:
         if name is None:
             self._metered[id(lm)] = (lm, found)  # with the LM, so that its id stays its own
         return found
+
+    def surrounding_lm(self, lm: Any) -> Any:
+        """``lm`` of ``dspy.configure`` metered, for a metric or a part of the program that calls it."""
+        try:
+            return self.lm(lm)
+        except ConfigurationError as error:
+            raise ConfigurationError(
+                f"{error}. No worker has this LM; it is the surrounding one, which the metric or a part of the program may "
+                "call. Where nothing does, compile within dspy.context(lm=None)"
+            ) from error
 
     def worker_lm(self, worker: Worker, surrounding: Any) -> Any:
         """What ``worker`` calls: its LMs in order, each limited and counted, one behind the other."""
@@ -121,7 +145,7 @@ class Metering:
         if own:
             adapter = copy.copy(adapter)
             vars(adapter).update({name: self.lm(lm) for name, lm in own.items()})
-        return {"lm": self.lm(dspy.settings.lm), "adapter": adapter}
+        return {"lm": self.surrounding_lm(dspy.settings.lm), "adapter": adapter}
 
     def _price(self, lm: Any) -> Price | None:
         given = self.prices.get(str(lm.model))
@@ -158,17 +182,17 @@ def with_lms_of(student: dspy.Module, program: dspy.Module) -> dspy.Module:
     return program
 
 
-def estimate(
+def make_plans(
     metering: Metering,
     student: dspy.Module,
     shards: Sequence[Shard],
     surrounding: Any,
     *,
     demo_tokens: float,
-) -> Estimate:
+) -> list[WorkerPlan]:
     """What the run is expected to take at most, before any call.
 
-    The metric calls of the budget, or as many as its other caps pay for, each with one call per predictor, a prompt as
+    The metric calls of the budget, or as many as its other caps pay for, each with ``_most_calls``, a prompt as
     the student's with the demos that it may come to show, and answers of ``max_tokens`` where that is small.
     """
     predictors = [predictor for _, predictor in student.named_predictors()]
@@ -182,7 +206,7 @@ def estimate(
             WorkerPlan(
                 shard.worker.name,
                 0,
-                len(predictors),
+                _most_calls(student),
                 sum(prompts) / len(prompts) + demo_tokens,
                 min(_COMPLETION_TOKENS, limit or _COMPLETION_TOKENS),
                 _known_price(metering, shard.worker, lm),
@@ -193,16 +217,44 @@ def estimate(
                 ),
             )
         )
-    rollouts = _affordable(metering.budget, plans) / len(plans)
-    return estimate_run([replace(plan, rollouts=rollouts) for plan in plans])
+    return _shared_out(metering.budget, plans)
 
 
-def confirm(asked: Callable[[Estimate], bool] | None, expected: Estimate) -> None:
+def measured_plans(
+    plans: Sequence[WorkerPlan], uses: Mapping[str, WorkerUse], budget: Budget, *, demo_tokens: float
+) -> list[WorkerPlan]:
+    """``plans`` again, once the workers have made their first rollouts, of the student as it is: tells the user too.
+
+    Args:
+        demo_tokens: That prompts may grow by.
+    """
+    found: list[WorkerPlan] = []
+    for plan in plans:
+        use = uses.get(plan.worker)
+        if use is None or not use.calls or not use.lm_calls:
+            found.append(plan)
+            continue
+        plan = plan.as_measured(use.calls, use.lm_calls, use.prompt_tokens, use.completion_tokens)
+        found.append(replace(plan, prompt_tokens=plan.prompt_tokens + demo_tokens))
+    if found == list(plans):
+        return found
+    found = _shared_out(budget, found)
+    logger.info("By its first rollouts, this compile may take %s.", estimate_run(found))
+    return found
+
+
+def _shared_out(budget: Budget, plans: Sequence[WorkerPlan]) -> list[WorkerPlan]:
+    rollouts = affordable(budget, plans) / len(plans)
+    return [replace(plan, rollouts=rollouts) for plan in plans]
+
+
+def confirm(asked: Callable[[Estimate], bool] | None, plans: Sequence[WorkerPlan]) -> None:
     """Tell the user what the run may take, and let them refuse.
 
     Raises:
         ConfigurationError: refused; nothing was called.
     """
+    expected = estimate_run(plans)
     logger.info("This compile may take %s.", expected)
     if asked is not None and not asked(expected):
         raise ConfigurationError(
@@ -210,7 +262,7 @@ def confirm(asked: Callable[[Estimate], bool] | None, expected: Estimate) -> Non
         )
 
 
-def _affordable(budget: Budget, plans: Sequence[WorkerPlan]) -> float:
+def affordable(budget: Budget, plans: Sequence[WorkerPlan]) -> float:
     """Rollouts that every cap pays for; 0 where only time is capped."""
     calls = sum(plan.calls_per_rollout for plan in plans) / len(plans)
     tokens = sum(
@@ -232,6 +284,21 @@ def _known_price(metering: Metering, worker: Worker, lm: Any) -> Price | None:
     if not isinstance(lm, dspy.BaseLM):
         return None
     return Tariff(lm, worker.price or metering._price(lm)).worst
+
+
+def _most_calls(program: dspy.Module) -> int:
+    """LM calls of one rollout, as far as the program's form tells: one per predictor, but of a part that loops over tool calls
+    or code (``dspy.ReAct`` and its like) one per turn and one to answer."""
+    predictors = {id(one) for _, one in program.named_predictors()}
+    turns = 0
+    for _, part in program.named_sub_modules():
+        found = (getattr(part, name, None) for name in _TURNS)
+        most = next((one for one in found if isinstance(one, int)), None)
+        inner = {id(one) for _, one in part.named_predictors()}
+        if most is not None and inner & predictors:
+            turns += most + 1
+            predictors -= inner
+    return turns + len(predictors)
 
 
 def _prompt_tokens(adapter: Any, predictor: Any, example: dspy.Example) -> int:

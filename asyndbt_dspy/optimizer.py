@@ -45,8 +45,9 @@ class AsynDBT(Teleprompter):
     """Asynchronous distributed bilevel tuning of a DSPy program's instructions and demos (arXiv:2602.17694).
 
     Args:
-        metric: ``(gold, prediction) -> bool | float | dspy.Prediction(score=…, feedback=…)``, higher is better; may take
-            DSPy's further arguments and may be ``async``.
+        metric: ``(gold, prediction) -> bool | float | dspy.Prediction(score=…, feedback=…)``, in [0, 1], higher is better
+            (other scales are ranked by, but not read as good and bad runs: a warning says so); may take DSPy's further
+            arguments and may be ``async``.
         workers: A number (``trainset`` is split, stratified by label), or a list of ``Worker`` with their own shards.
         auto: Budget in metric calls: ``light`` 300, ``medium`` 1,200, ``heavy`` 4,000. Ignored where ``budget`` is given.
         budget: Hard caps on metric calls, LM calls, tokens, dollars, seconds; see ``Budget``.

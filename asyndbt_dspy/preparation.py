@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -165,12 +165,14 @@ async def bootstrap_items(
     options: SearchSpaceOptions,
     calls: int,
     threshold: float,
+    may_begin: Callable[[], bool] = lambda: True,
 ) -> tuple[list[DemoItem], list[tuple[str, dspy.Example, Rollout]]]:
     """Run ``program`` on pool examples, ``calls`` in all, evenly over the classes; their traces become demos.
 
     Args:
         program: The student as it is built here, or a teacher.
         student: Whose predictors show the demos, and whose output says the class of an example.
+        may_begin: Asked before each run.
 
     Returns:
         The demos, and all runs as (worker, example, rollout): the proposer reads failures from those that may be shared.
@@ -184,7 +186,7 @@ async def bootstrap_items(
     items: list[DemoItem] = []
     too_long: list[int] = []
     rollouts: list[tuple[str, dspy.Example, Rollout]] = []
-    for (shard, number), rollout in zip(places, await setup.run("traces", asked), strict=True):
+    for (shard, number), rollout in zip(places, await setup.run("traces", asked, may_begin), strict=True):
         if rollout is None:
             continue
         rollouts.append((shard.worker.name, shard.pool[number], rollout))
@@ -249,6 +251,24 @@ def check_lm(student: dspy.Module, shards: Sequence[Shard], probes: Sequence[Rol
     )
 
 
+def scale_watch() -> Callable[[str, Rollout], None]:
+    """Tells once of a score outside of [0, 1]: which runs are good ones and which are failures is said on that scale."""
+    told = False
+
+    def note(_: str, rollout: Rollout) -> None:
+        nonlocal told
+        if told or rollout.score is None or rollout.failure is not None or 0 <= rollout.score <= 1:
+            return
+        told = True
+        logger.warning(
+            "The metric gave %g, but scores are taken to lie in [0, 1]: runs of 0.5 and more are shown as demos as they are, and a "
+            "proposer hears of those below 1 as failures. Divide the metric by the most that it gives. This is said once.",
+            rollout.score,
+        )
+
+    return note
+
+
 def choose_demos(items: Sequence[DemoItem], options: SearchSpaceOptions, seed: int) -> list[DemoItem]:
     """At most ``demo_candidates`` demos per worker, predictor and class, drawn at random.
 
@@ -271,17 +291,11 @@ def choose_demos(items: Sequence[DemoItem], options: SearchSpaceOptions, seed: i
 
 def _unequal(items: Sequence[DemoItem]) -> list[DemoItem]:
     """The items without repeats: a predictor that reads few different values has many equal traces."""
-    found: dict[str, list[DemoItem]] = {}
+    found: dict[str, DemoItem] = {}
     for item in sorted(items, key=lambda item: _PREFERRED.index(item.source)):
-        alike = found.setdefault(repr(_fields(item)), [])  # values need not be hashable; equality decides
-        if all(_fields(item) != _fields(other) for other in alike):
-            alike.append(item)
-    kept = {id(item) for alike in found.values() for item in alike}
+        found.setdefault(item.text, item)
+    kept = {id(item) for item in found.values()}
     return [item for item in items if id(item) in kept]
-
-
-def _fields(item: DemoItem) -> dict[str, Any]:
-    return {name: value for name, value in item.demo.items() if name != "augmented"}
 
 
 async def instruction_arms(

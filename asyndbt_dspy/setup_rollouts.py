@@ -8,7 +8,7 @@ has to come to the same instructions and demos, whatever is answered the second 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import dspy
@@ -59,13 +59,18 @@ class SetupRollouts:
         self._asked[stage] = most
         return most
 
-    async def run(self, stage: str, asked: Sequence[Asked]) -> list[Rollout | None]:
+    async def run(
+        self, stage: str, asked: Sequence[Asked], may_begin: Callable[[], bool] = lambda: True
+    ) -> list[Rollout | None]:
         """All rollouts of a stage; ``None`` for stragglers, and where a worker failed: the search sets those aside itself.
 
         Any other error (of the metric, say) ends the rest at once, before more is paid for.
+
+        Args:
+            may_begin: Asked when it is a rollout's turn; ``None`` stands for one that may not.
         """
         if self._known is None:
-            found = await self._make(asked)
+            found = await self._make(asked, may_begin)
             self._in_time[stage] = [number for number, one in enumerate(found) if one is not None]
             return found
         in_time = set(self._known["in_time"].get(stage, ()))
@@ -76,9 +81,13 @@ class SetupRollouts:
         again = dict(zip(lost, await self._make([asked[one] for one in lost], waits=True), strict=True))
         return [again.get(number, one) if number in in_time else None for number, one in enumerate(known)]
 
-    async def _make(self, asked: Sequence[Asked], *, waits: bool = False) -> list[Rollout | None]:
+    async def _make(
+        self, asked: Sequence[Asked], may_begin: Callable[[], bool] = lambda: True, *, waits: bool = False
+    ) -> list[Rollout | None]:
         """``waits``: for every one of them, however late."""
-        tasks = [asyncio.ensure_future(self._tolerant(one)) for one in asked]
+        # As many at a time as the evaluator makes, so that each is asked about when its turn has come.
+        turns = {name: asyncio.Semaphore(part.max_concurrency) for name, part in self.evaluator.parts.items()}
+        tasks = [asyncio.ensure_future(self._tolerant(one, turns[one.worker], may_begin)) for one in asked]
         left: set[asyncio.Task[Any]] = set()
         try:
             if waits:
@@ -111,9 +120,14 @@ class SetupRollouts:
         self._book.keep_setup({"asked": self._asked, "in_time": self._in_time, "calls": calls})
         return calls
 
-    async def _tolerant(self, asked: Asked) -> Rollout | None:
+    async def _tolerant(
+        self, asked: Asked, turn: asyncio.Semaphore, may_begin: Callable[[], bool]
+    ) -> Rollout | None:
         worker, program, example, trace = asked
-        try:
-            return await self.evaluator.rollout(worker, program, example, trace=trace)
-        except WorkerFailedError:
-            return None
+        async with turn:
+            if not may_begin():
+                return None
+            try:
+                return await self.evaluator.rollout(worker, program, example, trace=trace)
+            except WorkerFailedError:
+                return None

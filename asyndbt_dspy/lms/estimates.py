@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from asyndbt_dspy.core.budget import Budget
 from asyndbt_dspy.errors import ConfigurationError
-from asyndbt_dspy.lms.ledger import LedgerLine
 from asyndbt_dspy.lms.limits import RateLimits
 from asyndbt_dspy.lms.prices import Price
 
 _BYTES_PER_TOKEN = 4
 _MESSAGE_TOKENS = 4
+_MEDIA_TOKENS = 1_024
+"""Of an image, a sound or a document: what most providers bill for an image of common size. The worst case is in ``bounds``."""
 
 
 @dataclass(frozen=True)
@@ -74,26 +75,22 @@ class WorkerPlan:
             )
         )
 
-    def as_measured(self, line: LedgerLine, rollouts: int) -> WorkerPlan:
-        """The same plan with the averages of what this worker has done so far; unchanged where it has done nothing.
+    def as_measured(
+        self, rollouts: int, lm_calls: int, prompt_tokens: int, completion_tokens: int
+    ) -> WorkerPlan:
+        """The same plan with the averages of what this worker has done so far; unchanged where that is nothing.
 
         Args:
-            line: Of its ledger.
-            rollouts: That the line is about.
+            rollouts: That were made.
+            lm_calls, prompt_tokens, completion_tokens: Of all of them together.
         """
-        if not line.answers or not rollouts:
+        if not lm_calls or not rollouts:
             return self
-        return WorkerPlan(
-            self.worker,
-            self.rollouts,
-            line.attempts / rollouts,
-            line.prompt_tokens / line.answers,
-            line.completion_tokens / line.answers,
-            self.price,
-            self.seconds_per_call,
-            self.max_concurrency,
-            self.endpoint,
-            self.limits,
+        return replace(
+            self,
+            calls_per_rollout=lm_calls / rollouts,
+            prompt_tokens=prompt_tokens / lm_calls,
+            completion_tokens=completion_tokens / lm_calls,
         )
 
 
@@ -157,10 +154,16 @@ def estimate_run(plans: Sequence[WorkerPlan]) -> Estimate:
 
 
 def rough_tokens(messages: Iterable[Mapping[str, Any]]) -> int:
-    """Tokens of a rendered prompt, guessed without the model's tokenizer: four bytes each."""
-    return sum(
-        _MESSAGE_TOKENS + len(str(message.get("content", "")).encode()) // _BYTES_PER_TOKEN
-        for message in messages
+    """Tokens of a rendered prompt, guessed without the model's tokenizer: four bytes each, and a constant for each image,
+    sound or document, of whatever size its file is."""
+    return sum(_MESSAGE_TOKENS + _content_tokens(message.get("content", "")) for message in messages)
+
+
+def _content_tokens(content: Any) -> int:
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    texts = [str(part.get("text", "")) for part in parts if part.get("type") == "text"]
+    return sum(len(text.encode()) // _BYTES_PER_TOKEN for text in texts) + _MEDIA_TOKENS * (
+        len(parts) - len(texts)
     )
 
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import dspy
 import numpy as np
+from dspy.adapters.types.base_type import split_message_content_for_custom_types
 from dspy.adapters.utils import annotation_allows_none, serialize_for_json
 from pydantic_core import PydanticUndefined
 
 from asyndbt_dspy.errors import ExportError
 from asyndbt_dspy.programs.labels import enumeration
-from asyndbt_dspy.programs.program_space import Source
+from asyndbt_dspy.programs.program_space import Source, demo_text
 from asyndbt_dspy.programs.rollout import Rollout
 from asyndbt_dspy.programs.slots import DemoItem
 
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_DEMO_TOKENS = 400
 """A demo is paid for in every later call, and long ones bloat prompts (the cap is per demo)."""
+MEDIA_TOKENS = 1_024
+"""Taken for an image, a sound or a document: what most providers bill for an image of common size."""
 
 TokenCounter = Callable[[str], int]
 
@@ -34,10 +37,18 @@ def estimate_tokens(text: str) -> int:
 
 
 def demo_tokens(demo: dspy.Example, count_tokens: TokenCounter | None = None) -> int:
-    """Length in tokens of a demo's field names and values, by ``count_tokens`` or ``estimate_tokens``."""
+    """Length in tokens of a demo's field names and values, by ``count_tokens`` or ``estimate_tokens``.
+
+    An image, a sound or a document counts ``MEDIA_TOKENS``: its file as text has nothing to do with what is billed.
+    """
     fields = ((name, value) for name, value in demo.items() if name != "augmented")
     text = "\n".join(f"{name}: {serialize_for_json(value)}" for name, value in fields)
-    return (count_tokens or estimate_tokens)(text)
+    [message] = split_message_content_for_custom_types([{"role": "user", "content": text}])
+    parts = message["content"]
+    if isinstance(parts, str):
+        return (count_tokens or estimate_tokens)(text)
+    texts = [str(part.get("text", "")) for part in parts if part.get("type") == "text"]
+    return (count_tokens or estimate_tokens)("".join(texts)) + MEDIA_TOKENS * (len(parts) - len(texts))
 
 
 def labelled_demos(
@@ -191,16 +202,15 @@ class _Collected:
     count_tokens: TokenCounter | None
     items: list[DemoItem] = field(default_factory=list)
     left_out: list[int] = field(default_factory=list)
-    seen: dict[tuple[str, str], list[dspy.Example]] = field(default_factory=dict)
+    seen: set[tuple[str, str]] = field(default_factory=set)
 
     def add(
         self, key: str, predictor: str, signature: type[dspy.Signature], demo: dspy.Example, index: int
     ) -> None:
-        # Field values need not be hashable, hence their `repr`; equality decides.
-        alike = self.seen.setdefault((predictor, repr(demo)), [])
-        if any(demo == other for other in alike):
+        content = (predictor, demo_text(demo))
+        if content in self.seen:
             return
-        alike.append(demo)
+        self.seen.add(content)
         tokens = demo_tokens(demo, self.count_tokens)
         if tokens > self.max_demo_tokens:
             self.left_out.append(tokens)
@@ -235,7 +245,7 @@ class _Collected:
 
 def _labelled(signature: type[dspy.Signature], example: dspy.Example) -> dspy.Example | None:
     held = {
-        name: example[name].item() if isinstance(example[name], np.generic) else example[name]
+        name: _plain(example[name])
         for name, declared in signature.fields.items()
         if name in example and (example[name] is not None or annotation_allows_none(declared.annotation))
     }
@@ -263,7 +273,16 @@ def _bootstrapped(
         return None
     shown = {name: inputs[name] for name in signature.input_fields if name in inputs}
     shown.update({name: prediction[name] for name in signature.output_fields if name in prediction})
-    return dspy.Example(augmented=True, **shown)
+    return dspy.Example(augmented=True, **{name: _plain(value) for name, value in shown.items()})
+
+
+def _plain(value: Any) -> Any:
+    """``value`` without NumPy's types, which a saved program could not hold: lists and numbers in their place."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if type(value) in (list, tuple):
+        return type(value)(_plain(one) for one in value)
+    return {key: _plain(one) for key, one in value.items()} if type(value) is dict else value
 
 
 def _corrected(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -49,6 +51,11 @@ class DemoItem:
     tokens: int
     source: Source
     example_index: int | None = None
+
+    @functools.cached_property
+    def text(self) -> str:
+        """See ``demo_text``."""
+        return demo_text(self.demo)
 
 
 @dataclass(frozen=True)
@@ -268,7 +275,7 @@ class ProgramSpace:
         items: list[DemoItem] = []
         for item in (slots[number] for number in order):
             if isinstance(item, DemoItem) and not any(
-                item.key == kept.key or item.demo == kept.demo for kept in items
+                item.key == kept.key or item.text == kept.text for kept in items
             ):
                 items.append(item)
         return items
@@ -292,6 +299,11 @@ def _described(item: DemoItem, ending: DemoEnding | None, reveal_private: bool) 
     if item.shared or reveal_private:
         return _plain(_shown(item.demo, ending))
     return {"withheld": WITHHELD}
+
+
+def demo_text(demo: dspy.Example) -> str:
+    """Equal for demos that read the same, but for the order of keys. Values need not be comparable: arrays are not."""
+    return json.dumps(_plain(demo), sort_keys=True, ensure_ascii=False, default=str)
 
 
 def _plain(demo: Mapping[str, Any] | dspy.Example) -> dict[str, Any]:

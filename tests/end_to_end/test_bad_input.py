@@ -350,3 +350,38 @@ def test_a_valset_may_be_a_generator_and_labels_numpys(tmp_path: Path) -> None:
         program = made.compile(dspy.Predict(Count), trainset=data, valset=(one for one in data[:20]))
     assert program.demos and all(type(demo.count) is int for demo in program.demos)
     program.save(tmp_path / "program.json")
+
+
+def test_inputs_may_be_arrays(tmp_path: Path) -> None:
+    """As `pandas.read_parquet` gives lists; arrays compare by element."""
+
+    class Count(dspy.Signature):
+        passages: list[str] = dspy.InputField()
+        found: dict[str, Any] = dspy.InputField()
+        message: str = dspy.InputField()
+        count: int = dspy.OutputField()
+
+    data = [
+        dspy.Example(
+            passages=np.array([f"p{number // 2}", "q"], dtype=object),
+            found={"places": np.arange(3)},
+            message=f"item {number}",
+            count=number % 3,
+        ).with_inputs("passages", "found", "message")
+        for number in range(60)
+    ]
+
+    def script(messages: Any) -> str:
+        shown = any(one["role"] == "assistant" for one in messages)
+        return kit.answer(messages, reasoning="so", count=kit.number_in(messages) % 3 if shown else 7)
+
+    made = kit.optimizer(
+        metric=lambda gold, pred, trace=None: gold.count == pred.count, mode="demos", bootstrap=True
+    )
+    with dspy.context(lm=kit.make_lm(script), adapter=dspy.JSONAdapter()):
+        program = made.compile(dspy.ChainOfThought(Count), trainset=data)
+        program.save(tmp_path / "program.json")
+        again = dspy.ChainOfThought(Count)
+        again.load(tmp_path / "program.json")
+    [demo, *_] = again.predict.demos
+    assert demo["passages"][1] == "q" and demo["found"] == {"places": [0, 1, 2]}

@@ -208,3 +208,22 @@ def test_with_the_metric_as_loss_the_race_counts_the_metric_alone(
 
 def test_a_constant_of_ones_own_goes_before_what_the_loss_implies() -> None:
     assert kit.optimizer(loss="metric", config={"race_soft": 0.3}).config.race_soft == 0.3
+
+
+@pytest.mark.parametrize(
+    ("scale", "failure_score", "told"), [(1.0, 0.0, 0), (1.0, -1.0, 0), (10.0, 0.0, 1), (-1.0, 0.0, 1)]
+)
+def test_a_metric_on_another_scale_is_told_of_once(
+    scale: float, failure_score: float, told: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(messages: Any) -> str:
+        return "no JSON" if kit.number_in(messages) % 7 == 0 else kit.stairs(1)(messages)
+
+    optimizer = kit.optimizer(metric=lambda *of: scale * right(*of), failure_score=failure_score)
+    with dspy.context(lm=kit.make_lm(broken), adapter=dspy.JSONAdapter()):
+        optimizer.compile(dspy.Predict(kit.Sort), trainset=kit.examples(60))
+    said = [
+        one.getMessage() for one in caplog.records if "scores are taken to lie in [0, 1]" in one.getMessage()
+    ]
+    assert len(said) == told
+    assert all(f"The metric gave {scale:g}" in one for one in said)

@@ -7,7 +7,6 @@ import pytest
 from asyndbt_dspy.core.budget import Budget
 from asyndbt_dspy.errors import ConfigurationError
 from asyndbt_dspy.lms.estimates import Estimate, WorkerPlan, estimate_run, rough_tokens
-from asyndbt_dspy.lms.ledger import LedgerLine
 from asyndbt_dspy.lms.limits import RateLimits
 from asyndbt_dspy.lms.prices import Price
 
@@ -59,10 +58,10 @@ def test_caps_that_will_end_the_run_early_are_named() -> None:
 
 
 def test_a_few_rollouts_make_a_plan_better() -> None:
-    line = LedgerLine("eu", attempts=9, answers=6, prompt_tokens=6000, completion_tokens=60)
-    better = plan("eu").as_measured(line, rollouts=3)
+    better = plan("eu").as_measured(3, lm_calls=9, prompt_tokens=9000, completion_tokens=90)
     assert (better.calls_per_rollout, better.prompt_tokens, better.completion_tokens) == (3, 1000, 10)
-    assert plan("eu").as_measured(LedgerLine("eu"), rollouts=0) == plan("eu")
+    # Nothing was answered, or all of it from a cache.
+    assert plan("eu").as_measured(0, 0, 0, 0) == plan("eu").as_measured(3, 0, 0, 0) == plan("eu")
 
 
 def test_numbers_out_of_range() -> None:
@@ -74,3 +73,11 @@ def test_numbers_out_of_range() -> None:
 
 def test_tokens_of_a_prompt_are_guessed_from_bytes() -> None:
     assert rough_tokens([{"content": "x" * 40}, {"role": "user"}]) == 18
+
+
+def test_an_image_is_no_text_however_large_its_file() -> None:
+    def prompt(size: int) -> list[dict[str, object]]:
+        image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * size}}
+        return [{"content": [{"type": "text", "text": "x" * 40}, image, image]}]
+
+    assert rough_tokens(prompt(10)) == rough_tokens(prompt(10**6)) == 4 + 10 + 2 * 1024

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import dspy
+import numpy as np
 import pytest
 from dspy.utils.dummies import DummyLM
 
@@ -79,6 +80,34 @@ def test_enum_and_unhashable_values(queue: Any) -> None:
     ]
     items = labelled_demos(dspy.Predict(signature), [*examples, examples[0].copy()], worker="eu")
     assert [item.stratum for item in items] == ["billing", "access", "access"]
+
+
+def test_arrays_are_lists_in_demos_and_repeats_of_them_are_dropped() -> None:
+    student = dspy.Predict("passages: list[str], found: dict -> note")
+    nested = np.array([{"at": np.arange(2)}, np.float32(0.5)], dtype=object)
+    examples = [
+        dspy.Example(passages=np.array(["a", last]), found={"more": nested}, note="n")
+        for last in ("b", "c", "b")
+    ]
+    items = labelled_demos(student, examples, worker="eu")
+    assert [item.demo.passages for item in items] == [["a", "b"], ["a", "c"]]
+    assert items[0].demo.found == {"more": [{"at": [0, 1]}, 0.5]}
+    rollout = Rollout(1.0, trace=[(student, dict(examples[0].items()), dspy.Prediction(note="n"))])
+    (item,) = bootstrapped_demos(rollout, examples[0], program=student, worker="eu", example_index=0)
+    assert item.demo.passages == ["a", "b"] and item.text == items[0].text
+
+
+@pytest.mark.parametrize("size", [30, 300_000])
+def test_images_count_alike_whatever_the_size_of_their_file(size: int) -> None:
+    image = dspy.Image("data:image/png;base64," + "A" * size)
+    shown = "image: \nlabel: a"
+    assert demo_tokens(dspy.Example(image=image, label="a")) == 1024 + estimate_tokens(shown)
+    pages = dspy.Example(pages=[image, image], label="a", augmented=True)
+    assert demo_tokens(pages, lambda _: 7) == 2048 + 7
+    student = dspy.Predict("image: dspy.Image -> label")
+    examples = [dspy.Example(image=image, label="a")]
+    assert not labelled_demos(student, examples, worker="eu")
+    assert labelled_demos(student, examples, worker="eu", max_demo_tokens=1_100)
 
 
 def test_long_demos_are_left_out_with_one_warning(

@@ -24,7 +24,7 @@ class Asks:
     def __init__(self) -> None:
         self.asked: list[Any] = []
 
-    async def run(self, stage: str, asked: list[Any]) -> list[None]:
+    async def run(self, stage: str, asked: list[Any], may_begin: Any) -> list[None]:
         assert stage == "traces"
         self.asked = asked
         return [None] * len(asked)
