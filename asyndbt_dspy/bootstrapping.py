@@ -43,7 +43,7 @@ async def make_demos(
     found = [] if options.mode == "instructions" else preparation.labelled_items(student, shards, options)
     rollouts: list[tuple[str, dspy.Example, Rollout]] = []
     wanted = preparation.wants_bootstrap(student, teacher, options, found)
-    if wanted or options.proposer is not None:
+    if wanted or preparation.asks_proposer(student, options):
         spend = setup.count("traces", _traces(optimizer.budget.metric_calls, affordable, setup.calls))
         program = teacher or plain.build(plain.space.student)
         threshold = max(0.5, optimizer.failure_score)

@@ -298,6 +298,14 @@ def _unequal(items: Sequence[DemoItem]) -> list[DemoItem]:
     return [item for item in items if id(item) in kept]
 
 
+def asks_proposer(student: dspy.Module, options: SearchSpaceOptions) -> bool:
+    """Whether there is a proposer, and a predictor that the user gave no instructions for."""
+    if options.proposer is None or options.mode == "demos":
+        return False
+    given = options.instructions or {}
+    return any(name not in given for name, _ in student.named_predictors())
+
+
 async def instruction_arms(
     student: dspy.Module,
     shards: Sequence[Shard],

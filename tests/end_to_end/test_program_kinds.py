@@ -197,6 +197,19 @@ def test_traces_that_only_the_proposer_needs_are_no_demos(options: dict[str, Any
     assert not any("topic" in one["content"] for one in shown)
 
 
+@pytest.mark.parametrize("options", [{"mode": "demos"}, {"instructions": {"self": [kit.MAGIC]}}])
+def test_a_proposer_that_has_nothing_to_write_costs_nothing(options: dict[str, Any]) -> None:
+    proposer = kit.make_lm(lambda messages: kit.answer(messages, new_instructions=kit.MAGIC), "proposer")
+    searched = []
+    for one in (None, proposer):
+        optimizer = kit.optimizer(proposer=one, **options)
+        with dspy.context(lm=kit.color_lm()):
+            optimizer.compile(dspy.Predict(kit.Sort), trainset=kit.examples(72))
+        searched.append([type(record.event).__name__ for record in optimizer.recorded])
+    assert kit.calls_of(proposer) == 0
+    assert searched[0] == searched[1], "no rollout is taken from the search for failures that nobody is shown"
+
+
 def test_a_proposer_writes_instruction_arms_from_observed_failures() -> None:
 
     def propose(messages: list[dict[str, str]]) -> str:
