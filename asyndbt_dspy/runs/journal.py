@@ -138,12 +138,16 @@ class JournalWriter:
         """Hand ``entry`` to the operating system.
 
         Raises:
-            JournalError: it could not be written; nothing is written after it, so that resuming finds whole lines.
+            JournalError: it could not be written, or an earlier one was not (an interrupt in the middle of a write included);
+                nothing is written after that, so that resuming finds whole lines.
         """
         with self._lock:
             if self._broken:
                 raise JournalError(f"{self.path} is not written any more: {self._broken}")
             line = encode_line(self._count, entry)
+            # A signal (Ctrl-C) may raise anywhere in here, and then nobody knows whether the line is written: until it is,
+            # the journal counts as broken.
+            self._broken = "its last line was interrupted"
             try:
                 written = os.write(self._file, line)
                 if written != len(line):
@@ -156,6 +160,7 @@ class JournalWriter:
                     f"cannot write {self.path}: {error}. Free the disk and go on with resume=True"
                 ) from error
             self._count += 1
+            self._broken = ""
 
     def close(self) -> None:
         """Further appends fail; closing twice does nothing."""
