@@ -187,6 +187,9 @@ def differences_of(known: Mapping[str, Any], given: Mapping[str, Any], prefix: s
         path = f"{prefix}{name}"
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found += differences_of(old, new, f"{path}.")
+        elif path == "workers":
+            if sorted(old or ()) == sorted(new or ()):  # else they were added or removed
+                found.append(f"the order of the workers was {old} and is {new}")
         elif path in _PARTS:
             found.append(f"{_PARTS[path]} changed")
         elif path.startswith(("data.", "lms.")):

@@ -274,6 +274,15 @@ def test_a_run_of_something_else_is_refused_with_all_that_differs(tmp_path: Path
     compiled(tmp_path, kit.stairs(1), metric=other_metric, resume=False)  # a new run may be anything
 
 
+def test_workers_in_another_order_are_refused(tmp_path: Path) -> None:
+    workers = [Worker("eu", kit.examples(30)), Worker("us", kit.examples(30, 100))]
+    compiled(tmp_path, kit.stairs(1), workers=workers, budget=Budget(metric_calls=40))
+    with pytest.raises(
+        ResumeError, match=r"the order of the workers was \['eu', 'us'\] and is \['us', 'eu'\]"
+    ):
+        compiled(tmp_path, kit.stairs(1), workers=workers[::-1], budget=Budget(metric_calls=40))
+
+
 def test_rollouts_that_a_dying_machine_lost_are_taken_from_the_servers_journal(tmp_path: Path) -> None:
     """Without ``fsync`` the disk may keep one journal's end and not the other's."""
     for deterministic in (True, False):

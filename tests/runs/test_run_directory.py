@@ -89,6 +89,20 @@ def test_every_difference_is_listed(tmp_path: Path) -> None:
     opened(tmp_path).close()  # the refusal let the folder go
 
 
+def test_workers_in_another_order_are_a_difference_of_their_own(tmp_path: Path) -> None:
+    def fingerprints(*names: str) -> dict[str, Any]:
+        return {"workers": list(names), "data": dict.fromkeys(names, "d"), "lms": dict.fromkeys(names, "l")}
+
+    opened(tmp_path, fingerprints=fingerprints("eu", "us")).close()
+    for given, difference in (
+        (("us", "eu"), "the order of the workers was ['eu', 'us'] and is ['us', 'eu']"),
+        (("eu",), "worker 'us' was removed"),
+    ):
+        with pytest.raises(ResumeError) as caught:
+            opened(tmp_path, fingerprints=fingerprints(*given))
+        assert set(caught.value.differences) == {difference}
+
+
 def test_a_budget_may_be_raised_and_never_lowered(tmp_path: Path) -> None:
     opened(tmp_path).close()
     with pytest.raises(ResumeError, match=r"Budget\(metric_calls=299\) is below the 300 of before"):
