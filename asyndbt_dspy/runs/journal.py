@@ -66,7 +66,8 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
     """The entries of a journal in order, its heading first; a torn last line is left out.
 
     Raises:
-        JournalError: a damaged line that is not the last one, a missing heading, or a newer format.
+        JournalError: a damaged line that is not the last one, a missing heading, a newer format, or a file that cannot be
+            read.
     """
     for entry, _ in _entries(path):
         yield entry
@@ -74,6 +75,15 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
 
 def _entries(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """Entries, each with the offset at which its line ends."""
+    try:
+        yield from _read_entries(path)
+    except OSError as error:
+        raise JournalError(
+            f"cannot read {path}: {error}. Restore the file from a copy, or start a new run (without resume=True)"
+        ) from error
+
+
+def _read_entries(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     end = 0
     with path.open("rb") as file:
         for number, line in enumerate(file):

@@ -120,6 +120,12 @@ def test_another_file_and_a_newer_format_are_refused(tmp_path: Path) -> None:
         list(read_journal(path))
 
 
+def test_a_folder_in_the_place_of_a_journal_is_refused(tmp_path: Path) -> None:
+    for use in (lambda: list(read_journal(tmp_path)), lambda: JournalWriter(tmp_path)):
+        with pytest.raises(JournalError, match=r"cannot read .*without resume=True"):
+            use()
+
+
 def test_threads_write_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     journal = JournalWriter(path)
