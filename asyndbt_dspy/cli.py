@@ -43,13 +43,12 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     add(
         "--latency",
         type=latency,
-        default=Latency(1.0, 0.5),
-        help="lognormal:MEDIAN,SIGMA or a constant: 1.2s, 300ms",
+        help="lognormal:MEDIAN,SIGMA or a constant: 1.2s, 300ms; default lognormal:1s,0.5",
     )
-    add("--stragglers", type=stragglers, default=(0.0, 1.0), help="SHARExFACTOR, as 5%%x10")
+    add("--stragglers", type=stragglers, help="SHARExFACTOR, as 5%%x10: one worker at least")
     add("--rate-limit", type=rate, default=math.inf, help="requests of all workers together, as 500/min")
     add("--hanging", type=share, default=0.0, help="share of calls that never come back, as 2%%")
-    add("--timeout", type=seconds, default=120.0, help="when a hanging call is given up")
+    add("--timeout", type=seconds, help="when a hanging call is given up; default 120s")
     add(
         "--straggler-factor",
         type=float,
@@ -66,14 +65,15 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     add("--active-workers", type=number_or_auto, help="S: a number, or auto as in a compile (default)")
     add("--max-staleness", type=number_or_auto, help="tau: a number or auto; default 64")
     add("--keep-busy", action="store_true", help="nobody waits for others, also with an S of your own")
-    add("--predictors", type=int, default=1, help="LM calls of one run of the program")
-    add("--tokens", type=pair, default=(600.0, 40.0), help="PROMPT,COMPLETION tokens of one call")
+    add("--predictors", type=int, help="LM calls of one run of the program; default 1")
+    add("--tokens", type=pair, help="PROMPT,COMPLETION tokens of one call; default 600,40")
     add("--price", type=pair, help="PROMPT,COMPLETION dollars per million tokens")
     add(
         "--from-journal",
         type=Path,
         metavar="RUN_DIR",
-        help="latencies, tokens, stragglers and calls that hung as a run recorded them",
+        help="latencies, tokens, stragglers and calls that hung as the newest run with LM calls recorded them; what is given "
+        "here as well is as given (of calls that hang the larger share)",
     )
     add("--seeds", type=int, default=3, help="simulated runs that the figures are means of")
     add("--json", action="store_true", help="print JSON")
@@ -84,33 +84,42 @@ def _simulate(options: argparse.Namespace) -> int:
         raise ConfigurationError(f"seeds={options.seeds!r} must be >= 1 simulated runs")
     measured = read_run(options.from_journal) if options.from_journal else None
     workers = _given(options.workers, len(measured.seconds) if measured else 3)
-    share_slow, slowdown = options.stragglers
     plan = Plan(
         workers=workers,
-        latency=options.latency,
+        latency=Latency(1.0, 0.5),
         metric_calls=_given(options.metric_calls, measured.rollouts if measured else 100 * workers),
-        calls_per_rollout=options.predictors,
         concurrency=options.concurrency,
-        stragglers=share_slow,
-        slowdown=slowdown,
         requests_per_minute=options.rate_limit,
         hanging=options.hanging,
-        timeout_s=options.timeout,
         straggler_factor=options.straggler_factor or None,
         held_out=options.held_out,
         shared_data=not options.own_data,
         active_workers=options.active_workers,
         max_staleness=options.max_staleness,
         keep_busy=options.keep_busy,
-        prompt_tokens=options.tokens[0],
-        completion_tokens=options.tokens[1],
         price=options.price,
     )
     if measured is not None:
         plan = calibrated(plan, measured)
+    plan = dataclasses.replace(plan, **_said(options))
     found = mean_forecast([simulate(dataclasses.replace(plan, seed=seed)) for seed in range(options.seeds)])
     print(json.dumps(found) if options.json else describe(plan, found))
     return 0
+
+
+def _said(options: argparse.Namespace) -> dict[str, Any]:
+    """Parts of the plan that a journal may know and the user said."""
+    given: dict[str, Any] = {
+        "latency": options.latency,
+        "timeout_s": options.timeout,
+        "calls_per_rollout": options.predictors,
+    }
+    for names, pair_of in (
+        (("stragglers", "slowdown"), options.stragglers),
+        (("prompt_tokens", "completion_tokens"), options.tokens),
+    ):
+        given |= zip(names, pair_of or (None, None), strict=True)
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _given(said: int | None, otherwise: int) -> int:
@@ -119,7 +128,7 @@ def _given(said: int | None, otherwise: int) -> int:
 
 def describe(plan: Plan, found: dict[str, Any]) -> str:
     """The forecast as a person reads it."""
-    slow = f", {plan.stragglers:.0%} of them {plan.slowdown:.3g} times slower" if plan.stragglers else ""
+    slow = f", {plan.slow_workers} of them {plan.slowdown:.3g} times slower" if plan.slow_workers else ""
     low, high = found["seconds_range"]
     dollars = found["dollars"]
     cost = "unknown (give --price)" if dollars is None else f"{dollars:.4g} dollars"

@@ -32,6 +32,7 @@ from asyndbt_dspy.programs.rollout import Rollout, RolloutRunner, Runner
 from asyndbt_dspy.programs.slots import ProgramSpace, demo_slots
 from asyndbt_dspy.recording.opening import open_book, space_digest
 from asyndbt_dspy.recording.recorder import KeysOnly, RunRecorder
+from asyndbt_dspy.recording.rollout_cap import hold_cap
 from asyndbt_dspy.remote import RemoteRunner, elsewhere
 from asyndbt_dspy.reporting import make_result
 from asyndbt_dspy.runs.observers import CurveRecorder, ProgressBar
@@ -403,6 +404,8 @@ class Run:
             observers.append(self.recorder.events)
             self.later.fill_known()
             self._resume(engine, self.recorder)
+            if self.recorder.is_resumed and (cap := self.optimizer.budget.metric_calls) is not None:
+                hold_cap(cap, self.recorder, self.server, self.stop.gate, self.evaluator.on_refused)
         stopping = asyncio.ensure_future(self._stop_when_asked(engine))
         try:
             with dspy.context(**self.metering.surroundings()):

@@ -24,6 +24,7 @@ from asyndbt_dspy.engines.local import LocalEngine
 from asyndbt_dspy.engines.protocols import Engine, Recorded, RemoteRollouts
 from asyndbt_dspy.engines.simulated import SimulatedEngine, work_delays
 from asyndbt_dspy.errors import NoLiveWorkersError
+from asyndbt_dspy.lms.endpoints import blocks_a_loop
 from asyndbt_dspy.lms.estimates import Estimate
 from asyndbt_dspy.lms.prices import Price
 from asyndbt_dspy.metering import with_lms_of
@@ -238,11 +239,10 @@ class AsynDBT(Teleprompter):
             return asyncio.run(self.acompile(student, trainset=trainset, teacher=teacher, valset=valset))
 
         with stopped_by_interrupt(self.stop):
-            try:
-                asyncio.get_running_loop()
-            except RuntimeError:
-                return run()
-            return _in_thread(contextvars.copy_context(), run, self._abort)
+            # Not in an except block: "no running event loop" would be the context of every error of the run.
+            if blocks_a_loop():
+                return _in_thread(contextvars.copy_context(), run, self._abort)
+            return run()
 
     def stop(self) -> bool:
         """End the compiles of this optimizer early, as one Ctrl-C does. Safe from any thread.

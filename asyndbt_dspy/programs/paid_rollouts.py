@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -72,10 +73,12 @@ class RolloutGate:
 
     Attributes:
         in_flight: Rollouts that have begun and are not over.
+        admits: Asked of each that comes to begin whether it may.
     """
 
     def __init__(self) -> None:
         self.in_flight = 0
+        self.admits: Callable[[], bool] = lambda: True
         self._holders: set[str] = set()
         self._is_closed = False
         self._opened = asyncio.Event()
@@ -101,9 +104,10 @@ class RolloutGate:
     async def __aenter__(self) -> bool:
         while self._holders and not self._is_closed:
             await self._opened.wait()
+        may_begin = not self._is_closed and self.admits()
         self.in_flight += 1
         self._drained.clear()
-        return not self._is_closed
+        return may_begin
 
     async def __aexit__(self, *_: object) -> None:
         self.in_flight -= 1

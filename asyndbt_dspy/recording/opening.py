@@ -105,6 +105,7 @@ def fingerprints(
             for worker in workers
         },
         "valset": data_identity(valset or ()),
+        "workers": [worker.name for worker in workers],
         "lms": {worker.name: digest([_identity(worker.lms or [surrounding]), own_lms]) for worker in workers},
         "versions": versions(),
         "settings": {

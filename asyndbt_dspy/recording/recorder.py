@@ -99,6 +99,9 @@ class _Read:
 
     paid: dict[str, _Paid] = field(default_factory=dict)
     rollouts: int = 0
+    answered: int = 0
+    """Completed rollouts, but for those that others had paid for."""
+    raised_at: int | None = None
     failures: dict[tuple[str, int], str] = field(default_factory=dict)
     texts: dict[str, list[str]] = field(default_factory=dict)
     setup: Mapping[str, Any] | None = None
@@ -124,6 +127,7 @@ class RunRecorder(KeysOnly):
 
     Attributes:
         events: Observer of the engine.
+        paid: Completed rollouts that all processes of the run paid for so far.
 
     Raises:
         JournalError: a journal that cannot be read or written.
@@ -152,6 +156,7 @@ class RunRecorder(KeysOnly):
         self._goes_another_way = False
         self._journals: dict[str, JournalWriter] = {}
         self._load()
+        self.paid = self._read.answered
         self._goes_another_way = self._read.rewinds > 0
         self.events.may_diverge = self._read.raised or bool(directory.raised)
         self._outcomes = {(one.worker, one.task): one.outcomes for one in self.events.scored()}
@@ -164,7 +169,8 @@ class RunRecorder(KeysOnly):
             journal.append({"kind": "process", "pid": os.getpid(), "t": self._now()})
         if directory.raised:
             # First in the journal: with the manifest alone, the next process would not know that its events are of less.
-            self._write_server({"kind": "raised", "caps": list(directory.raised)})
+            self._read.raised_at = self.paid
+            self._write_server({"kind": "raised", "caps": list(directory.raised), "paid": self.paid})
             self._read.finished = False
             directory.keep_budget()
 
@@ -182,6 +188,16 @@ class RunRecorder(KeysOnly):
     def rollouts(self) -> int:
         """Rollouts that earlier processes recorded."""
         return self._read.rollouts
+
+    @property
+    def raised_at(self) -> int | None:
+        """``paid`` when the budget was last raised; ``None``: it never was."""
+        return self._read.raised_at
+
+    @property
+    def unasked(self) -> int:
+        """Rollouts that earlier processes recorded and that were not asked for again (yet)."""
+        return sum(len(waiting) for known in self._read.paid.values() for waiting in known.values())
 
     @property
     def search_elapsed_s(self) -> float:
@@ -232,6 +248,7 @@ class RunRecorder(KeysOnly):
     # -- what is written
 
     def keep(self, worker: str, key: RolloutKey, program: dspy.Module, paid: PaidRollout) -> None:
+        self.paid += paid.rollout.score is not None and not paid.is_shared
         try:
             content = encode_rollout(paid.rollout, program)
         except UnrecordableError as error:
@@ -311,6 +328,7 @@ class RunRecorder(KeysOnly):
             key = _name(recorded.key, recorded.trace is not None)
             read.paid.setdefault(name, {}).setdefault(key, []).append(recorded)
             read.rollouts += 1
+            read.answered += recorded.rollout.score is not None and not recorded.is_shared
         elif kind == "worker_failed":
             if self._holds(name, entry):
                 read.failures[name, entry["task"]] = entry["reason"]
@@ -324,6 +342,7 @@ class RunRecorder(KeysOnly):
             read.finished, read.raised = True, False
         elif kind == "raised":
             read.finished, read.raised = False, True
+            read.raised_at = entry.get("paid")  # journals of before it have none
         else:
             if kind == "rewind":
                 read.rewinds += 1

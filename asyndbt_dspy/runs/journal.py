@@ -66,7 +66,8 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
     """The entries of a journal in order, its heading first; a torn last line is left out.
 
     Raises:
-        JournalError: a damaged line that is not the last one, a missing heading, or a newer format.
+        JournalError: a damaged line that is not the last one, a missing heading, a newer format, or a file that cannot be
+            read.
     """
     for entry, _ in _entries(path):
         yield entry
@@ -74,6 +75,15 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
 
 def _entries(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """Entries, each with the offset at which its line ends."""
+    try:
+        yield from _read_entries(path)
+    except OSError as error:
+        raise JournalError(
+            f"cannot read {path}: {error}. Restore the file from a copy, or start a new run (without resume=True)"
+        ) from error
+
+
+def _read_entries(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     end = 0
     with path.open("rb") as file:
         for number, line in enumerate(file):
@@ -138,12 +148,16 @@ class JournalWriter:
         """Hand ``entry`` to the operating system.
 
         Raises:
-            JournalError: it could not be written; nothing is written after it, so that resuming finds whole lines.
+            JournalError: it could not be written, or an earlier one was not (an interrupt in the middle of a write included);
+                nothing is written after that, so that resuming finds whole lines.
         """
         with self._lock:
             if self._broken:
                 raise JournalError(f"{self.path} is not written any more: {self._broken}")
             line = encode_line(self._count, entry)
+            # A signal (Ctrl-C) may raise anywhere in here, and then nobody knows whether the line is written: until it is,
+            # the journal counts as broken.
+            self._broken = "its last line was interrupted"
             try:
                 written = os.write(self._file, line)
                 if written != len(line):
@@ -156,6 +170,7 @@ class JournalWriter:
                     f"cannot write {self.path}: {error}. Free the disk and go on with resume=True"
                 ) from error
             self._count += 1
+            self._broken = ""
 
     def close(self) -> None:
         """Further appends fail; closing twice does nothing."""

@@ -63,6 +63,7 @@ class RunDirectory:
         self._lock = filelock.FileLock(str(self.path / "lock"), thread_local=False)
         self._acquire()
         try:
+            self._sign()
             numbers = self.numbers()
             self.is_resumed = resume and bool(numbers)
             self.raised: tuple[str, ...] = ()
@@ -102,24 +103,39 @@ class RunDirectory:
     def keep_budget(self) -> None:
         """From now on the raised budget is that of the run; after its journal says that it was raised."""
         if self.raised:
-            self._write_manifest(self.folder, self._manifest)
+            try:
+                self._write_manifest(self.folder, self._manifest)
+            except OSError as error:
+                raise JournalError(
+                    f"cannot write the manifest of {self.folder}: {error}. Free the disk and go on with resume=True"
+                ) from error
 
     def close(self) -> None:
         """Let others in."""
         self._lock.release()
 
     def _acquire(self) -> None:
-        holder = self.path / "holder.json"
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout as error:
             raise JournalError(
-                f"run_dir {str(self.path)!r} is in use by {_described_holder(holder)}; wait until it ends, or choose "
+                f"run_dir {str(self.path)!r} is in use by {_described_holder(self._holder)}; wait until it ends, or choose "
                 "another run_dir"
             ) from error
         except OSError as error:
             raise _unwritable(self.path, error) from error
-        holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
+
+    @property
+    def _holder(self) -> Path:
+        return self.path / "holder.json"
+
+    def _sign(self) -> None:
+        """Say who holds the lock."""
+        me = {"pid": os.getpid(), "host": socket.gethostname()}
+        try:
+            self._holder.write_text(json.dumps(me), encoding="utf-8")
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
 
     def _begin(self, manifest: Mapping[str, Any]) -> None:
         """The folder appears with its manifest in it, or not at all."""
@@ -140,15 +156,7 @@ class RunDirectory:
         part.replace(folder / "manifest.json")
 
     def _check(self, manifest: Mapping[str, Any]) -> None:
-        path = self.folder / "manifest.json"
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise JournalError(f"cannot read {path}: {error}; start a new run without resume=True") from error
-        if not isinstance(known, dict) or not 1 <= int(known.get("format", 0)) <= MANIFEST_FORMAT:
-            raise JournalError(
-                f"{path} has format {known.get('format')!r}; 1..{MANIFEST_FORMAT} are known here; update asyndbt-dspy"
-            )
+        known = _read_manifest(self.folder / "manifest.json")
         differences = (
             *_package_difference(known, manifest),
             *differences_of(known["fingerprints"], manifest["fingerprints"]),
@@ -187,6 +195,9 @@ def differences_of(known: Mapping[str, Any], given: Mapping[str, Any], prefix: s
         path = f"{prefix}{name}"
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found += differences_of(old, new, f"{path}.")
+        elif path == "workers":
+            if sorted(old or ()) == sorted(new or ()):  # else they were added or removed
+                found.append(f"the order of the workers was {old} and is {new}")
         elif path in _PARTS:
             found.append(f"{_PARTS[path]} changed")
         elif path.startswith(("data.", "lms.")):
@@ -203,6 +214,28 @@ def _worker_difference(path: str, old: Any, new: Any) -> str:
     if kind == "data":
         return f"the data of worker {worker!r} changed"
     return f"the LM of worker {worker!r} changed (model, endpoint or sampling)"
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(known, dict):
+        raise _unreadable(path, "it is no JSON object")
+    version = known.get("format")
+    if not isinstance(version, int) or not 1 <= version <= MANIFEST_FORMAT:
+        raise JournalError(
+            f"{path} has format {version!r}; 1..{MANIFEST_FORMAT} are known here; update asyndbt-dspy"
+        )
+    for name in ("fingerprints", "budget"):
+        if not isinstance(known.get(name), dict):
+            raise _unreadable(path, f"it has no {name!r}")
+    return known
+
+
+def _unreadable(path: Path, why: object) -> JournalError:
+    return JournalError(f"cannot read {path}: {why}; start a new run without resume=True")
 
 
 def _package_difference(known: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,10 +1,10 @@
-"""A plan from what a real run recorded: latencies, tokens, failures and slow workers of its newest journal."""
+"""A plan from what a real run recorded: latencies, tokens, failures and slow workers."""
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from asyndbt_dspy.errors import ConfigurationError
@@ -52,14 +52,24 @@ class Measured:
 
 
 def read_run(run_dir: Path) -> Measured:
-    """The newest run in ``run_dir``.
+    """The newest run in ``run_dir`` that asked an LM: one that was answered from the cache took no time.
 
     Raises:
-        ConfigurationError: no recorded rollout there.
+        ConfigurationError: there is none.
         JournalError: a journal that is damaged.
     """
-    runs = sorted(run_dir.glob("runs/[0-9]*"))
-    journals = sorted(runs[-1].glob("workers/*.jsonl")) if runs else []
+    runs = [one for one in run_dir.glob("runs/[0-9]*") if one.name.isdigit()]
+    for run in sorted(runs, key=lambda one: int(one.name), reverse=True):
+        found = _measured(sorted(run.glob("workers/*.jsonl")))
+        if found is not None:
+            return found
+    raise ConfigurationError(
+        f"{run_dir} holds no run with answered LM calls; give the run_dir of a compile, or plan without it"
+    )
+
+
+def _measured(journals: Sequence[Path]) -> Measured | None:
+    """What the workers of one run recorded; ``None`` where no LM call was answered."""
     seconds: dict[str, tuple[float, ...]] = {}
     hung: list[float] = []
     calls = prompt = completion = rollouts = missing = 0
@@ -83,11 +93,8 @@ def read_run(run_dir: Path) -> Measured:
             if one.get("score") is None and one.get("seconds", 0.0) > _HUNG * usual
         ]
     if not any(seconds.values()):
-        raise ConfigurationError(
-            f"{run_dir} holds no run with answered LM calls; give the run_dir of a compile, or plan without it"
-        )
-    paid_rollouts = sum(map(len, seconds.values()))
-    per_rollout = max(1.0, calls / max(1, rollouts - missing)) if paid_rollouts else 1.0
+        return None
+    per_rollout = max(1.0, calls / max(1, rollouts - missing))
     return Measured(
         seconds,
         per_rollout,

@@ -30,7 +30,7 @@ class Plan:
         metric_calls: Rollouts of the whole run, setup aside, >= 1.
         calls_per_rollout: LM calls of one run of the program (its predictors), >= 1.
         concurrency: Calls that one worker has in flight, >= 1.
-        stragglers: Share of the workers, in [0, 1], that are ``slowdown`` times slower.
+        stragglers: Share of the workers, in [0, 1], that are ``slowdown`` times slower; above 0 it is one of them at least.
         requests_per_minute: Limit of all workers together, ``inf`` for none.
         hanging: Share of calls that never come back, in [0, 1); they end at ``timeout_s``.
         straggler_factor: As of ``AsynDBT``, > 1 or ``None``: rollouts that take so many times the usual are left behind.
@@ -85,6 +85,11 @@ class Plan:
         for one in self.price or ():
             _check("price", self.price, 0 <= one < math.inf, ">= 0 dollars per million tokens")
 
+    @property
+    def slow_workers(self) -> int:
+        """How many workers are slow."""
+        return max(1, round(self.stragglers * self.workers)) if self.stragglers else 0
+
     def config(self) -> AlgorithmConfig:
         """Constants of the run."""
         config = resolve(DEFAULT, self.workers, self.active_workers, self.max_staleness)
@@ -130,11 +135,10 @@ def simulate(plan: Plan) -> Forecast:
         seed=plan.seed,
         is_shared=plan.shared_data,
     )
-    slow = round(plan.stragglers * plan.workers)
     provider = SimulatedProvider(
         plan.latency,
         concurrency=plan.concurrency,
-        factors={worker.name: plan.slowdown for worker in workers[:slow]},
+        factors={worker.name: plan.slowdown for worker in workers[: plan.slow_workers]},
         requests_per_minute=plan.requests_per_minute,
         calls_per_rollout=plan.calls_per_rollout,
         seed=plan.seed,

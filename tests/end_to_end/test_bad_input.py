@@ -181,6 +181,16 @@ def test_every_refusal_is_a_value_error() -> None:
         Budget(metric_calls=-5)
 
 
+def test_a_refusal_stands_alone() -> None:
+    """Not as what happened "during handling of" something that is no business of the user."""
+    with pytest.raises(ConfigurationError) as caught:
+        compiled(trainset=no_inputs(8))
+    error: BaseException | None = caught.value
+    while error is not None:
+        assert "event loop" not in str(error)
+        error = error.__context__
+
+
 def test_a_valset_that_overlaps_the_trainset_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     lm = kit.color_lm()
     calls_at_warning: list[int] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,12 @@ def test_another_file_and_a_newer_format_are_refused(tmp_path: Path) -> None:
         list(read_journal(path))
 
 
+def test_a_folder_in_the_place_of_a_journal_is_refused(tmp_path: Path) -> None:
+    for use in (lambda: list(read_journal(tmp_path)), lambda: JournalWriter(tmp_path)):
+        with pytest.raises(JournalError, match=r"cannot read .*without resume=True"):
+            use()
+
+
 def test_threads_write_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     journal = JournalWriter(path)
@@ -150,6 +157,34 @@ def test_after_a_failed_write_nothing_is_glued_to_the_torn_line(
     assert numbers(path) == []
     JournalWriter(path).append({"kind": "rollout", "number": 2})
     assert numbers(path) == [2]
+
+
+@pytest.mark.parametrize("moment", ["write", "fsync"])
+def test_after_an_interrupt_in_the_middle_of_a_write_no_line_follows_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The line is there, and the journal was never told: its number would be given again."""
+    path = tmp_path / "a.jsonl"
+    journal = JournalWriter(path, fsync=True)
+    real = getattr(os, moment)
+
+    def interrupted(*arguments: Any) -> None:
+        real(*arguments)
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(os, moment, interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            journal.append({"kind": "rollout", "number": 0})
+    finally:
+        signal.signal(signal.SIGINT, before)
+    monkeypatch.undo()
+    with pytest.raises(JournalError, match="not written any more: its last line was interrupted"):
+        journal.append({"kind": "rollout", "number": 1})
+    journal.close()
+    JournalWriter(path).append({"kind": "rollout", "number": 2})
+    assert numbers(path) == [0, 2]
 
 
 def test_fsync_waits_for_the_disk_after_each_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

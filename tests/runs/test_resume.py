@@ -189,7 +189,7 @@ def test_a_raised_budget_goes_on_where_the_smaller_one_ended(tmp_path: Path) -> 
         # Where the run goes another way, a worker may get what the other one paid for: both journals then have it.
         calls, paid = kit.calls_of(lm), [one for one in entries(folder, "rollout") if not one.get("shared")]
         keys = [entry["key"] for entry in paid]
-        assert 40 < first <= 60 < more.result.metric_calls <= 120
+        assert 40 < first <= 60 < more.result.metric_calls <= calls <= 120
         assert len(keys) == len(set(keys)) == calls, "what was paid for is used"
         again, _ = compiled(folder, None, lm=lm, deterministic=deterministic, budget=Budget(metric_calls=120))
         assert kit.calls_of(lm) == calls and steady(again.result) == steady(more.result)
@@ -272,6 +272,49 @@ def test_a_run_of_something_else_is_refused_with_all_that_differs(tmp_path: Path
     text = "; ".join(caught.value.differences)
     assert "the metric" in text and "the program" in text and "settings.seed was 0 and is 3" in text
     compiled(tmp_path, kit.stairs(1), metric=other_metric, resume=False)  # a new run may be anything
+
+
+@pytest.mark.parametrize("change", [{"name": "b"}, {"temperature": 0.5}, {"api_base": "http://b.test/v1"}])
+def test_another_lm_of_a_worker_is_refused_with_its_name(tmp_path: Path, change: dict[str, Any]) -> None:
+    def go(name: str = "a", temperature: float = 0.0, **settings: Any) -> None:
+        lms = [
+            kit.scripted_lm(script, name=one, temperature=it) for one, it in (("a", 0.0), (name, temperature))
+        ]
+        lms[
+            1
+        ].kwargs |= settings  # an LM with an engine of its own takes no address, and this one is never called
+        workers = [Worker("eu", kit.examples(30), lm=lms[0]), Worker("us", kit.examples(30, 100), lm=lms[1])]
+        compiled(tmp_path, None, lm=lms[0], workers=workers, budget=Budget(metric_calls=40))
+
+    script = Asked(kit.stairs(1))
+    go()
+    count = len(script.prompts)
+    with pytest.raises(ResumeError) as caught:
+        go(**change)
+    assert caught.value.differences == ("the LM of worker 'us' changed (model, endpoint or sampling)",)
+    assert len(script.prompts) == count
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_after_a_raise_the_budget_of_before_is_refused(tmp_path: Path, deterministic: bool) -> None:
+    def go(calls: int) -> None:
+        budget = Budget(metric_calls=calls)
+        compiled(tmp_path, kit.stairs(1), deterministic=deterministic, budget=budget)
+
+    go(60)
+    go(90)
+    with pytest.raises(ResumeError, match=r"Budget\(metric_calls=60\) is below the 90 of before"):
+        go(60)
+    go(90)
+
+
+def test_workers_in_another_order_are_refused(tmp_path: Path) -> None:
+    workers = [Worker("eu", kit.examples(30)), Worker("us", kit.examples(30, 100))]
+    compiled(tmp_path, kit.stairs(1), workers=workers, budget=Budget(metric_calls=40))
+    with pytest.raises(
+        ResumeError, match=r"the order of the workers was \['eu', 'us'\] and is \['us', 'eu'\]"
+    ):
+        compiled(tmp_path, kit.stairs(1), workers=workers[::-1], budget=Budget(metric_calls=40))
 
 
 def test_rollouts_that_a_dying_machine_lost_are_taken_from_the_servers_journal(tmp_path: Path) -> None:

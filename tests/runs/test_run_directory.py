@@ -89,6 +89,20 @@ def test_every_difference_is_listed(tmp_path: Path) -> None:
     opened(tmp_path).close()  # the refusal let the folder go
 
 
+def test_workers_in_another_order_are_a_difference_of_their_own(tmp_path: Path) -> None:
+    def fingerprints(*names: str) -> dict[str, Any]:
+        return {"workers": list(names), "data": dict.fromkeys(names, "d"), "lms": dict.fromkeys(names, "l")}
+
+    opened(tmp_path, fingerprints=fingerprints("eu", "us")).close()
+    for given, difference in (
+        (("us", "eu"), "the order of the workers was ['eu', 'us'] and is ['us', 'eu']"),
+        (("eu",), "worker 'us' was removed"),
+    ):
+        with pytest.raises(ResumeError) as caught:
+            opened(tmp_path, fingerprints=fingerprints(*given))
+        assert set(caught.value.differences) == {difference}
+
+
 def test_a_budget_may_be_raised_and_never_lowered(tmp_path: Path) -> None:
     opened(tmp_path).close()
     with pytest.raises(ResumeError, match=r"Budget\(metric_calls=299\) is below the 300 of before"):
@@ -130,9 +144,42 @@ def test_a_manifest_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(JournalError, match=r"cannot read .*manifest\.json"):
         opened(tmp_path)
-    path.write_text(json.dumps(manifest(format=99)))
-    with pytest.raises(JournalError, match="has format 99"):
-        opened(tmp_path)
+    bare = {"format": 1, "package": "0.1.0"}
+    for content, said in (
+        (manifest(format=99), "has format 99"),
+        (manifest(format="x"), "has format 'x'"),
+        (manifest(format=None), "has format None"),
+        ([1], "it is no JSON object"),
+        (bare, "it has no 'fingerprints'"),
+        (bare | {"fingerprints": {}}, "it has no 'budget'"),
+    ):
+        path.write_text(json.dumps(content))
+        with pytest.raises(JournalError, match=said):
+            opened(tmp_path)
+
+
+def test_who_cannot_sign_the_folder_lets_it_go(tmp_path: Path) -> None:
+    (tmp_path / "holder.json").mkdir(parents=True)
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match="cannot be written"):
+            opened(tmp_path)
+    (tmp_path / "holder.json").rmdir()
+    opened(tmp_path).close()
+
+
+def test_a_raised_budget_that_cannot_be_written_down_is_a_journal_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(tmp_path).close()
+    higher = opened(tmp_path, budget={"metric_calls": 400, "dollars": None})
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(JournalError, match=r"manifest .*No space left on device.*resume=True"):
+        higher.keep_budget()
+    higher.close()
 
 
 def test_worker_names_become_file_names_that_differ() -> None:

@@ -134,6 +134,16 @@ def test_stragglers_limits_and_hanging_calls_cost_time() -> None:
     assert simulate(dataclasses.replace(SMALL, hanging=0.02, timeout_s=30.0)).seconds > usual
 
 
+def test_a_small_share_of_few_workers_is_one_of_them() -> None:
+    plan = dataclasses.replace(SMALL, stragglers=0.01, slowdown=10.0)
+    one = dataclasses.replace(plan, stragglers=1 / plan.workers)
+    assert (
+        plan.slow_workers == one.slow_workers == 1
+        and dataclasses.replace(plan, stragglers=0.0).slow_workers == 0
+    )
+    assert simulate(plan).seconds == simulate(one).seconds > simulate(SMALL).seconds
+
+
 def test_keeping_everybody_busy_helps_where_workers_are_unequal() -> None:
     plan = dataclasses.replace(
         SMALL, workers=20, metric_calls=8_000, latency=Latency(1.0, 1.0), stragglers=0.15, slowdown=8.0
@@ -200,7 +210,7 @@ def test_the_command_line_prints_what_the_plan_takes(capsys: pytest.CaptureFixtu
     line = "simulate --workers 30 --latency lognormal:1.2s,0.8 --stragglers 5%x10 --rate-limit 500/min --price 0.15,0.6"
     assert main([*line.split(), "--metric-calls", "3000", "--seeds", "2"]) == 0
     text = capsys.readouterr().out
-    assert "30 workers, 5% of them 10 times slower; median call 1.2 s" in text
+    assert "30 workers, 2 of them 10 times slower; median call 1.2 s" in text
     assert "dollars" in text and "staleness" in text and "utilisation" in text
     assert main([*line.split(), "--metric-calls", "3000", "--seeds", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -344,3 +354,44 @@ def test_the_command_line_plans_from_a_journal(tmp_path: Path, capsys: pytest.Ca
     assert found["lm_calls"] == 2 * found["metric_calls"]
     assert main(["simulate", "--from-journal", str(tmp_path / "none")]) == 2
     assert "holds no run with answered LM calls" in capsys.readouterr().err
+
+
+def test_what_is_said_beside_a_journal_is_as_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recorded_run(tmp_path)
+    plan = calibrated(
+        Plan(3, Latency(1.0), 600, price=(1.0, 1.0)), read_run(tmp_path)
+    )  # two calls of 200 and 30 tokens
+    changes: dict[str, dict[str, Any]] = {
+        "": {},
+        "--latency 5s": {"latency": Latency(5.0)},
+        "--stragglers 70%x9": {"stragglers": 0.7, "slowdown": 9.0},
+        "--stragglers 0%x1": {"stragglers": 0.0, "slowdown": 1.0},
+        "--predictors 4": {"calls_per_rollout": 4},
+        "--tokens 1,2": {"prompt_tokens": 1.0, "completion_tokens": 2.0},
+        "--hanging 5% --timeout 40s": {"hanging": 0.05, "timeout_s": 40.0},
+    }
+    figures = set()
+    for said, change in changes.items():
+        line = f"simulate --from-journal {tmp_path} --price 1,1 --seeds 1 --json {said}"
+        assert main(line.split()) == 0
+        found = json.loads(capsys.readouterr().out)
+        expected = simulate(dataclasses.replace(plan, **change))
+        assert (found["seconds"], found["dollars"]) == (expected.seconds, expected.dollars)
+        figures.add((found["seconds"], found["dollars"]))
+    assert len(figures) == len(changes)
+
+
+def test_the_newest_run_that_asked_an_lm_counts(tmp_path: Path) -> None:
+    recorded_run(tmp_path)
+    asked = read_run(tmp_path)
+    for number in (3, 10_000):
+        workers = tmp_path / "runs" / f"{number:04d}" / "workers"
+        workers.mkdir(parents=True)
+        journal = JournalWriter(workers / "a.jsonl", heading={"run": number, "of": "a", "private": False})
+        entry = {"kind": "rollout", "usage": [0, 0, 0], "score": 1.0, "seconds": 0.1, "shared": True}
+        journal.append(entry)
+        if number == 3:
+            assert read_run(tmp_path) == asked
+            journal.append(entry | {"usage": [1, 7, 5], "shared": False})
+        journal.close()
+    assert read_run(tmp_path).prompt_tokens == 7.0, "run 3, not 2; and 10000 was answered from the cache"
