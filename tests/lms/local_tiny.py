@@ -74,6 +74,7 @@ def tiny_lm(
     fused: bool = True,
     max_batch_tokens: int = 2048,
     prefix_cache_tokens: int = 16384,
+    max_running_tokens: int = 65536,
     decoder: Any = None,
     **lm_options: Any,
 ) -> dspy.LM:
@@ -89,6 +90,7 @@ def tiny_lm(
         deterministic=True,
         max_batch_tokens=max_batch_tokens,
         prefix_cache_tokens=prefix_cache_tokens,
+        max_running_tokens=max_running_tokens,
     )
     return dspy.LM(
         "local/tiny",

@@ -58,7 +58,9 @@ def reference(model: Any, ids: list[int]) -> torch.Tensor:
 
 def new_slots(decoder: Any) -> SlotStore:
     shape = decoder.shape
-    return SlotStore(shape.layers, shape.key_heads, shape.head_size, decoder.dtype, decoder.device)
+    return SlotStore(
+        shape.layers, shape.key_heads, shape.head_size, decoder.dtype, decoder.device, max_tokens=4096
+    )
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=[kind for kind, _ in KINDS])

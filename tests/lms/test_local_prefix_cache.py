@@ -82,6 +82,30 @@ def test_pending_nodes_that_nobody_waits_for_are_dropped() -> None:
     assert not list(cache.nodes())
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), max_size=12), st.integers(0, 20), st.data()
+)
+def test_pinned_tokens_are_those_of_the_pinned_nodes(
+    prompts: list[list[int]], bound: int, data: st.DataObject
+) -> None:
+    cache = PrefixCache(bound, split_text)
+    held = []
+    for prompt in prompts:
+        node = cache.match(prompt)
+        if node.end < len(prompt):
+            node = cache.extend(node, prompt[node.end :])
+        cache.pin(node)
+        held.append(node)
+        if data.draw(st.booleans()):
+            cache.unpin(held.pop(data.draw(st.integers(0, len(held) - 1))))
+        assert cache.pinned_tokens == sum(len(each.tokens) for each in cache.nodes() if each.pins)
+        assert cache.tokens <= bound + cache.pinned_tokens
+    for node in held:
+        cache.unpin(node)
+    assert cache.pinned_tokens == 0
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), max_size=25), st.integers(0, 20))
 def test_what_is_known_is_right_and_within_the_bound(prompts: list[list[int]], bound: int) -> None:

@@ -75,6 +75,8 @@ def test_bounds_devices_and_dtypes_are_checked() -> None:
         local_lm("smollm2-135m", max_batch_tokens=3)
     with pytest.raises(ConfigurationError, match="prefix_cache_tokens is -1"):
         local_lm("smollm2-135m", prefix_cache_tokens=-1)
+    with pytest.raises(ConfigurationError, match="max_running_tokens is 0"):
+        local_lm("smollm2-135m", max_running_tokens=0)
     with pytest.raises(ConfigurationError, match="'tpu'"):
         choose_device("tpu")
     cpu = torch.device("cpu")

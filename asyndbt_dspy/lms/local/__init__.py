@@ -7,6 +7,7 @@ decoding       one answer, step by step
 prefix_cache   a radix tree over token ids with a memory bound
 layout         what one pass computes: items packed without padding
 attention      attention of a packed pass over shared prefixes
+admission      who joins the running requests, within the memory bound
 batching       the scheduler and its thread
 engine         the pair that dspy.LM calls
 """

@@ -18,15 +18,13 @@ import numpy as np
 import torch
 from dspy.lm15 import LM15Error, NotConfiguredError, ServerError
 
+from asyndbt_dspy.lms.local.admission import DEFAULT_RUNNING_TOKENS, has_memory, next_job
 from asyndbt_dspy.lms.local.attention import PackedAttention
-from asyndbt_dspy.lms.local.jobs import Decoder, Job, PromptBudget, finish, guarded
+from asyndbt_dspy.lms.local.jobs import LONGEST_TAIL, Decoder, Job, PromptBudget, finish, guarded
 from asyndbt_dspy.lms.local.lanes import Lanes, split_pass
 from asyndbt_dspy.lms.local.layout import PassItem, build_layout
 from asyndbt_dspy.lms.local.prefix_cache import Node, PrefixCache
 from asyndbt_dspy.lms.local.slots import SlotStore
-
-# A last turn longer than this is cut: what is before goes into the prefix cache like any shared beginning.
-LONGEST_TAIL = 256
 
 
 class Scheduler:
@@ -36,15 +34,33 @@ class Scheduler:
         decoder: The model.
         max_batch_tokens: Bound on the tokens of a pass, >= 16; generated tokens may exceed it.
         prefix_cache_tokens: Bound on the prefix cache; 0 computes every prompt on its own.
+        max_running_tokens: Bound on the rows of running requests, and on their prompts; further ones wait. One always
+            runs.
     """
 
-    def __init__(self, decoder: Decoder, *, max_batch_tokens: int, prefix_cache_tokens: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        max_batch_tokens: int,
+        prefix_cache_tokens: int,
+        max_running_tokens: int = DEFAULT_RUNNING_TOKENS,
+    ) -> None:
         self._decoder = decoder
+        self._max_running_tokens = max_running_tokens
         self._max_batch_tokens = max_batch_tokens
         self._sharing = prefix_cache_tokens > 0
         self.cache = PrefixCache(prefix_cache_tokens, _split_kv)
         shape = decoder.shape
-        self._slots = SlotStore(shape.layers, shape.key_heads, shape.head_size, decoder.dtype, decoder.device)
+        self._slots = SlotStore(
+            shape.layers,
+            shape.key_heads,
+            shape.head_size,
+            decoder.dtype,
+            decoder.device,
+            max_tokens=max_running_tokens,
+        )
+        self._longest_row = 0
         self._row_owner: list[Job] = []
         self._lanes = Lanes(decoder.device)
         self._condition = threading.Condition()
@@ -151,6 +167,7 @@ class Scheduler:
 
     def _step(self) -> None:
         self._drop_cancelled()
+        self._longest_row = max((job.row_tokens for job in self._running), default=0)
         items: list[tuple[PassItem, Job | None]] = []
         for job in self._running:
             if job.prefilled:
@@ -176,27 +193,30 @@ class Scheduler:
                 del self._waiting[caller]
 
     def _admit(self, items: list[tuple[PassItem, Job | None]], budget: int) -> None:
-        """Add prompts to the pass: those begun in earlier passes first, then one of each caller in turn.
+        """Add prompts to the pass: those begun in earlier passes first, then one of each caller in turn, memory allowing.
 
         All of them enter the tree before any is planned: a later one may split the node of an earlier one.
         """
         pending = [job for job in self._running if not job.prefilled]
         expected = sum(len(job.prompt) - job.tail_start for job in pending)
         while self._waiting and expected < budget:
-            caller, queue = next(iter(self._waiting.items()))
-            job = queue.popleft()
-            if queue:
-                self._waiting.move_to_end(caller)
-            else:
-                del self._waiting[caller]
+            job = next_job(self._waiting, self._fits)
+            if job is None:
+                break
             # Before anything that can fail: a job that is in no list would never be settled.
             self._running.append(job)
             pending.append(job)
+            self._longest_row = max(self._longest_row, job.row_tokens)
             expected += self._begin(job)
         planned = PromptBudget(budget)
         for job in pending:
             if not self._plan_prompt(job, items, planned):
                 break
+
+    def _fits(self, job: Job) -> bool:
+        own = 0 if self._sharing else sum(each.tail_start for each in self._running)
+        prompts = self.cache.pinned_tokens + own
+        return has_memory(job, self._running, prompts, self._max_running_tokens)
 
     def _begin(self, job: Job) -> int:
         """Find what is known of the prompt, put what is likely shared into the tree; returns tokens to compute."""
@@ -235,7 +255,7 @@ class Scheduler:
         if not budget.fits(size):
             return False
         if not job.answer.answer.single_pass:
-            self._slots.reserve(len(self._row_owner) + 1, size)
+            self._reserve(len(self._row_owner) + 1, size)
             job.row, job.row_length = self._slots.take(), 0
             self._row_owner.append(job)
         job.prefilled = True
@@ -247,8 +267,13 @@ class Scheduler:
         job.ask = job.answer.ask()
         tokens = list(job.ask.append)
         size = job.row_length + len(tokens) + (job.ask.trie.rows - 1 if job.ask.trie else 0)
-        self._slots.reserve(len(self._row_owner), size)
+        self._reserve(len(self._row_owner), size)
         return self._job_item(job, tokens)
+
+    def _reserve(self, rows: int, tokens: int) -> None:
+        # Also where an answer came to more than was expected: the store must not shrink below it for the next one.
+        self._longest_row = max(self._longest_row, tokens)
+        self._slots.reserve(rows, tokens, self._longest_row)
 
     def _job_item(self, job: Job, tokens: list[int]) -> PassItem:
         assert job.node is not None

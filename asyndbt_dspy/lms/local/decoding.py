@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -65,10 +66,15 @@ class CompiledAnswer:
         """Whether one pass decides the whole answer."""
         return len(self.steps) == 1 and isinstance(self.steps[0], LabelStep)
 
-    @property
+    @cached_property
     def least_tokens(self) -> int:
         """Tokens for which the context must have room, forced ones included."""
         return len(self.lead_tokens) + self.closing_reserve(0)
+
+    @cached_property
+    def tree_tokens(self) -> int:
+        """Tokens that the largest choice among labels needs for the time that it is scored."""
+        return max((step.trie.rows - 1 for step in self.steps if isinstance(step, LabelStep)), default=0)
 
     def closing_reserve(self, first: int) -> int:
         """Tokens that steps `first`... need at least."""

@@ -32,6 +32,7 @@ from dspy.lm15 import (
 
 from asyndbt_dspy.lms import distributions
 from asyndbt_dspy.lms.callers import current_caller
+from asyndbt_dspy.lms.local.admission import DEFAULT_RUNNING_TOKENS
 from asyndbt_dspy.lms.local.answers import plan_answer
 from asyndbt_dspy.lms.local.batching import Scheduler
 from asyndbt_dspy.lms.local.decoding import (
@@ -75,6 +76,7 @@ class LocalCore:
         deterministic: Whether requests without a seed use a fixed one.
         max_batch_tokens: Bound on the tokens of a pass.
         prefix_cache_tokens: Bound on the prefix cache.
+        max_running_tokens: Bound on the memory of running requests.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class LocalCore:
         deterministic: bool,
         max_batch_tokens: int,
         prefix_cache_tokens: int,
+        max_running_tokens: int = DEFAULT_RUNNING_TOKENS,
     ) -> None:
         self._name = name
         self._deterministic = deterministic
@@ -95,7 +98,10 @@ class LocalCore:
         self._encoder = PromptEncoder(loaded.tokenizer, plain=plain_template)
         self._grammars = GrammarFactory(loaded.tokenizer, loaded.decoder.vocabulary, list(loaded.ends))
         self.scheduler = Scheduler(
-            loaded.decoder, max_batch_tokens=max_batch_tokens, prefix_cache_tokens=prefix_cache_tokens
+            loaded.decoder,
+            max_batch_tokens=max_batch_tokens,
+            prefix_cache_tokens=prefix_cache_tokens,
+            max_running_tokens=max_running_tokens,
         )
         # The thread keeps the scheduler alive, and the scheduler the weights: when nobody can call any more, it ends.
         weakref.finalize(self, self.scheduler.stop)

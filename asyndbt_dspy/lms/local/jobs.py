@@ -12,6 +12,10 @@ from asyndbt_dspy.lms.local.attention import KeyValueShape, PackedAttention
 from asyndbt_dspy.lms.local.decoding import AnswerDecoder, Ask
 from asyndbt_dspy.lms.local.layout import PassLayout
 from asyndbt_dspy.lms.local.prefix_cache import Node
+from asyndbt_dspy.lms.local.slots import whole_steps
+
+# A last turn longer than this is cut: what is before goes into the prefix cache like any shared beginning.
+LONGEST_TAIL = 256
 
 
 class Decoder(Protocol):
@@ -40,6 +44,7 @@ class Job:
         caller: On whose behalf; callers take turns.
         notify: Called once, from the scheduler's thread, when `done` or `error` is set.
         cached_tokens: Prompt tokens that were in the prefix cache.
+        row_tokens: The most that its row of the slots can come to; 0 where one pass decides the answer.
     """
 
     prompt: list[int]
@@ -57,6 +62,14 @@ class Job:
     row_length: int = 0
     prefilled: bool = False
     ask: Ask | None = field(default=None, repr=False)
+    row_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.row_tokens = 0
+        if not self.answer.answer.single_pass:
+            compiled = self.answer.answer
+            answer = max(self.answer.max_tokens, compiled.least_tokens) + compiled.tree_tokens
+            self.row_tokens = whole_steps(min(len(self.prompt), LONGEST_TAIL) + answer)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import Any
 import dspy
 
 from asyndbt_dspy.errors import ConfigurationError
+from asyndbt_dspy.lms.local.admission import DEFAULT_RUNNING_TOKENS
 from asyndbt_dspy.lms.local.engine import AsyncLocalEngine, LocalCore, LocalEngine
 from asyndbt_dspy.lms.local.models import choose_device, choose_dtype, load_model
 from asyndbt_dspy.lms.local.weights import find_model
@@ -27,9 +28,10 @@ def engines_for(
     deterministic: bool = False,
     max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
     prefix_cache_tokens: int = DEFAULT_PREFIX_CACHE_TOKENS,
+    max_running_tokens: int = DEFAULT_RUNNING_TOKENS,
 ) -> tuple[LocalEngine, AsyncLocalEngine]:
     """A new engine pair for these settings; `shared_engines` finds it for as long as it is alive."""
-    _check_bounds(max_batch_tokens, prefix_cache_tokens)
+    _check_bounds(max_batch_tokens, prefix_cache_tokens, max_running_tokens)
     model = str(model)
     settings: dict[str, Any] = {
         "model": model,
@@ -38,6 +40,7 @@ def engines_for(
         "deterministic": deterministic,
         "max_batch_tokens": max_batch_tokens,
         "prefix_cache_tokens": prefix_cache_tokens,
+        "max_running_tokens": max_running_tokens,
     }
     source = find_model(model)
     chosen = choose_device(device)
@@ -49,6 +52,7 @@ def engines_for(
         deterministic=deterministic,
         max_batch_tokens=max_batch_tokens,
         prefix_cache_tokens=prefix_cache_tokens,
+        max_running_tokens=max_running_tokens,
     )
     with _registering:
         _alive.setdefault(_key(settings), weakref.WeakSet()).add(core)
@@ -86,6 +90,7 @@ def local_lm(
     deterministic: bool = False,
     max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
     prefix_cache_tokens: int = DEFAULT_PREFIX_CACHE_TOKENS,
+    max_running_tokens: int = DEFAULT_RUNNING_TOKENS,
     cache: bool = False,
     **lm_options: Any,
 ) -> dspy.LM:
@@ -104,6 +109,9 @@ def local_lm(
             the samples of `n=3`, and rollouts by `rollout_id`, are alike; a `seed` for each makes them differ.
         max_batch_tokens: Bound on the tokens of one pass through the model, >= 16.
         prefix_cache_tokens: Bound on remembered prompt prefixes in tokens; 0 shares nothing.
+        max_running_tokens: Bound on what running requests hold beside that: so many tokens for the texts that they
+            generate (each its last turn and `max_tokens`, all as long as the longest), and as many for the prompts
+            they use. Further requests wait; one always runs. Requests that one pass answers do not count.
         cache: DSPy's response cache. Off by default: it costs more than it saves on a small local model, and an
             answer from it reports no distribution.
         lm_options: Further arguments of `dspy.LM` (temperature, max_tokens, ...).
@@ -118,12 +126,15 @@ def local_lm(
         deterministic=deterministic,
         max_batch_tokens=max_batch_tokens,
         prefix_cache_tokens=prefix_cache_tokens,
+        max_running_tokens=max_running_tokens,
     )
     return dspy.LM(f"local/{model}", engine=engine, async_engine=async_engine, cache=cache, **lm_options)
 
 
-def _check_bounds(max_batch_tokens: int, prefix_cache_tokens: int) -> None:
+def _check_bounds(max_batch_tokens: int, prefix_cache_tokens: int, max_running_tokens: int) -> None:
     if max_batch_tokens < 16:
         raise ConfigurationError(f"max_batch_tokens is {max_batch_tokens}, it must be at least 16")
     if prefix_cache_tokens < 0:
         raise ConfigurationError(f"prefix_cache_tokens is {prefix_cache_tokens}, it must be at least 0")
+    if max_running_tokens < 1:
+        raise ConfigurationError(f"max_running_tokens is {max_running_tokens}, it must be at least 1")

@@ -68,6 +68,7 @@ class PrefixCache:
         self.root = Node((), 0, None)
         self._clock = 0
         self.tokens = 0
+        self.pinned_tokens = 0
 
     def match(self, ids: Sequence[int]) -> Node:
         """The deepest node, computed or pending, whose path is a beginning of `ids`; splits a node where they part."""
@@ -112,6 +113,8 @@ class PrefixCache:
         """Keep the path of `node` until `unpin`, and count it as used now."""
         self._clock += 1
         for each in _upwards(node):
+            if not each.pins:
+                self.pinned_tokens += len(each.tokens)
             each.pins += 1
             each.last_used = self._clock
 
@@ -119,6 +122,8 @@ class PrefixCache:
         """Give up one `pin` of `node`; drops pending nodes that nobody waits for, then enforces the bound."""
         for each in _upwards(node):
             each.pins -= 1
+            if not each.pins:
+                self.pinned_tokens -= len(each.tokens)
             if each.kv is None and not each.pins and not each.children:
                 self._remove(each)
         self.enforce()
@@ -140,6 +145,7 @@ class PrefixCache:
         """Forget everything, pinned nodes too: for an engine that closes or lost its thread."""
         self.root = Node((), 0, None)
         self.tokens = 0
+        self.pinned_tokens = 0
 
     def nodes(self) -> Iterator[Node]:
         """All nodes below the root, parents before children."""

@@ -11,9 +11,19 @@ from collections.abc import Sequence
 
 import torch
 
+# Rows are as long as a multiple of this.
+ROW_STEP = 64
+
+
+def whole_steps(tokens: int) -> int:
+    """Tokens of a row that holds this many."""
+    return -(-tokens // ROW_STEP) * ROW_STEP
+
 
 class SlotStore:
     """Rows of keys and values, [layers, 2, rows, capacity, V, D]; grows by doubling, shrinks when empty.
+
+    While it grows, what was stored is there twice.
 
     Args:
         layers: Layers of the model.
@@ -21,11 +31,20 @@ class SlotStore:
         head_size: D.
         dtype: Of keys and values.
         device: Where the model is.
+        max_tokens: Rows times capacity up to which it grows ahead of need.
     """
 
     def __init__(
-        self, layers: int, key_heads: int, head_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: int,
+        key_heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        max_tokens: int,
     ) -> None:
+        self._max_tokens = max_tokens
         self._shape = (layers, key_heads, head_size)
         self._dtype = dtype
         self._device = device
@@ -37,18 +56,26 @@ class SlotStore:
         """Tokens per row."""
         return int(self._kv.shape[3])
 
-    def reserve(self, rows: int, tokens: int) -> None:
-        """Make room for `rows` rows of `tokens` tokens each; keeps what is stored."""
+    def reserve(self, rows: int, tokens: int, most: int = 0) -> None:
+        """Make room for `rows` rows of `tokens` tokens each; keeps what is stored.
+
+        Args:
+            rows: How many rows, at least as many as are taken.
+            tokens: Of the longest.
+            most: To how many tokens any row can come before it is given back, if that is known.
+        """
         have_rows, have_tokens = int(self._kv.shape[2]), self.capacity
         if rows <= have_rows and tokens <= have_tokens:
             return
         new_rows = have_rows if rows <= have_rows else max(rows, 2 * have_rows, 8)
-        new_tokens = (
-            have_tokens if tokens <= have_tokens else -(-max(tokens, have_tokens * 3 // 2) // 64) * 64
-        )
-        grown = self._allocate(new_rows, new_tokens)
+        new_tokens = have_tokens if tokens <= have_tokens else whole_steps(max(tokens, have_tokens * 3 // 2))
         used = len(self.lengths)
         longest = max(self.lengths, default=0)
+        if new_rows * new_tokens > self._max_tokens:
+            # Growing ahead would pass the bound. What the rows can come to is within it, and is grown to at once.
+            new_tokens = whole_steps(max(tokens, longest, most))
+            new_rows = max(rows, self._max_tokens // new_tokens)
+        grown = self._allocate(new_rows, new_tokens)
         grown[:, :, :used, :longest] = self._kv[:, :, :used, :longest]
         self._kv = grown
 
