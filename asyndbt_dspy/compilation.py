@@ -17,7 +17,6 @@ from asyndbt_dspy.bootstrapping import MOST_OF_SEARCH, make_demos
 from asyndbt_dspy.core.config import AlgorithmConfig, resolve
 from asyndbt_dspy.core.policies import WorkerSpace
 from asyndbt_dspy.core.server import ServerState
-from asyndbt_dspy.core.validation import check_config
 from asyndbt_dspy.core.worker import WorkerState
 from asyndbt_dspy.engines.meter import RunMeter
 from asyndbt_dspy.engines.protocols import Engine, ListeningEngine, Recorded, RemoteRollouts, ResumableEngine
@@ -37,9 +36,9 @@ from asyndbt_dspy.remote import RemoteRunner, elsewhere
 from asyndbt_dspy.reporting import make_result
 from asyndbt_dspy.runs.observers import CurveRecorder, ProgressBar
 from asyndbt_dspy.runs.result import Result
+from asyndbt_dspy.settings import check_data
 from asyndbt_dspy.setup_rollouts import Asked, SetupRollouts
 from asyndbt_dspy.stopping import StopRequest
-from asyndbt_dspy.workers import Worker
 
 if TYPE_CHECKING:
     from asyndbt_dspy.optimizer import AsynDBT
@@ -49,10 +48,6 @@ logger = logging.getLogger(__name__)
 _REPLAY = "replay"
 _STILL_TURNS = 50
 """Turns of the event loop; from one recorded answer to the next it is a few."""
-_CACHED_NOISE = (
-    "scores are said to be noisy, but the LM of worker %r has DSPy's response cache, which answers a repeated request as "
-    "before; only the noise of the metric is averaged out. Build it with cache=False"
-)
 _DEMO_TOKENS = 60
 """Of one demo, where nothing is known of it."""
 
@@ -79,7 +74,7 @@ async def prepare(
         )
     if teacher is not None:
         checks.check_teacher(student, teacher)
-    _check_data(optimizer, student, workers, valset)
+    check_data(optimizer, student, workers, valset)
     config = make_config(optimizer, len(workers))
     needs_pool = optimizer.options.mode != "instructions"
     shards = sharding.split_shards(
@@ -164,34 +159,6 @@ def _demo_tokens(optimizer: AsynDBT, student: dspy.Module) -> float:
     )
     slots = sum(map(len, layout.values())) / max(1, len(layout))
     return _DEMO_TOKENS * slots
-
-
-def _check_data(
-    optimizer: AsynDBT, student: dspy.Module, workers: Sequence[Worker], valset: Sequence[dspy.Example] | None
-) -> None:
-    """Refuse what cannot work before any LM call."""
-    preparation.check_names(student, optimizer.options.instructions)
-    check_config([worker.name for worker in workers], dataclasses.replace(optimizer.config, active_workers=1))
-    layout = demo_slots(
-        student, demos_per_class=optimizer.options.demos_per_class, demo_slots=optimizer.options.demo_slots
-    )
-    preparation.check_valsets(workers)
-    for worker in workers:
-        lm = worker.first_lm or dspy.settings.lm
-        if optimizer.config.repeats and getattr(lm, "cache", False):
-            logger.warning(_CACHED_NOISE, worker.name)
-        checks.check_inputs(
-            student,
-            worker.trainset,
-            valset=worker.valset,
-            name=f"trainset of worker {worker.name!r}",
-            context_tokens=lambda lm=lm: preparation.context_tokens(lm),  # type: ignore[misc]
-            max_demo_tokens=optimizer.options.max_demo_tokens,
-            slots=None if optimizer.options.mode == "instructions" else layout,
-        )
-    if valset:
-        checks.check_examples(student, valset, name="valset")
-        checks.check_overlap([one for worker in workers for one in worker.trainset], valset)
 
 
 @dataclasses.dataclass(frozen=True)

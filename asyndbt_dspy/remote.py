@@ -421,7 +421,7 @@ def _content_of(example: dspy.Example) -> dict[str, Any]:
 
 
 def _example_of(content: Mapping[str, Any]) -> dspy.Example:
-    return dspy.Example(**content["fields"]).with_inputs(*content["inputs"])
+    return dspy.Example(content["fields"]).with_inputs(*content["inputs"])
 
 
 def _add_usage(usage: tuple[int, int, int]) -> None:

@@ -1,22 +1,35 @@
-"""The checks of what ``AsynDBT`` was given: a setting that cannot work is refused before anything is paid for."""
+"""The checks of what ``AsynDBT`` was given: settings and data that cannot work are refused before anything is paid for."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import dspy
+
+from asyndbt_dspy import preparation
 from asyndbt_dspy.core.budget import Budget
 from asyndbt_dspy.core.config import AlgorithmConfig, whole_number
+from asyndbt_dspy.core.validation import check_config
 from asyndbt_dspy.engines.protocols import ListeningEngine
 from asyndbt_dspy.errors import ConfigurationError
+from asyndbt_dspy.programs import checks
+from asyndbt_dspy.programs.slots import demo_slots
 from asyndbt_dspy.workers import Worker
 
 if TYPE_CHECKING:
     from asyndbt_dspy.optimizer import AsynDBT
 
+logger = logging.getLogger(__name__)
+
+_CACHED_NOISE = (
+    "scores are said to be noisy, but the LM of worker %r has DSPy's response cache, which answers a repeated request as "
+    "before; only the noise of the metric is averaged out. Build it with cache=False"
+)
 _AT_LEAST = {
     "demo_candidates": 1,
     "demo_slots": 0,
@@ -69,6 +82,38 @@ def check_settings(optimizer: AsynDBT) -> None:
             "deterministic=True needs a bound that depends on neither time nor prices, and the budget has no "
             f"metric_calls: {optimizer.budget}; give Budget(metric_calls=…)"
         )
+
+
+def check_data(
+    optimizer: AsynDBT, student: dspy.Module, workers: Sequence[Worker], valset: Sequence[dspy.Example] | None
+) -> None:
+    """Refuse data that cannot work, before any LM call.
+
+    Raises:
+        ConfigurationError: says which example, how many there are, and what to do.
+    """
+    preparation.check_names(student, optimizer.options.instructions)
+    check_config([worker.name for worker in workers], dataclasses.replace(optimizer.config, active_workers=1))
+    layout = demo_slots(
+        student, demos_per_class=optimizer.options.demos_per_class, demo_slots=optimizer.options.demo_slots
+    )
+    preparation.check_valsets(workers)
+    for worker in workers:
+        lm = worker.first_lm or dspy.settings.lm
+        if optimizer.config.repeats and getattr(lm, "cache", False):
+            logger.warning(_CACHED_NOISE, worker.name)
+        checks.check_inputs(
+            student,
+            worker.trainset,
+            valset=worker.valset,
+            name=f"trainset of worker {worker.name!r}",
+            context_tokens=lambda lm=lm: preparation.context_tokens(lm),  # type: ignore[misc]
+            max_demo_tokens=optimizer.options.max_demo_tokens,
+            slots=None if optimizer.options.mode == "instructions" else layout,
+        )
+    if valset:
+        checks.check_examples(student, valset, name="valset")
+        checks.check_overlap([one for worker in workers for one in worker.trainset], valset)
 
 
 def _check_workers(optimizer: AsynDBT) -> None:

@@ -73,7 +73,6 @@ PARTS = {
         libraries=DSPY,
     ),
     "asyndbt_dspy.runs": _part(CORE, libraries="tqdm filelock"),
-    "asyndbt_dspy.runs.report": _part("asyndbt_dspy.runs", CORE, libraries="jinja2 matplotlib"),
     "asyndbt_dspy.simulation": _part(
         "asyndbt_dspy.runs", "asyndbt_dspy.testing", "asyndbt_dspy.engines", CORE, libraries="numpy"
     ),

@@ -202,7 +202,7 @@ def check_context(
         )
     for name, predictor in student.named_predictors():
         text = (count_tokens or estimate_tokens)(predictor.signature.instructions)
-        own = sum(demo_tokens(dspy.Example(**demo), count_tokens) for demo in predictor.demos)
+        own = sum(demo_tokens(dspy.Example(demo), count_tokens) for demo in predictor.demos)
         if text + own >= context:
             raise ConfigurationError(
                 f"predictor {name!r}: instructions and demos of the student have about {text + own} tokens, "

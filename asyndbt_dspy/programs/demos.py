@@ -257,7 +257,7 @@ def _labelled(signature: type[dspy.Signature], example: dspy.Example) -> dspy.Ex
         if name in held or _is_reasoning(name, declared.annotation):
             continue
         return None
-    return dspy.Example(**held) if any(name in held for name in signature.output_fields) else None
+    return dspy.Example(held) if any(name in held for name in signature.output_fields) else None
 
 
 def _bootstrapped(
@@ -273,7 +273,7 @@ def _bootstrapped(
         return None
     shown = {name: inputs[name] for name in signature.input_fields if name in inputs}
     shown.update({name: prediction[name] for name in signature.output_fields if name in prediction})
-    return dspy.Example(augmented=True, **{name: _plain(value) for name, value in shown.items()})
+    return dspy.Example({"augmented": True, **{name: _plain(value) for name, value in shown.items()}})
 
 
 def _plain(value: Any) -> Any:
@@ -293,8 +293,8 @@ def _corrected(
         return None
     labels = {name: example[name] for name in signature.output_fields if name in example}
     made = {name: inputs[name] for name in signature.input_fields if name in inputs}
-    demo = _labelled(signature, dspy.Example(**made, **labels))
-    return None if demo is None else dspy.Example(augmented=True, **demo)
+    demo = _labelled(signature, dspy.Example({**made, **labels}))
+    return None if demo is None else dspy.Example({"augmented": True, **demo})
 
 
 def _can_be_written(

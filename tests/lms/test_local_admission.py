@@ -21,8 +21,10 @@ def job(row_tokens: int, prompt: int = 10) -> Any:
 
 
 def test_rows_count_as_many_as_the_longest_and_one_always_runs() -> None:
-    assert has_memory(job(640), [job(64)] * 3, prompt_tokens=100, bound=110 + 4 * 640)
-    assert not has_memory(job(640), [job(64)] * 3, prompt_tokens=100, bound=109 + 4 * 640)
+    assert has_memory(job(640), [job(64)] * 3, prompt_tokens=100, bound=4 * 640)
+    assert not has_memory(job(640), [job(64)] * 3, prompt_tokens=100, bound=4 * 640 - 1)
+    assert has_memory(job(64, prompt=900), [job(64)], prompt_tokens=100, bound=1000)
+    assert not has_memory(job(64, prompt=901), [job(64)], prompt_tokens=100, bound=1000)
     assert not has_memory(job(64), [job(640)], prompt_tokens=0, bound=1000)
     assert has_memory(job(640), [], prompt_tokens=0, bound=1)
     assert has_memory(job(640), [job(0)], prompt_tokens=50, bound=1)

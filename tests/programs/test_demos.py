@@ -47,6 +47,13 @@ def test_only_fields_of_the_signature_are_shown(plain: dspy.Module) -> None:
     assert not item.shared
 
 
+def test_fields_may_have_the_name_of_an_argument() -> None:
+    student = dspy.Predict("base, quote -> rate: float")
+    example = dspy.Example({"base": "EUR", "quote": "USD", "rate": 1.1})
+    (item,) = labelled_demos(student, [example], worker="w")
+    assert dict(item.demo.items()) == {"base": "EUR", "quote": "USD", "rate": 1.1}
+
+
 def test_incomplete_examples_give_no_demo(plain: dspy.Module) -> None:
     examples = [
         dspy.Example(message="no label"),

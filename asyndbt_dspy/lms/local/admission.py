@@ -2,6 +2,7 @@
 
 A request that generates text keeps a row of the slots until it is done, and pins its prompt in the prefix cache. All
 rows are as long as the longest, so what counts is their number times the most tokens that any of them can come to.
+Rows and prompts have the same bound, each for itself: the rows grow ahead of need, up to all of theirs.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from asyndbt_dspy.lms.local.jobs import Job
 
-# About 3 GB with SmolLM2 in float32, half of it in bfloat16: fifty answers of up to 1,024 tokens, or two hundred of 64.
+# Rows for fifty answers of up to 1,024 tokens, or two hundred of 64: 3 GB with SmolLM2 in float32.
 DEFAULT_RUNNING_TOKENS = 65536
 
 
@@ -22,7 +23,7 @@ def has_memory(job: Job, running: Sequence[Job], prompt_tokens: int, bound: int)
         job: The job.
         running: The jobs that run.
         prompt_tokens: What the prompts of these take, each shared part once.
-        bound: Tokens that running requests may take together. A row may go past it only while it is the only one.
+        bound: Tokens of all rows, and of all prompts. A job may go past it only while it has the only row.
     """
     if not job.row_tokens:
         return True
@@ -30,7 +31,7 @@ def has_memory(job: Job, running: Sequence[Job], prompt_tokens: int, bound: int)
     if not rows:
         return True
     longest = max(job.row_tokens, *rows)
-    return prompt_tokens + len(job.prompt) + (len(rows) + 1) * longest <= bound
+    return (len(rows) + 1) * longest <= bound and prompt_tokens + len(job.prompt) <= bound
 
 
 def next_job(waiting: OrderedDict[str, deque[Job]], fits: Callable[[Job], bool]) -> Job | None:

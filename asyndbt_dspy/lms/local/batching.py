@@ -34,7 +34,8 @@ class Scheduler:
         decoder: The model.
         max_batch_tokens: Bound on the tokens of a pass, >= 16; generated tokens may exceed it.
         prefix_cache_tokens: Bound on the prefix cache; 0 computes every prompt on its own.
-        max_running_tokens: Bound on what running requests may take beside it; further ones wait. One always runs.
+        max_running_tokens: Bound on the rows of running requests, and on their prompts; further ones wait. One always
+            runs.
     """
 
     def __init__(

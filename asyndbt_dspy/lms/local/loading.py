@@ -109,9 +109,9 @@ def local_lm(
             the samples of `n=3`, and rollouts by `rollout_id`, are alike; a `seed` for each makes them differ.
         max_batch_tokens: Bound on the tokens of one pass through the model, >= 16.
         prefix_cache_tokens: Bound on remembered prompt prefixes in tokens; 0 shares nothing.
-        max_running_tokens: Bound on what the requests that run may take beside that: the prompts they use, and for
-            each one that generates text its last turn and `max_tokens`, all as long as the longest. Further requests
-            wait; one always runs. Requests that one pass answers do not count.
+        max_running_tokens: Bound on what running requests hold beside that: so many tokens for the texts that they
+            generate (each its last turn and `max_tokens`, all as long as the longest), and as many for the prompts
+            they use. Further requests wait; one always runs. Requests that one pass answers do not count.
         cache: DSPy's response cache. Off by default: it costs more than it saves on a small local model, and an
             answer from it reports no distribution.
         lm_options: Further arguments of `dspy.LM` (temperature, max_tokens, ...).
