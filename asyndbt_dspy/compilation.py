@@ -219,8 +219,7 @@ async def _arrange(
     evaluator.programs = programs
     for worker, rollout in probes.items():
         evaluator.remember((programs.space.student, worker, False, 0), rollout)  # paid for already
-    cross_entropies = [one.cross_entropy is not None for one in probes.values() if one.score is not None]
-    use_distributions = optimizer.loss == "auto" and bool(cross_entropies) and all(cross_entropies)
+    use_distributions = optimizer.loss == "auto" and preparation.report_distributions(probes.values())
     spent = setup.close()
     calls = optimizer.budget.metric_calls
     left = None if calls is None else max(0, calls - spent)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -296,6 +296,12 @@ def _unequal(items: Sequence[DemoItem]) -> list[DemoItem]:
         found.setdefault(item.text, item)
     kept = {id(item) for item in found.values()}
     return [item for item in items if id(item) in kept]
+
+
+def report_distributions(probes: Iterable[Rollout]) -> bool:
+    """Whether the LMs report distributions over the labels, by rollouts of which a failed one says nothing."""
+    known = [one.cross_entropy is not None for one in probes if one.score is not None and one.failure is None]
+    return bool(known) and all(known)
 
 
 def asks_proposer(student: dspy.Module, options: SearchSpaceOptions) -> bool:

@@ -13,6 +13,8 @@ from dspy.clients.cache import Cache
 from one_rollout import EXAMPLE, exact, run
 
 from asyndbt_dspy.lms.distributions import PROVIDER_DATA_KEY, record
+from asyndbt_dspy.lms.failures import FailureKind
+from asyndbt_dspy.preparation import report_distributions
 from asyndbt_dspy.programs.rollout import Rollout, RolloutRunner
 
 
@@ -122,3 +124,11 @@ def test_an_answer_from_dspys_cache_keeps_its_cross_entropy(
     first, second = asyncio.run(main())
     assert engine.count == 1, "the second answer was to come from the cache"
     assert first.cross_entropy == second.cross_entropy == pytest.approx(np.log(4))
+
+
+def test_a_failed_first_rollout_says_nothing_of_whether_there_are_distributions() -> None:
+    told, silent = Rollout(1.0, cross_entropy=0.2), Rollout(1.0)
+    failed, missing = Rollout(0.0, failure=FailureKind.PROGRAM), Rollout(None, failure=FailureKind.TRANSIENT)
+    assert report_distributions([told, failed, missing])
+    assert not report_distributions([told, silent])
+    assert not report_distributions([failed, missing])
