@@ -9,96 +9,66 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import heapq
 import json
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from asyndbt_dspy.core.config import PRESETS, AlgorithmConfig
-from asyndbt_dspy.core.messages import Evaluate, RaceReply, RoundReply, Scored, StepReply, encode
+from asyndbt_dspy.core.messages import (
+    ArmsJoined,
+    RaceReply,
+    RoundReply,
+    Scored,
+    StepReply,
+    StopSearch,
+    WorkerLost,
+    encode,
+)
 from asyndbt_dspy.core.server import ServerState
+from asyndbt_dspy.core.space import Space
 from asyndbt_dspy.core.worker import WorkerState
 from asyndbt_dspy.engines.protocols import (
     SERVER,
     Engine,
     Evaluator,
+    ListeningEngine,
     Observer,
     Recorded,
-    WorkerFailedError,
+    ResumableEngine,
     replay,
 )
 from asyndbt_dspy.errors import ConfigurationError
-from asyndbt_dspy.testing.toys import TableEvaluator, additive_score, small_machines
+from asyndbt_dspy.testing.scripted import (
+    Delays,
+    Failing,
+    Gate,
+    Late,
+    Stopping,
+    VirtualTime,
+    hang,
+    scripted_delays,
+    stop_after,
+)
+from asyndbt_dspy.testing.toys import TableEvaluator, additive_score, small_machines, small_space
 
-Delays = Callable[[Evaluate], float]
-"""Virtual seconds that an evaluation takes; ``inf`` never ends."""
+__all__ = [
+    "Delays",
+    "EngineConformance",
+    "Run",
+    "VirtualTime",
+    "hang",
+    "quick",
+    "scripted_delays",
+    "scripted_scenarios",
+]
 
-SLOW_WORKER = {"w0": 0.001, "w1": 0.0015, "w2": 0.0061}
 ANSWER_TIMEOUT_S = 0.05
-
-
-def scripted_delays(request: Evaluate) -> float:
-    """Fixed unequal speeds, with a ripple per task, so that workers overtake each other."""
-    return SLOW_WORKER[request.worker] * (1.0 + 0.37 * (request.task * 7 % 5))
-
-
-class VirtualTime:
-    """An evaluator whose answers come in the order of virtual delays, for engines that run on real time.
-
-    Answers wait until every evaluation that can start has started; then the earliest one is let go and ``now_s`` moves
-    to its time. An evaluation that never ends holds the queue at its time limit until the engine cancels it.
-
-    Args:
-        evaluator: What scores.
-        delays: Virtual seconds per evaluation.
-        answer_timeout_s: The engine's own limit.
-    """
-
-    def __init__(self, evaluator: Evaluator, delays: Delays, answer_timeout_s: float = math.inf) -> None:
-        self._evaluator = evaluator
-        self._delays = delays
-        self._answer_timeout_s = answer_timeout_s
-        self._queue: list[tuple[float, str, int, asyncio.Future[None], bool]] = []
-        self._count = 0
-        self._pumping = False
-        self.now_s = 0.0
-
-    def clock(self) -> float:
-        """To be given to the engine."""
-        return self.now_s
-
-    async def evaluate(self, request: Evaluate) -> Scored:
-        delay = self._delays(request)
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        ends = delay <= self._answer_timeout_s
-        time_s = self.now_s + (delay if ends else self._answer_timeout_s)
-        self._count += 1
-        heapq.heappush(self._queue, (time_s, request.worker, self._count, turn, ends))
-        if not self._pumping:
-            self._pumping = True
-            self._soon(self._release)
-        await turn
-        return await self._evaluator.evaluate(request)
-
-    def _soon(self, action: Callable[[], None], turns: int = 25) -> None:
-        """After so many turns of the loop: everything that could react to the last answer has."""
-        later = action if turns == 0 else lambda: self._soon(action, turns - 1)
-        asyncio.get_running_loop().call_soon(later)
-
-    def _release(self) -> None:
-        self._queue = [entry for entry in self._queue if not entry[3].done()]
-        heapq.heapify(self._queue)
-        if not self._queue:
-            self._pumping = False
-            return
-        time_s, _, _, turn, ends = self._queue[0]
-        self.now_s = max(self.now_s, time_s)
-        if ends:
-            turn.set_result(None)
-            self._soon(self._release)
-        else:
-            turn.add_done_callback(lambda _: self._soon(self._release))
+_OUTSIDE = (Scored, WorkerLost, StopSearch, ArmsJoined)
+"""What no machine causes: what a resumed engine is given."""
+_AT_ONCE_S = 30.0
+"""Real seconds, which only an engine that fails comes to wait."""
 
 
 @dataclasses.dataclass
@@ -125,7 +95,14 @@ def quick(preset: str = "default", **changes: Any) -> AlgorithmConfig:
 
 
 class EngineConformance:
-    """Tests of one engine."""
+    """Tests of one engine.
+
+    Attributes:
+        resumed_delays: Of the process that goes on where another one died: the order of the first one's events is to be
+            repeated all the same. The scripted ones for an engine whose order is a matter of its delays alone.
+    """
+
+    resumed_delays: Delays = staticmethod(lambda request: 0.008 - scripted_delays(request) / 4)
 
     def build(
         self, evaluator: Evaluator, delays: Delays, answer_timeout_s: float = math.inf
@@ -142,10 +119,22 @@ class EngineConformance:
         calls: int | None = 120,
         answer_timeout_s: float = math.inf,
         watch: Callable[[Recorded, Engine], None] | None = None,
+        space: Space | None = None,
+        prepare: Callable[[Engine, list[Recorded]], None] = lambda engine, events: None,
+        around: Callable[[Engine, Evaluator], Evaluator] = lambda engine, scorer: scorer,
     ) -> Run:
-        server, workers = small_machines(config, calls=calls, examples=7, held_out=5)
+        """One run.
+
+        Args:
+            watch: Told of each event.
+            prepare: Given the engine and the list that events will be in, before the run.
+            around: Wraps the evaluator that the engine runs with.
+        """
+        server, workers = small_machines(config, calls=calls, examples=7, held_out=5, space=space)
         engine, scorer = self.build(evaluator or TableEvaluator(additive_score), delays, answer_timeout_s)
+        scorer = around(engine, scorer)
         events: list[Recorded] = []
+        prepare(engine, events)
 
         def observe(recorded: Recorded) -> None:
             events.append(recorded)
@@ -244,6 +233,113 @@ class EngineConformance:
         assert run.server.finish_reason == "enough"
         assert run.server.race is not None
 
+    def test_a_stop_from_another_thread_does_not_wait_for_an_evaluation_that_hangs(self) -> None:
+        async def stopped() -> ServerState:
+            server, workers = small_machines(quick(), calls=120, examples=7, held_out=5)
+            gate = Gate(after=4)
+            engine, scorer = self.build(gate, scripted_delays)
+            running = asyncio.ensure_future(engine.run(server, workers, scorer))
+            await gate.reached.wait()
+            thread = threading.Thread(target=engine.stop_search, args=("enough", False))
+            thread.start()
+            await asyncio.wait([running], timeout=_AT_ONCE_S)
+            thread.join()
+            running.cancel()  # of an engine that waits on
+            await asyncio.wait([running])
+            return server
+
+        assert asyncio.run(stopped()).finish_reason == "enough"
+
+    def test_a_stop_without_a_race_takes_what_is_over_first(self) -> None:
+        for count in (3, 8):  # at three, an engine that begins all evaluations at once has them all
+            stopping: list[Stopping] = []
+
+            def around(
+                engine: Engine, scorer: Evaluator, count: int = count, made: list[Stopping] = stopping
+            ) -> Evaluator:
+                made.append(Stopping(engine, scorer, count))
+                return made[0]
+
+            run = self.run(quick(), around=around)
+            assert run.server.finish_reason == "enough" and len(stopping[0].over) == count
+            taken = [one.event for one in run.events]
+            assert all(scored in taken for scored in stopping[0].over)
+            kinds = [type(one.event) for one in run.events if one.machine == SERVER]
+            assert kinds[-1] is StopSearch, "and only then tells the server"
+
+    def test_what_joins_between_two_events_is_taken_once_and_holds_up_the_next_event(self) -> None:
+        """Only of a ``ListeningEngine``."""
+        table = TableEvaluator(additive_score)
+        first, *rest = small_space().blocks
+        asked: list[int] = []
+        is_listening: list[bool] = []
+
+        def prepare(engine: Engine, events: list[Recorded]) -> None:
+            async def between() -> ArmsJoined | None:
+                before = len(events)
+                asked.append(before)
+                for _ in range(5):
+                    await asyncio.sleep(0)
+                assert len(events) == before, "no event is taken meanwhile"
+                joined = any(isinstance(one.event, ArmsJoined) for one in events)
+                return None if joined or before < 30 else ArmsJoined((4,))
+
+            is_listening.append(isinstance(engine, ListeningEngine))
+            if isinstance(engine, ListeningEngine):
+                engine.between = between
+
+        late = Space((dataclasses.replace(first, late=1), *rest))
+        run = self.run(quick(), table, calls=300, space=late, prepare=prepare)
+        if not is_listening[0]:
+            return
+        joined = [number for number, one in enumerate(run.events) if isinstance(one.event, ArmsJoined)]
+        assert len(joined) == 1 and run.events[joined[0]].machine == SERVER
+        assert len(set(asked)) > 20 and joined[0] in asked
+        drawn = [any(one[0] == 3 for one in request.candidates) for request in table.requests]
+        assert any(drawn) and not any(drawn[: len(drawn) // 6]), (
+            "the arm that joined is drawn, and not before"
+        )
+
+    def test_a_resumed_run_repeats_the_recorded_events_in_their_order(self) -> None:
+        """Only of a ``ResumableEngine``."""
+        first = self.run(quick(), Failing("w2", after=4), calls=240, watch=stop_after(12, race=True))
+        places = [number for number, one in enumerate(first.events) if isinstance(one.event, _OUTSIDE)]
+        kinds = {type(first.events[number].event) for number in places}
+        assert kinds == {Scored, WorkerLost, StopSearch}
+        is_resumable: list[bool] = []
+        for count in (len(places) // 2, len(places)):
+
+            def prepare(engine: Engine, events: list[Recorded], count: int = count) -> None:
+                def earlier() -> Iterator[Recorded]:
+                    for number in places[:count]:
+                        assert len(events) == number, "what followed has happened again before the next"
+                        yield first.events[number]
+
+                is_resumable.append(isinstance(engine, ResumableEngine))
+                if isinstance(engine, ResumableEngine):
+                    engine.resume(earlier())
+
+            again = self.run(quick(), Failing("w2", after=4), self.resumed_delays, calls=240, prepare=prepare)
+            if not all(is_resumable):
+                return
+            over = len(first.events) if count == len(places) else places[count - 1] + 1
+            assert again.decisions()[:over] == first.decisions()[:over]
+            assert again.server.phase == "finished"
+
+    def test_what_a_lost_worker_answers_after_all_reaches_nobody(self) -> None:
+        late: list[Late] = []
+
+        def around(engine: Engine, scorer: Evaluator) -> Evaluator:
+            late.append(Late(scorer))
+            return late[0]
+
+        run = self.run(quick(), None, hang("w1", 3), answer_timeout_s=ANSWER_TIMEOUT_S, around=around)
+        assert run.server.live.tolist() == [1.0, 0.0, 1.0] and run.server.phase == "finished"
+        (lost,) = (number for number, one in enumerate(run.events) if isinstance(one.event, WorkerLost))
+        after = run.events[lost + 1 :]
+        assert after and not any(one.event in late[0].answers for one in after)
+        assert not any(isinstance(one.event, Scored) and one.event.worker == "w1" for one in after)
+
     def test_an_error_of_the_evaluator_ends_the_run_and_is_not_swallowed(self) -> None:
         raised = None
         try:
@@ -288,55 +384,3 @@ def scripted_scenarios(suite: EngineConformance) -> dict[str, list[str]]:
     runs["stopped"] = suite.run(quick(), watch=stop_after(9, race=True))
     runs["rounds_and_loss"] = suite.run(quick("paper", lower_rounds=2), Failing("w1", after=5), calls=400)
     return {name: run.decisions() for name, run in runs.items()}
-
-
-class Failing:
-    """A worker (``""``: each) whose evaluations fail after some successes."""
-
-    def __init__(self, worker: str, after: int, error: Exception | None = None) -> None:
-        self._table = TableEvaluator(additive_score)
-        self._worker = worker
-        self._left: dict[str, int] = {}
-        self._after = after
-        self._error = error or WorkerFailedError("the LM fails again and again")
-
-    async def evaluate(self, request: Evaluate) -> Scored:
-        if self._worker in ("", request.worker):
-            self._left[request.worker] = self._left.get(request.worker, self._after) - 1
-            if self._left[request.worker] < 0:
-                raise self._error
-        return await self._table.evaluate(request)
-
-
-class Gate:
-    """Answers some evaluations and never the others; ``reached`` is set when the first of those comes in."""
-
-    def __init__(self, after: int) -> None:
-        self.reached = asyncio.Event()
-        self._left = after
-        self._table = TableEvaluator(additive_score)
-
-    async def evaluate(self, request: Evaluate) -> Scored:
-        self._left -= 1
-        if self._left < 0:
-            self.reached.set()
-            await asyncio.get_running_loop().create_future()
-        return await self._table.evaluate(request)
-
-
-def hang(worker: str, after: int) -> Delays:
-    """The scripted delays, but this worker stops answering after some tasks."""
-    return lambda one: math.inf if one.worker == worker and one.task > after else scripted_delays(one)
-
-
-def stop_after(events: int, race: bool) -> Callable[[Recorded, Engine], None]:
-    """Ask the engine to stop once the server has taken so many events."""
-    seen = 0
-
-    def watch(recorded: Recorded, engine: Engine) -> None:
-        nonlocal seen
-        seen += recorded.machine == SERVER
-        if seen == events and recorded.machine == SERVER:
-            engine.stop_search("enough", race)
-
-    return watch

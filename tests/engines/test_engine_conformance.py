@@ -9,11 +9,18 @@ import pytest
 from asyndbt_dspy.engines.local import LocalEngine
 from asyndbt_dspy.engines.protocols import Engine, Evaluator
 from asyndbt_dspy.engines.simulated import SimulatedEngine
-from asyndbt_dspy.testing.conformance import Delays, EngineConformance, VirtualTime, scripted_scenarios
+from asyndbt_dspy.testing.conformance import (
+    Delays,
+    EngineConformance,
+    VirtualTime,
+    scripted_delays,
+    scripted_scenarios,
+)
 
 
 class TestSimulated(EngineConformance):
     eager = False
+    resumed_delays = staticmethod(scripted_delays)
 
     def build(
         self, evaluator: Evaluator, delays: Delays, answer_timeout_s: float = math.inf
