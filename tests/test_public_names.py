@@ -57,6 +57,16 @@ def test_the_import_loads_nothing_large_and_opens_no_connection() -> None:
     assert loaded_after("import asyndbt_dspy", large) == "[] []"
 
 
+def test_the_command_line_starts_where_there_is_no_unix() -> None:
+    code = """
+for name in ("fcntl", "grp", "pwd", "resource", "termios"):
+    sys.modules[name] = None
+from asyndbt_dspy.cli import main
+main(["simulate", "--workers", "2", "--metric-calls", "20", "--seeds", "1"])
+"""
+    assert "2 workers" in in_fresh_interpreter(code)
+
+
 def test_the_front_names_load_no_optional_library_and_open_no_connection() -> None:
     code = f"import asyndbt_dspy\nfor name in {FRONT!r}: getattr(asyndbt_dspy, name)"
     assert loaded_after(code, OPTIONAL) == "[] []"

@@ -136,7 +136,9 @@ class JournalWriter:
             for _, line_end in _entries(path):
                 count, end = count + 1, line_end
         try:
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            # On Windows a file is opened as text, whose line ends are two bytes, unless one says otherwise.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+            self._file = os.open(path, flags, 0o600)
             os.ftruncate(self._file, end)
         except OSError as error:
             raise JournalError(f"cannot write {path}: {error}") from error

@@ -99,7 +99,8 @@ class Result:
         candidates: The student first.
         curve: One record per iteration.
         workers: In the order given.
-        metric_calls: Completed rollouts, all phases together.
+        metric_calls: Completed rollouts, all phases together. Where the budget of a recorded run was raised, what was paid for
+            before and not asked for again is not among them; it counts against the cap.
         seconds: From start to return.
         settings: Preset, seed, budget and what else is needed to repeat the run.
         utilisation: Share of the workers' time, from the first request to the end of the race, that they spent

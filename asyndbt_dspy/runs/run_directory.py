@@ -175,11 +175,16 @@ class RunDirectory:
         self.run_id = str(known.get("run_id") or self.run_id)  # runs of before it have none
 
 
+_DEVICES = re.compile(r"con|prn|aux|nul|com[0-9]|lpt[0-9]")
+"""No files on Windows, whatever follows the first dot."""
+
+
 def safe_name(worker: str) -> str:
     """A file name for any worker name, different for different names (whatever the file system makes of case)."""
-    if re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,59}", worker):
+    if re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,59}", worker) and not _DEVICES.fullmatch(worker):
         return worker
     readable = re.sub(r"[^a-z0-9_-]+", "-", worker.lower()).strip("-")[:40]
+    readable += "-" * bool(_DEVICES.fullmatch(readable))
     return (
         f"{readable or 'worker'}.{hashlib.sha256(worker.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
     )

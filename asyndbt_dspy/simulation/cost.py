@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
+import os
 import pathlib
-import resource
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -130,4 +130,4 @@ def measure_server(
 def resident_mib() -> float:
     """Memory of this process as the system counts it, in MiB."""
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20

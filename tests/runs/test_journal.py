@@ -126,6 +126,18 @@ def test_a_folder_in_the_place_of_a_journal_is_refused(tmp_path: Path) -> None:
             use()
 
 
+def test_a_journal_is_written_as_bytes_where_files_are_text_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    binary, flags, real = 1 << 40, [], os.open  # the flag of Windows
+    monkeypatch.setattr(os, "O_BINARY", binary, raising=False)
+    monkeypatch.setattr(
+        os, "open", lambda path, how, mode: flags.append(how) or real(path, how & ~binary, mode)
+    )
+    JournalWriter(tmp_path / "a.jsonl").close()
+    assert flags and all(how & binary for how in flags)
+
+
 def test_threads_write_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     journal = JournalWriter(path)

@@ -183,8 +183,9 @@ def test_a_raised_budget_that_cannot_be_written_down_is_a_journal_error(
 
 
 def test_worker_names_become_file_names_that_differ() -> None:
-    names = ["eu", "EU", "../etc", "a/b", "a:b", "", "ß", "x" * 300, "CON", "eu."]
+    names = ["eu", "EU", "../etc", "a/b", "a:b", "", "ß", "x" * 300, "CON", "con", "nul.", "eu."]
     files = [safe_name(name) for name in names]
     assert files[0] == "eu"
     assert len({file.lower() for file in files}) == len(names)
+    assert all(file.split(".")[0] not in ("con", "nul") for file in files), "devices on Windows"
     assert all(0 < len(file) < 80 and "/" not in file and not file.startswith(".") for file in files)
