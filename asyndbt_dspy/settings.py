@@ -152,7 +152,7 @@ def _check_options(optimizer: AsynDBT) -> None:
     if options.demos_per_class is not None:
         whole["demos_per_class"] = whole_number("demos_per_class", options.demos_per_class)
     for name, value in whole.items():
-        least = _AT_LEAST.get(name, 1)
+        least = _AT_LEAST.get(name, 0)
         if value < least:
             hint = "; mode='instructions' shows no demos" if "demo" in name else ""
             raise ConfigurationError(f"{name}={value} must be >= {least}{hint}")
