@@ -24,6 +24,7 @@ from asyndbt_dspy.engines.local import LocalEngine
 from asyndbt_dspy.engines.protocols import Engine, Recorded, RemoteRollouts
 from asyndbt_dspy.engines.simulated import SimulatedEngine, work_delays
 from asyndbt_dspy.errors import NoLiveWorkersError
+from asyndbt_dspy.lms.call_watch import unwatched
 from asyndbt_dspy.lms.endpoints import blocks_a_loop
 from asyndbt_dspy.lms.estimates import Estimate
 from asyndbt_dspy.lms.prices import Price
@@ -270,6 +271,16 @@ class AsynDBT(Teleprompter):
         valset: Sequence[dspy.Example] | None = None,
     ) -> dspy.Module:
         """``compile`` as a coroutine of the running loop."""
+        with unwatched():
+            return await self._acompile(student, trainset, teacher, valset)
+
+    async def _acompile(
+        self,
+        student: dspy.Module,
+        trainset: Sequence[dspy.Example] | None,
+        teacher: dspy.Module | None,
+        valset: Sequence[dspy.Example] | None,
+    ) -> dspy.Module:
         self.result, self.recorded = None, []
         held_out = None if valset is None else list(valset)  # a generator may be read once
         stop = StopRequest(

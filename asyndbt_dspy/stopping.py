@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from types import FrameType
 from typing import Any, TypeVar
 
-from asyndbt_dspy.programs.paid_rollouts import RolloutGate
+from asyndbt_dspy.programs.paid_rollouts import STOP, RolloutGate
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class StopRequest:
             self.gate.in_flight,
             self._remedy,
         )
-        self.gate.hold("stop")
+        self.gate.hold(STOP)
         self._asked.set()
 
     async def asked(self) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import dspy
@@ -27,16 +28,23 @@ class CallWatch(BaseCallback):
 
     Attributes:
         refused: The first one that the budget refused.
-        lost: The newest one that the provider is to blame for: busy, unreachable, no such key.
+        lost: The newest one that the provider is to blame for: busy, unreachable, no such key. A program that asks the same
+            again and is answered has lost nothing.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.refused: BudgetExceededError | None = None
-        self.lost: Exception | None = None
+        self._lost: dict[str, Exception] = {}
+        self._asked: dict[str, Mapping[str, Any]] = {}
         self._clock = clock
         self._lock = threading.Lock()
         self._held = self._sent = 0
         self._held_s = self._counted_to = 0.0
+
+    @property
+    def lost(self) -> Exception | None:
+        with self._lock:
+            return next(reversed(self._lost.values()), None)
 
     def held_s(self) -> float:
         """Seconds so far in which all that there was to wait for stood in a queue of ours: nothing was on the wire."""
@@ -53,22 +61,64 @@ class CallWatch(BaseCallback):
             self._held += held
             self._sent += sent
 
+    def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        self._asked[call_id] = inputs
+
     def on_lm_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
+        asked = self._asked.pop(call_id, {})
+        if exception is None and self._lost:
+            with self._lock:
+                self._lost.pop(_content(asked), None)
         if not isinstance(exception, Exception):
             return
         refused = budget_error(exception)
         if refused is not None:
             self.refused = self.refused or refused
         elif kind_of(exception) in (FailureKind.TRANSIENT, FailureKind.ENDPOINT):
-            self.lost = exception
+            with self._lock:
+                self._lost[_content(asked)] = exception
+
+
+def _content(inputs: Mapping[str, Any]) -> str:
+    return repr([inputs.get(name) for name in ("prompt", "messages")])
+
+
+_handed_on: ContextVar[CallWatch | None] = ContextVar("_handed_on", default=None)
 
 
 @contextmanager
-def watching_calls(clock: Callable[[], float] = time.monotonic) -> Iterator[CallWatch]:
-    """Watch the LM calls inside the block, and in threads and tasks that DSPy starts from it."""
+def watching_calls(
+    clock: Callable[[], float] = time.monotonic, *, hand_on: bool = False
+) -> Iterator[CallWatch]:
+    """Watch the LM calls inside the block, and in threads and tasks that DSPy starts from it.
+
+    Args:
+        clock: See ``CallWatch``.
+        hand_on: The next block within takes this watch for its own: each more costs DSPy's callbacks at every call.
+    """
+    taken = _handed_on.get()
+    if taken is not None:
+        token = _handed_on.set(None)
+        try:
+            yield taken
+        finally:
+            _handed_on.reset(token)
+        return
     watch = CallWatch(clock)
-    with dspy.context(callbacks=[*dspy.settings.callbacks, watch]):
-        yield watch
+    token = _handed_on.set(watch if hand_on else None)
+    try:
+        with dspy.context(callbacks=[*dspy.settings.callbacks, watch]):
+            yield watch
+    finally:
+        _handed_on.reset(token)
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """For a compile inside a rollout: what its own budget refuses, and what waits for it, is no business of the rollout."""
+    others = [one for one in dspy.settings.callbacks if not isinstance(one, CallWatch)]
+    with dspy.context(callbacks=others):
+        yield
 
 
 @contextmanager

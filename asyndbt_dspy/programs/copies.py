@@ -48,9 +48,9 @@ def shared_parts(program: dspy.Module) -> dict[int, Any]:
 def _stays_one(value: Any) -> bool:
     if isinstance(value, dspy.BaseLM):
         return True
-    # An array of numpy, a tensor of torch (which may not be installed); of Python objects only the pointers count.
-    size = getattr(value, "nbytes", None)
-    return type(value).__module__.split(".")[0] in _ARRAYS and isinstance(size, int) and size >= _LARGE_BYTES
+    # An array of numpy, a tensor of torch (which may not be installed); nothing else is asked for its size.
+    size = getattr(value, "nbytes", None) if type(value).__module__.split(".")[0] in _ARRAYS else None
+    return isinstance(size, int) and size >= _LARGE_BYTES
 
 
 def _reachable(values: Iterable[Any]) -> Iterator[Any]:
@@ -64,10 +64,15 @@ def _reachable(values: Iterable[Any]) -> Iterator[Any]:
         yield value
         if isinstance(value, dspy.BaseLM):
             continue
+        waiting.extend(_parts(value))
+
+
+def _parts(value: Any) -> list[Any]:
+    try:
         held = value.values() if isinstance(value, dict) else value if isinstance(value, _CONTAINERS) else ()
-        if len(held) <= _LONG:
-            waiting.extend(held)
-        waiting.extend(getattr(value, "__dict__", {}).values())
+        return [*(held if len(held) <= _LONG else ()), *getattr(value, "__dict__", {}).values()]
+    except Exception:  # noqa: BLE001 - a user's class answers such questions as it likes
+        return []
 
 
 def _can_be_copied(value: Any, shared: Mapping[int, Any]) -> bool:

@@ -24,7 +24,7 @@ from asyndbt_dspy.programs.paid_rollouts import PaidRollout, RolloutBook, Rollou
 from asyndbt_dspy.programs.rollout import Rollout, Runner
 from asyndbt_dspy.programs.slots import ProgramSpace
 from asyndbt_dspy.programs.stragglers import Stragglers, cancelled
-from asyndbt_dspy.programs.time_limit import within
+from asyndbt_dspy.programs.time_limit import Patience
 from asyndbt_dspy.programs.usage import usage_of
 
 
@@ -147,6 +147,7 @@ class ProgramEvaluator:
         self._no_units = asyncio.Event()
         self._no_units.set()
         self.stragglers = Stragglers(self.straggler_factor, time.monotonic)
+        self._patience = Patience(lambda: self.gate.is_stopping)
 
     async def evaluate(self, request: Evaluate) -> Scored:
         """See ``engines.protocols.Evaluator.evaluate``."""
@@ -424,8 +425,8 @@ class ProgramEvaluator:
         """One rollout within its time limit; what goes wrong on a private worker is told without its text."""
         run = self.runner.run(program, example, lm=part.lm, adapter=self.adapter, trace=trace)
         try:
-            with watching_calls(asyncio.get_running_loop().time) as calls:
-                return await within(self.rollout_timeout_s, run, calls.held_s)
+            with watching_calls(asyncio.get_running_loop().time, hand_on=True) as calls:
+                return await self._patience.within(self.rollout_timeout_s, run, calls.held_s)
         except asyncio.TimeoutError:
             late = f"no answer within {self.rollout_timeout_s:g} s"
             return Rollout(None, failure=FailureKind.TRANSIENT, error=late, seconds=self.rollout_timeout_s)

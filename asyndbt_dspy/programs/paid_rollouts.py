@@ -66,6 +66,10 @@ class RolloutBook(Protocol):
     def keep_failure(self, worker: str, task: int, reason: str) -> None: ...
 
 
+STOP = "stop"
+"""Holds a gate where a stop was asked for."""
+
+
 class RolloutGate:
     """Lets rollouts begin, holds them back, or turns them away. Of one event loop.
 
@@ -95,6 +99,11 @@ class RolloutGate:
         self._holders.discard(holder)
         if not self._holders:
             self._opened.set()
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether no rollout is to begin any more, by a request to stop or at the end."""
+        return self._is_closed or STOP in self._holders
 
     def close(self) -> None:
         """No rollout may begin any more, those that wait included."""

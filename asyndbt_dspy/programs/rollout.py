@@ -266,7 +266,10 @@ class RolloutRunner:
             except Exception as error:  # noqa: BLE001 - re-raised below, on the loop
                 return None, error
 
-        returned, error = await asyncio.get_running_loop().run_in_executor(self._executor, guarded)
+        try:
+            returned, error = await asyncio.get_running_loop().run_in_executor(self._executor, guarded)
+        finally:
+            waiting.close()  # cancelled before it had a thread
         if error is not None:
             raise error
         return returned

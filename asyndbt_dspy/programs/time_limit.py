@@ -14,6 +14,11 @@ _STOOD_STILL_S = 1.0
 _SHARE = 0.1
 """A timer that goes off later than both this many seconds and this part of its limit was not late by chance: nothing ran."""
 
+_LEAST = 0.01
+"""Part of a limit: being held for less buys no more time. Each extension is as long as the last stretch, down to nothing."""
+_JAMMED = 10
+"""Limits in which nothing ended: then those that never end hold all that the others wait for (threads, places)."""
+
 Found = TypeVar("Found")
 
 
@@ -45,7 +50,7 @@ async def within(
             more_s = held_s() - known_s
             if was_still(late, seconds):
                 until = loop.time() + seconds
-            elif more_s > 0.0:
+            elif more_s > _LEAST * seconds:
                 until += more_s
             else:
                 break
@@ -60,3 +65,33 @@ async def within(
         if task.cancelled():
             raise asyncio.TimeoutError
     return task.result()
+
+
+class Patience:
+    """The time limits of many calls, and how long the time that they wait for their turn is left out of it.
+
+    Not once the run is to stop, for what is in flight ends first; nor where none of the calls has ended for long.
+
+    Args:
+        is_stopping: Whether the run is to stop.
+    """
+
+    def __init__(self, is_stopping: Callable[[], bool]) -> None:
+        self._is_stopping = is_stopping
+        self._ended_s: float | None = None
+
+    async def within(
+        self, seconds: float, call: Coroutine[Any, Any, Found], held_s: Callable[[], float]
+    ) -> Found:
+        """``within`` the limit of one call."""
+        clock = asyncio.get_running_loop().time
+        begun_s = clock()
+
+        def left_out() -> float:
+            ended_s = begun_s if self._ended_s is None else self._ended_s
+            is_jammed = clock() - ended_s > _JAMMED * seconds
+            return 0.0 if is_jammed or self._is_stopping() else held_s()
+
+        found = await within(seconds, call, left_out)
+        self._ended_s = clock()
+        return found

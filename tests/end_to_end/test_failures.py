@@ -348,3 +348,27 @@ def test_a_program_that_catches_what_the_budget_refuses_ends_like_any_other() ->
     assert "lm calls" in optimizer.result.stopped
     assert optimizer.result.metric_calls <= len(kit.requests_of(lm)) <= 80, "each score was paid for"
     assert optimizer.result.candidates[0].examples > 0, "raced with what was kept for it"
+
+
+def test_a_compile_inside_of_a_program_spends_its_own_budget() -> None:
+    inner_calls = []
+
+    class Nested(dspy.Module):
+        """Compiles a small program once, as a program with a cache of compiled parts does."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.sort = dspy.Predict(kit.Sort)
+
+        def forward(self, message: str) -> dspy.Prediction:
+            if not inner_calls:
+                inner_calls.append(1)
+                inner = kit.optimizer(budget=Budget(lm_calls=30), deterministic=False)
+                inner.compile(dspy.Predict(kit.Sort), trainset=kit.examples(40, start=300))
+            return self.sort(message=message)
+
+    made = kit.optimizer(budget=Budget(metric_calls=80))
+    with dspy.context(lm=kit.color_lm(), adapter=dspy.JSONAdapter()):
+        made.compile(Nested(), trainset=kit.examples(72))
+    assert inner_calls
+    assert made.result.metric_calls > 60, made.result.stopped

@@ -16,7 +16,7 @@ from dspy.utils.exceptions import LMRateLimitError
 from one_rollout import EXAMPLE, exact
 
 from asyndbt_dspy.errors import BudgetExceededError, MetricError
-from asyndbt_dspy.lms.call_watch import watching_calls
+from asyndbt_dspy.lms.call_watch import unwatched, watching_calls
 from asyndbt_dspy.lms.failures import FailureKind
 from asyndbt_dspy.lms.scripted import scripted_lm
 from asyndbt_dspy.programs.rollout import Rollout, RolloutRunner
@@ -138,6 +138,43 @@ def test_what_a_program_answers_without_its_lm_counts_and_so_do_its_own_failures
     assert (rollout.score, rollout.failure) == (0.0, None)
     rollout = run(Parallel(), ValueError("the LM's own kind of failure"))
     assert (rollout.score, rollout.failure) == (0.0, FailureKind.PROGRAM)
+
+
+class AskingAgain(Asking):
+    def forward(self, message: str) -> dspy.Prediction:
+        try:
+            return self.ask(message=message)
+        except LMRateLimitError:
+            return self.ask(message=message)
+
+
+def test_a_call_that_is_made_again_and_answered_is_not_lost() -> None:
+    asked = []
+
+    def script(messages: Any) -> str:
+        asked.append(messages)
+        if len(asked) == 1:
+            raise LMRateLimitError("slow down")
+        return "no JSON"
+
+    runner = RolloutRunner(exact)
+    lm = scripted_lm(script, num_retries=0)
+    rollout = asyncio.run(runner.run(AskingAgain(), EXAMPLE, lm=lm, adapter=dspy.JSONAdapter()))
+    assert len(asked) > 1
+    assert (rollout.score, rollout.failure) == (0.0, FailureKind.PROGRAM), (
+        "it is the answer that cannot be read"
+    )
+
+
+def test_a_watch_that_is_handed_on_is_taken_once_and_a_compile_inside_is_not_watched() -> None:
+    with watching_calls(hand_on=True) as outer:
+        with watching_calls() as taken, watching_calls() as other:
+            assert taken is outer and other is not outer
+            assert [one for one in dspy.settings.callbacks if one in (outer, other)] == [outer, other]
+            with unwatched():
+                assert not {outer, other} & set(dspy.settings.callbacks)
+        with watching_calls() as again:
+            assert again is outer
 
 
 def test_a_program_that_waits_for_a_thread_is_held_back() -> None:

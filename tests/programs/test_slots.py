@@ -255,6 +255,21 @@ def test_lms_in_containers_and_large_arrays_stay_one(plain: dspy.Module) -> None
     assert program.index.weights is not plain.index.weights
 
 
+def test_attributes_may_answer_questions_as_they_like(plain: dspy.Module) -> None:
+    class Config(dict):
+        def __getattr__(self, name: str) -> Any:
+            return self[name]
+
+    class Odd:
+        __slots__ = ()
+
+        def __getattr__(self, name: str) -> Any:
+            raise LookupError(name)
+
+    plain.settings, plain.odd = Config(model="m"), Odd()
+    assert build_space(plain).build((0,)).settings == {"model": "m"}
+
+
 def test_a_shared_predictor_stays_shared(kinds: Any) -> None:
     made = build_space(kinds["shared"].make(), instructions={"first": ["New."]})
     program = made.build((1,))

@@ -12,7 +12,7 @@ from virtual_loop import standing_still
 
 from asyndbt_dspy.lms.call_watch import held_back, on_the_wire, watching_calls
 from asyndbt_dspy.programs.rollout import Rollout
-from asyndbt_dspy.programs.time_limit import within
+from asyndbt_dspy.programs.time_limit import Patience, within
 
 
 async def steps(*seconds: float) -> str:
@@ -150,3 +150,52 @@ def test_a_rollout_that_waits_for_a_rate_limit_is_not_missing() -> None:
         return await made.rollout("w", dspy.Predict("question -> answer"), dspy.Example())
 
     assert virtually(go())[0].score == 1.0
+
+
+def test_a_call_at_its_limit_is_not_looked_at_every_instant_while_it_is_held() -> None:
+    """0.3 ms of its time are left: each look would be due 0.3 ms after the last one, for as long as it is held."""
+    looks = 0
+
+    async def go() -> str:
+        with watching_calls(asyncio.get_running_loop().time) as calls:
+
+            def held_s() -> float:
+                nonlocal looks
+                looks += 1
+                return calls.held_s()
+
+            return await within(60.0, queued(0.0, 59.9997, 500.0, 0.0), held_s)
+
+    with pytest.raises(asyncio.TimeoutError):
+        virtually(go())
+    assert looks < 10
+
+
+@pytest.mark.parametrize(("stops", "expected"), [(True, 60.0), (False, 300.0)])
+def test_nobody_is_waited_for_in_a_queue_once_the_run_is_to_stop(stops: bool, expected: float) -> None:
+    async def go() -> None:
+        with watching_calls(asyncio.get_running_loop().time) as calls:
+            await Patience(lambda: stops).within(60.0, queued(300.0), calls.held_s)
+
+    if stops:
+        with pytest.raises(asyncio.TimeoutError):
+            virtually(go())
+    else:
+        assert round(virtually(go())[1], 2) == expected
+
+
+def test_calls_that_never_end_do_not_hold_the_others_for_ever() -> None:
+    """Ten limits after the last call that ended by itself, a place in the queue is worth nothing any more."""
+
+    async def go() -> list[Any]:
+        patience, late = Patience(lambda: False), []
+        for first in (1.0, 1e6):
+            with watching_calls(asyncio.get_running_loop().time) as calls:
+                try:
+                    await patience.within(60.0, queued(first), calls.held_s)
+                except asyncio.TimeoutError:
+                    late.append(asyncio.get_running_loop().time())
+        return late
+
+    (ended,), _ = virtually(go())
+    assert 600.0 < ended <= 1_500.0
