@@ -120,7 +120,8 @@ class LaterInstructions:
         server = self._server
         if self._is_over:
             return None
-        if self._task is None and server.calls_spent < self._after and not self._is_late():
+        is_due = server.calls_spent >= self._after or server.has_nothing_new or self._is_late()
+        if self._task is None and not is_due:
             return None
         if server.phase == "race" or server.arms.said:  # too late, or an earlier process of the run did it
             await self.close()
@@ -133,8 +134,7 @@ class LaterInstructions:
             return None
         texts = self._task.result()
         await self.close()
-        if not any(texts.values()):
-            return None
+        # Also where nothing was written: then nothing is awaited any more, and a search that knows all may end.
         now = list(server.arms.open)
         for number, found in texts.items():
             self._fill(number, found)

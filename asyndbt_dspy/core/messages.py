@@ -14,6 +14,7 @@ Arrays are float64 and read-only by convention. ``encode``/``decode`` round-trip
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -292,26 +293,32 @@ def _format(value: Any) -> int:
         return max(map(_format, value), default=1)
     if not dataclasses.is_dataclass(value):
         return 1
-    return max(max(_since(one), _format(getattr(value, one.name))) for one in _said(value))
+    found = 1
+    for name, since, default in _fields(type(value)):
+        said = getattr(value, name)
+        if since == 1 or said != default:
+            found = max(found, since)
+            if isinstance(said, tuple) or dataclasses.is_dataclass(said):
+                found = max(found, _format(said))
+    return found
 
 
-def _said(message: Any) -> list[dataclasses.Field[Any]]:
-    """Fields that must be written."""
-    fields = dataclasses.fields(message)
-    return [one for one in fields if "since" not in one.metadata or getattr(message, one.name) != one.default]
-
-
-def _since(one: dataclasses.Field[Any]) -> int:
-    """The format that a field came with."""
-    return int(one.metadata.get("since", 1))
+@functools.cache
+def _fields(kind: type) -> tuple[tuple[str, int, Any], ...]:
+    """Per field of a message its name, the format that it came with, and its default."""
+    return tuple(
+        (one.name, int(one.metadata.get("since", 1)), one.default) for one in dataclasses.fields(kind)
+    )
 
 
 def _encode(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            "type": type(value).__name__,
-            **{one.name: _encode(getattr(value, one.name)) for one in _said(value)},
-        }
+        written = {"type": type(value).__name__}
+        for name, since, default in _fields(type(value)):
+            said = getattr(value, name)
+            if since == 1 or said != default:
+                written[name] = _encode(said)
+        return written
     if isinstance(value, np.ndarray):
         return {"array": [_encode(item) for item in value.ravel().tolist()], "shape": list(value.shape)}
     if isinstance(value, tuple):

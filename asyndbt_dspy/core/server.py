@@ -132,7 +132,7 @@ class ServerState:
         self.calls_spent = 0
         self.race_calls = kept_back(config, self.members, calls)
         self.calls_left = None if calls is None else calls - self.race_calls
-        self._calm, self._free_steps, self._has_paid = 0, [0] * count, False
+        self._calm, self._free_steps, self._has_paid, self.has_nothing_new = 0, [0] * count, False, False
         self._rounds: BarrierRounds | None = None
         self._schedule = RefreshSchedule(config)
         self._least_step = min(self.step_calls(number) for number in range(count))
@@ -244,7 +244,8 @@ class ServerState:
             return self._end_search(f"{self.version} iterations done")
         # Without a number of calls a toy problem, which never pays, goes on, and who waits for arms that are to join.
         may_end = self.calls_left is not None or (self._has_paid and not self.arms.are_awaited)
-        if may_end and all(self._free_steps[number] >= _FREE_STEPS for number in self._alive()):
+        self.has_nothing_new = all(self._free_steps[number] >= _FREE_STEPS for number in self._alive())
+        if may_end and self.has_nothing_new:
             return self._end_search("nothing new to score: every draw is known already")
         if self._schedule.is_due(self.version, len(active), len(self._alive())) and self.layout.length:
             started = self._refresh_planes(active)

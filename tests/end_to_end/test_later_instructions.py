@@ -156,7 +156,18 @@ def test_repeats_of_what_is_there_do_not_join() -> None:
     made = optimizer(script)
     compiled(made)
     assert len(script.asked) == AT_FIRST + 1
-    assert not any(type(one.event).__name__ == "ArmsJoined" for one in made.recorded)
+    [event] = [one.event for one in made.recorded if type(one.event).__name__ == "ArmsJoined"]
+    assert event.open == (1 + AT_FIRST,), "what was open before, and nothing more"
+
+
+@pytest.mark.parametrize("later", ["Try number 2.", kit.MAGIC])
+def test_a_search_that_knows_all_asks_for_more_and_ends_if_nothing_comes(later: str) -> None:
+    """A third of 4,000 calls is never spent on a shard that is known after some two hundred."""
+    script = Proposer(later=later)
+    made = optimizer(script, budget=Budget(lm_calls=4_000), mode="instructions", deterministic=False)
+    compiled(made)
+    assert len(script.asked) == AT_FIRST + 1
+    assert len(made.recorded) < 2_000, "no steps for nothing"
 
 
 class Silent(kit.AsyncScriptedEngine):

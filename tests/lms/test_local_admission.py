@@ -115,3 +115,20 @@ def test_the_slots_grow_to_their_bound_and_keep_what_is_stored() -> None:
     store.reserve(9, 60, 64)
     assert store._kv.shape[2:4] == (16, 64)
     assert all(bool((store._kv[:, :, row, :60] == row + 1).all()) for row in range(4))
+
+
+def test_choices_do_not_wait_behind_the_free_text_of_their_own_caller() -> None:
+    lm = tiny_lm(max_running_tokens=1, num_retries=0)
+    done: list[str] = []
+
+    def ask(kind: str, **settings: Any) -> None:
+        lm(request("word " * 5, seed=1, **settings))
+        done.append(kind)
+
+    choice = {"response_format": object_format(label={"enum": ["yes", "no", "perhaps"]})}
+    with ThreadPoolExecutor(16) as pool:
+        for kind, settings in [("text", {"max_tokens": 200})] * 8 + [("choice", choice)] * 8:
+            pool.submit(ask, kind, **settings)
+    assert len(done) == 16
+    assert "text" not in done[:4], "texts run one at a time here, choices need no memory"
+    lm.engine.close()

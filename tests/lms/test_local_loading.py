@@ -90,3 +90,9 @@ def test_two_calls_are_two_engines_and_a_closed_one_is_shared_no_more(folder: Pa
     assert third.engine.core not in (first.engine.core, second.engine.core)
     assert len(third("hello")) == 1
     third.engine.close()
+
+
+def test_what_an_earlier_version_saved_shares_weights_too(lm: dspy.LM) -> None:
+    state = lm.engine.dump_state()
+    del state["max_running_tokens"]
+    assert type(lm.engine).load_state(state).core is lm.engine.core

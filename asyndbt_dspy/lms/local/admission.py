@@ -16,6 +16,10 @@ from asyndbt_dspy.lms.local.jobs import Job
 DEFAULT_RUNNING_TOKENS = 65536
 
 
+Queue = tuple[str, bool]
+"""(caller, whether its jobs keep rows): each has a queue of its own."""
+
+
 def has_memory(job: Job, running: Sequence[Job], prompt_tokens: int, bound: int) -> bool:
     """Whether a job may join those that run.
 
@@ -34,7 +38,7 @@ def has_memory(job: Job, running: Sequence[Job], prompt_tokens: int, bound: int)
     return (len(rows) + 1) * longest <= bound and prompt_tokens + len(job.prompt) <= bound
 
 
-def next_job(waiting: OrderedDict[str, deque[Job]], fits: Callable[[Job], bool]) -> Job | None:
+def next_job(waiting: OrderedDict[Queue, deque[Job]], fits: Callable[[Job], bool]) -> Job | None:
     """Take the next caller's first job off the queues, or None when nobody's may join.
 
     Where there is no memory for a job, nobody else's overtakes it, lest it wait for ever: but for those that need no

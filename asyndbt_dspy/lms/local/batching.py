@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from dspy.lm15 import LM15Error, NotConfiguredError, ServerError
 
-from asyndbt_dspy.lms.local.admission import DEFAULT_RUNNING_TOKENS, has_memory, next_job
+from asyndbt_dspy.lms.local.admission import DEFAULT_RUNNING_TOKENS, Queue, has_memory, next_job
 from asyndbt_dspy.lms.local.attention import PackedAttention
 from asyndbt_dspy.lms.local.jobs import LONGEST_TAIL, Decoder, Job, PromptBudget, finish, guarded
 from asyndbt_dspy.lms.local.lanes import Lanes, split_pass
@@ -65,7 +65,7 @@ class Scheduler:
         self._lanes = Lanes(decoder.device)
         self._condition = threading.Condition()
         self._arrived: list[Job] = []
-        self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
+        self._waiting: OrderedDict[Queue, deque[Job]] = OrderedDict()
         self._running: list[Job] = []
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -162,7 +162,8 @@ class Scheduler:
                 return False
             arrived, self._arrived = self._arrived, []
         for job in arrived:
-            self._waiting.setdefault(job.caller, deque()).append(job)
+            # What needs no memory does not stand behind what waits for it.
+            self._waiting.setdefault((job.caller, job.row_tokens > 0), deque()).append(job)
         return True
 
     def _step(self) -> None:

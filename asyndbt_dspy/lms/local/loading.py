@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import weakref
 from pathlib import Path
@@ -68,6 +70,12 @@ def _key(settings: dict[str, Any]) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    parameters = inspect.signature(engines_for).parameters.values()
+    return {one.name: one.default for one in parameters if one.default is not one.empty}
+
+
 def shared_engines(state: dict[str, Any]) -> tuple[LocalEngine, AsyncLocalEngine]:
     """Engines for a saved state.
 
@@ -76,7 +84,8 @@ def shared_engines(state: dict[str, Any]) -> tuple[LocalEngine, AsyncLocalEngine
     """
     with _loading:
         with _registering:
-            core = next((core for core in _alive.get(_key(state), ()) if not core.closed), None)
+            key = _key(_defaults() | state)  # an earlier version may not have saved what has a default now
+            core = next((core for core in _alive.get(key, ()) if not core.closed), None)
         if core is None:
             return engines_for(**state)
         return LocalEngine(core, state), AsyncLocalEngine(core, state)
