@@ -291,15 +291,14 @@ def _format(value: Any) -> int:
     """The oldest format that can say all of ``value``."""
     if isinstance(value, tuple):
         return max(map(_format, value), default=1)
-    if not dataclasses.is_dataclass(value):
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return 1
     found = 1
     for name, since, default in _fields(type(value)):
         said = getattr(value, name)
         if since == 1 or said != default:
             found = max(found, since)
-            if isinstance(said, tuple) or dataclasses.is_dataclass(said):
-                found = max(found, _format(said))
+            found = max(found, _format(said))
     return found
 
 
