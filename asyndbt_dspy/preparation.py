@@ -16,7 +16,7 @@ from asyndbt_dspy.core.config import AlgorithmConfig
 from asyndbt_dspy.core.server import Member
 from asyndbt_dspy.errors import ConfigurationError
 from asyndbt_dspy.lms.failures import FailureKind
-from asyndbt_dspy.programs import checks, demos, proposals, slots
+from asyndbt_dspy.programs import demos, proposals, slots
 from asyndbt_dspy.programs.endings import demo_endings
 from asyndbt_dspy.programs.evaluator import WorkerPart
 from asyndbt_dspy.programs.labels import example_labels
@@ -25,7 +25,6 @@ from asyndbt_dspy.programs.rollout import Rollout
 from asyndbt_dspy.programs.slots import DemoItem, ProgramSpace
 from asyndbt_dspy.setup_rollouts import Asked, SetupRollouts
 from asyndbt_dspy.sharding import Shard, race_examples
-from asyndbt_dspy.workers import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -109,16 +108,6 @@ def check_names(student: dspy.Module, instructions: Mapping[str, Sequence[str]] 
         for text in texts:
             if not isinstance(text, str):
                 raise ConfigurationError(f"instructions for {name!r} must be texts, got {text!r}")
-
-
-def check_valsets(workers: Sequence[Worker]) -> None:
-    """Warn where a worker is to race on what another one trains on (``checks`` compares with its own trainset)."""
-    for worker in workers:
-        if worker.valset:
-            others = [example for one in workers if one is not worker for example in one.trainset]
-            checks.check_overlap(
-                others, worker.valset, name=f"trainsets of other workers than {worker.name!r}"
-            )
 
 
 def labelled_items(

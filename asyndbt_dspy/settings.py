@@ -97,7 +97,10 @@ def check_data(
     layout = demo_slots(
         student, demos_per_class=optimizer.options.demos_per_class, demo_slots=optimizer.options.demo_slots
     )
-    preparation.check_valsets(workers)
+    checks.check_overlap_of_others(
+        {worker.name: worker.trainset for worker in workers},
+        {worker.name: worker.valset for worker in workers if worker.valset},
+    )
     for worker in workers:
         lm = worker.first_lm or dspy.settings.lm
         if optimizer.config.repeats and getattr(lm, "cache", False):

@@ -22,6 +22,7 @@ __all__ = [
     "check_inputs",
     "check_lms",
     "check_overlap",
+    "check_overlap_of_others",
     "check_student",
     "check_teacher",
     "held_out",
@@ -155,14 +156,30 @@ def check_overlap(
 ) -> int:
     """How many validation examples have the inputs of a training example; logs a warning if any have."""
     trained = {inputs_text(example) for example in trainset}
-    shared = sum(inputs_text(example) in trained for example in valset)
+    return _tell_of_overlap(sum(inputs_text(example) in trained for example in valset), len(valset), name)
+
+
+def check_overlap_of_others(
+    trainsets: Mapping[str, Sequence[dspy.Example]], valsets: Mapping[str, Sequence[dspy.Example]]
+) -> None:
+    """``check_overlap`` of each worker's validation examples with what the other workers train on, each text read once."""
+    owners: dict[str, set[str]] = {}
+    for worker, examples in trainsets.items() if valsets else ():
+        for example in examples:
+            owners.setdefault(inputs_text(example), set()).add(worker)
+    for worker, examples in valsets.items():
+        shared = sum(bool(owners.get(inputs_text(example), set()) - {worker}) for example in examples)
+        _tell_of_overlap(shared, len(examples), f"trainsets of other workers than {worker!r}")
+
+
+def _tell_of_overlap(shared: int, count: int, name: str) -> int:
     if shared:
         logger.warning(
             "%d of %d examples of the valset have the inputs of an example of the %s: the final comparison "
             "would be made on examples that the candidates were chosen on or show as demos. Remove them from "
             "one of the two.",
             shared,
-            len(valset),
+            count,
             name,
         )
     return shared

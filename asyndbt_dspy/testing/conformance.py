@@ -233,13 +233,18 @@ class EngineConformance:
         assert run.server.finish_reason == "enough"
         assert run.server.race is not None
 
+    async def _until_one_hangs(self) -> tuple[ServerState, Engine, asyncio.Future[None]]:
+        """A run whose evaluations hang from the fourth on."""
+        server, workers = small_machines(quick(), calls=120, examples=7, held_out=5)
+        gate = Gate(after=4)
+        engine, scorer = self.build(gate, scripted_delays)
+        running = asyncio.ensure_future(engine.run(server, workers, scorer))
+        await gate.reached.wait()
+        return server, engine, running
+
     def test_a_stop_from_another_thread_does_not_wait_for_an_evaluation_that_hangs(self) -> None:
         async def stopped() -> ServerState:
-            server, workers = small_machines(quick(), calls=120, examples=7, held_out=5)
-            gate = Gate(after=4)
-            engine, scorer = self.build(gate, scripted_delays)
-            running = asyncio.ensure_future(engine.run(server, workers, scorer))
-            await gate.reached.wait()
+            server, engine, running = await self._until_one_hangs()
             thread = threading.Thread(target=engine.stop_search, args=("enough", False))
             thread.start()
             await asyncio.wait([running], timeout=_AT_ONCE_S)
@@ -350,11 +355,7 @@ class EngineConformance:
 
     def test_cancelling_a_run_leaves_no_task(self) -> None:
         async def cancelled() -> None:
-            server, workers = small_machines(quick(), calls=120, examples=7, held_out=5)
-            gate = Gate(after=4)
-            engine, scorer = self.build(gate, scripted_delays)
-            running = asyncio.ensure_future(engine.run(server, workers, scorer))
-            await gate.reached.wait()
+            *_, running = await self._until_one_hangs()
             running.cancel()
             await asyncio.wait([running])
             assert running.cancelled()

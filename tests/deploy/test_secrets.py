@@ -133,14 +133,19 @@ def test_a_secret_of_the_environment_is_refused(tmp_path: Path, monkeypatch: pyt
     assert KEY not in str(refused.value)
 
 
+def saved_beside(value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """``program.json`` with a demo that holds a value of the environment."""
+    monkeypatch.setenv("DB_PASSWORD", value)
+    program = kit.tuned("single")
+    program.demos[0]["message"] = f"I forgot my {value}"
+    return (save_artifact(program, tmp_path / "a") / "program.json").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("value", ["password", "Disabled", "PRODUCTION", "20240131"])
 def test_words_and_numbers_of_the_environment_are_no_secrets(
     value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DB_PASSWORD", value)
-    program = kit.tuned("single")
-    program.demos[0]["message"] = f"I forgot my {value}"
-    save_artifact(program, tmp_path / "a")
+    assert f"I forgot my {value}" in saved_beside(value, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -149,11 +154,8 @@ def test_words_and_numbers_of_the_environment_are_no_secrets(
 def test_what_is_no_word_is_a_secret_of_the_environment(
     value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DB_PASSWORD", value)
-    program = kit.tuned("single")
-    program.demos[0]["message"] = f"I forgot my {value}"
     with pytest.raises(ArtifactError, match="DB_PASSWORD"):
-        save_artifact(program, tmp_path / "a")
+        saved_beside(value, tmp_path, monkeypatch)
 
 
 def test_errors_of_loading_name_no_path(tmp_path: Path) -> None:
