@@ -205,10 +205,12 @@ def test_a_valset_that_overlaps_the_trainset_is_warned_of(caplog: pytest.LogCapt
 
 
 def test_a_valset_of_a_worker_that_overlaps_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    workers = [Worker("eu", kit.examples(20), valset=kit.examples(6, start=18)), shard("us")]
+    others = Worker("us", kit.examples(20, start=100))
+    workers = [Worker("eu", kit.examples(20), valset=kit.examples(6, start=18)), others]
     with dspy.context(lm=kit.color_lm()):
         compiled(workers=workers)
     assert any("2 of 6 examples" in one.message and "'eu'" in one.message for one in caplog.records)
+    assert not any("other workers" in one.message for one in caplog.records)
 
 
 def test_a_valset_that_overlaps_another_workers_trainset_is_warned_of(

@@ -195,12 +195,18 @@ def test_a_program_that_waits_for_a_thread_is_held_back() -> None:
         with watching_calls(lambda: now[0]) as second:
             waiting = asyncio.ensure_future(runner.run(Busy(), EXAMPLE))
             await asyncio.sleep(0)
+        with watching_calls(lambda: now[0]) as third:
+            cancelled = asyncio.ensure_future(runner.run(Busy(), EXAMPLE))
+            await asyncio.sleep(0)
+        now[0] = 50.0
+        cancelled.cancel()
+        await asyncio.wait([cancelled])
         now[0] = 100.0
-        held += [first.held_s(), second.held_s()]
+        held += [first.held_s(), second.held_s(), third.held_s()]
         go_on.set()
         await asyncio.gather(running, waiting)
         now[0] = 200.0
         return [*held, second.held_s()]
 
     with ThreadPoolExecutor(1) as threads:
-        assert asyncio.run(main(threads)) == [0.0, 100.0, 100.0]
+        assert asyncio.run(main(threads)) == [0.0, 100.0, 50.0, 100.0]

@@ -11,6 +11,7 @@ from test_stragglers import evaluator, virtually
 from virtual_loop import standing_still
 
 from asyndbt_dspy.lms.call_watch import held_back, on_the_wire, watching_calls
+from asyndbt_dspy.programs.paid_rollouts import STOP
 from asyndbt_dspy.programs.rollout import Rollout
 from asyndbt_dspy.programs.time_limit import Patience, within
 
@@ -137,7 +138,10 @@ def test_what_waits_for_its_turn_here_takes_none_of_its_time(call: Any, expected
     assert (found, round(seconds, 2)) == expected
 
 
-def test_a_rollout_that_waits_for_a_rate_limit_is_not_missing() -> None:
+@pytest.mark.parametrize(("stops", "score"), [(False, 1.0), (True, None)])
+def test_a_rollout_that_waits_for_a_rate_limit_is_not_missing_unless_the_run_is_to_stop(
+    stops: bool, score: float | None
+) -> None:
     async def go() -> Any:
         made, runner = evaluator([])
         made.rollout_timeout_s = 60.0
@@ -147,9 +151,15 @@ def test_a_rollout_that_waits_for_a_rate_limit_is_not_missing() -> None:
             return Rollout(1.0)
 
         runner.run = five_calls  # type: ignore[method-assign]
-        return await made.rollout("w", dspy.Predict("question -> answer"), dspy.Example())
+        rollout = asyncio.ensure_future(made.rollout("w", dspy.Predict("question -> answer"), dspy.Example()))
+        await asyncio.sleep(1.0)
+        if stops:
+            made.gate.hold(STOP)
+        return await rollout
 
-    assert virtually(go())[0].score == 1.0
+    rollout, seconds = virtually(go())
+    assert rollout.score == score
+    assert not stops or seconds < 61.0
 
 
 def test_a_call_at_its_limit_is_not_looked_at_every_instant_while_it_is_held() -> None:
