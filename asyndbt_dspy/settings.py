@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import numbers
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,9 @@ def check_settings(optimizer: AsynDBT) -> None:
         raise ConfigurationError(
             f"budget={optimizer.budget!r} must be a Budget; for so many metric calls Budget(metric_calls=…)"
         )
-    if optimizer.run_dir is None and (optimizer.resume or optimizer.fsync):
+    if optimizer.run_dir is not None:
+        _check_run_dir(optimizer.run_dir)
+    elif optimizer.resume or optimizer.fsync:
         raise ConfigurationError(
             f"{'resume' if optimizer.resume else 'fsync'}=True needs the run_dir=… that the journals are kept in"
         )
@@ -117,6 +120,13 @@ def check_data(
     if valset:
         checks.check_examples(student, valset, name="valset")
         checks.check_overlap([one for worker in workers for one in worker.trainset], valset)
+
+
+def _check_run_dir(run_dir: object) -> None:
+    if not isinstance(run_dir, (str, os.PathLike)) or not isinstance(os.fspath(run_dir), str):
+        raise ConfigurationError(f"run_dir={run_dir!r} must be the path of a folder: a str or a Path")
+    if not os.fspath(run_dir).strip():  # an environment variable that is not set, mostly
+        raise ConfigurationError(f"run_dir={run_dir!r} names no folder; for the working directory say '.'")
 
 
 def _check_workers(optimizer: AsynDBT) -> None:

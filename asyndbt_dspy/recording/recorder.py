@@ -162,17 +162,28 @@ class RunRecorder(KeysOnly):
         self._outcomes = {(one.worker, one.task): one.outcomes for one in self.events.scored()}
         self.events.on_rewind = self._forget_tasks
         self._began_s = time.monotonic() - self.elapsed_s
-        for name in (_SERVER, *workers):
-            heading = {"run": directory.number, "of": name or "server", "private": name in private}
+        try:
+            self._open_journals(fsync)
+        except BaseException:
+            self._close_journals()
+            raise
+
+    def _open_journals(self, fsync: bool) -> None:
+        for name in (_SERVER, *self._workers):
+            heading = {"run": self.directory.number, "of": name or "server", "private": name in self._private}
             journal = JournalWriter(self._path(name), fsync=fsync, heading=heading)
             self._journals[name] = journal
             journal.append({"kind": "process", "pid": os.getpid(), "t": self._now()})
-        if directory.raised:
+        if self.directory.raised:
             # First in the journal: with the manifest alone, the next process would not know that its events are of less.
             self._read.raised_at = self.paid
-            self._write_server({"kind": "raised", "caps": list(directory.raised), "paid": self.paid})
+            self._write_server({"kind": "raised", "caps": list(self.directory.raised), "paid": self.paid})
             self._read.finished = False
-            directory.keep_budget()
+            self.directory.keep_budget()
+
+    def _close_journals(self) -> None:
+        for journal in self._journals.values():
+            journal.close()
 
     # -- what was read
 
@@ -297,8 +308,7 @@ class RunRecorder(KeysOnly):
 
     def close(self) -> None:
         """Close the journals and let others into the ``run_dir``."""
-        for journal in self._journals.values():
-            journal.close()
+        self._close_journals()
         self.directory.close()
 
     # -- parts

@@ -58,6 +58,10 @@ def to_prompt(
         raise ExportError(
             f"the last message is of role {prompt.role!r}; inputs can only be in a user message"
         )
+    if "self" in prompt.inputs:
+        raise ExportError(
+            "a ChatPromptTemplate takes its variables as keyword arguments, so none can be called 'self'; rename the input"
+        )
     literal = [LITERAL[role](content=content) for role, content in prompt.literal]
     last = HumanMessagePromptTemplate.from_template(_template(prompt))
     return ChatPromptTemplate([*literal, last], partial_variables=dict(prompt.defaults))

@@ -153,6 +153,8 @@ def test_the_response_format_is_what_dspy_sends() -> None:
 def test_what_cannot_be_exact_is_refused() -> None:
     with pytest.raises(ExportError, match="History"):
         to_prompt(dspy.Predict("history: dspy.History, q -> a"))
+    with pytest.raises(ExportError, match="none can be called 'self'"):
+        to_prompt(dspy.Predict("self -> a"))
 
 
 def test_no_response_format_of_inputs_that_a_prompt_cannot_express() -> None:

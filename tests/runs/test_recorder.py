@@ -6,10 +6,12 @@ from pathlib import Path
 
 import dspy
 import kit
+import pytest
 from crashes import entries
 
 from asyndbt_dspy.core.messages import StopSearch, WorkerLost
 from asyndbt_dspy.engines.protocols import SERVER, Recorded
+from asyndbt_dspy.errors import JournalError
 from asyndbt_dspy.programs.paid_rollouts import PaidRollout, RolloutKey
 from asyndbt_dspy.programs.rollout import Rollout
 from asyndbt_dspy.recording.recorder import RunRecorder
@@ -55,6 +57,28 @@ def test_after_a_turn_a_worker_takes_what_another_was_paid_for_and_no_longer_ask
     again = third.take("idle", key(1), STUDENT, False)
     assert again is not None and again.is_shared and again.usage == (1, 20, 3)
     third.close()
+
+
+def test_a_journal_that_cannot_be_opened_closes_those_that_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process(tmp_path, 10).close()
+    folder = tmp_path / "runs" / "0001" / "workers"
+    (folder / "clinic.jsonl").unlink()
+    (folder / "clinic.jsonl").symlink_to(tmp_path / "nowhere" / "file")  # the last one of all
+    opened: list[JournalWriter] = []
+
+    def append(journal: JournalWriter, entry: object) -> None:
+        opened.append(journal)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(JournalWriter, "append", append)
+        with pytest.raises(JournalError, match=r"cannot write .*clinic"):
+            process(tmp_path, 10)
+    assert [one.path.stem for one in opened] == ["server", "asked", "idle"]
+    for journal in opened:
+        with pytest.raises(JournalError, match="it is closed"):
+            journal.append({"kind": "late"})
 
 
 SPENT = Recorded(SERVER, StopSearch("budget", race=True), 0.0)

@@ -355,6 +355,13 @@ def test_bad_settings_are_refused_before_any_call(tmp_path: Path) -> None:
     for setting in ("resume", "fsync"):
         with pytest.raises(ConfigurationError, match=f"{setting}=True needs the run_dir"):
             kit.optimizer(**{setting: True})
+    for run_dir, said in (
+        (5, "run_dir=5 must be the path"),
+        (b"runs", "must be the path"),
+        (" ", "names no folder"),
+    ):
+        with pytest.raises(ConfigurationError, match=said):
+            kit.optimizer(run_dir=run_dir)
     asked = Asked(kit.stairs(1))
     file = tmp_path / "file"
     file.touch()
