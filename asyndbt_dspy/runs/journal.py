@@ -139,12 +139,18 @@ class JournalWriter:
             # On Windows a file is opened as text, whose line ends are two bytes, unless one says otherwise.
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
             self._file = os.open(path, flags, 0o600)
-            os.ftruncate(self._file, end)
         except OSError as error:
             raise JournalError(f"cannot write {path}: {error}") from error
         self._count = count
-        if not count:
-            self.append({"kind": "journal", "format": FORMAT, **(heading or {})})
+        try:
+            os.ftruncate(self._file, end)
+            if not count:
+                self.append({"kind": "journal", "format": FORMAT, **(heading or {})})
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError):
+                raise JournalError(f"cannot write {path}: {error}") from error
+            raise
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Hand ``entry`` to the operating system.

@@ -138,6 +138,30 @@ def test_a_journal_is_written_as_bytes_where_files_are_text_by_default(
     assert flags and all(how & binary for how in flags)
 
 
+@pytest.mark.parametrize("fails", ["write", "ftruncate"])
+def test_a_journal_that_cannot_be_begun_leaves_no_file_open(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[int] = []
+
+    def note(*arguments: Any) -> int:
+        opened.append(really(*arguments))
+        return opened[-1]
+
+    def refuse(*arguments: Any) -> int:
+        raise OSError(28, "no space left on device")
+
+    really = os.open
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", note)
+        patched.setattr(os, fails, refuse)
+        with pytest.raises(JournalError, match="no space left"):
+            JournalWriter(tmp_path / "j.jsonl")
+    (file,) = opened
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(file)
+
+
 def test_threads_write_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     journal = JournalWriter(path)
