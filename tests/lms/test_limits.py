@@ -297,12 +297,12 @@ def test_a_plain_call_on_the_loop_itself_waits_for_no_task_of_that_loop() -> Non
         held = await endpoint.enter(0, slots)
         endpoint.leave(endpoint.enter_blocking(0, slots))
         endpoint.leave(held)
+        has_ended.set()
 
     # In a thread: a loop that stands still cannot be ended from within.
-    running = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
-    running.start()
-    running.join(10)
-    assert not running.is_alive()
+    has_ended = threading.Event()
+    threading.Thread(target=lambda: asyncio.run(run()), daemon=True).start()
+    assert has_ended.wait(10)
     endpoints.close()
 
 
