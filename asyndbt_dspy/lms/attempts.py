@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import dspy
 from dspy.clients.backend_selection import select_backend
-from dspy.clients.engines import AsyncLegacyEngine, LegacyEngine
 
 # Private to DSPy 3.4, as is what `LM.forward` does with them: its public result has lost why an answer ended, and counts
 # tokens otherwise. test_settings_of_a_backend_reach_it_as_without_metering fails when these move.
@@ -31,6 +29,7 @@ from dspy.utils.exceptions import LMError
 
 from asyndbt_dspy.errors import ConfigurationError
 from asyndbt_dspy.lms.identity import lm_identity
+from asyndbt_dspy.lms.legacy_engines import as_body, legacy_engines
 
 _CLIENT_SETTINGS = (
     "api_key",
@@ -250,12 +249,10 @@ def answers_async(lm: dspy.BaseLM) -> bool:
 def _engines_of(lm: dspy.BaseLM) -> tuple[Any, Any]:
     settings = backend_settings(lm)
     if not _is_managed(lm):
+        is_async = answers_async(lm)
         if settings:
-            return _WithMessages(lm, settings), _AsyncWithMessages(lm, settings)
-        with warnings.catch_warnings():
-            # DSPy 3.4 has no other way to an LM of the old kind, and drops both together in 3.5.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            return LegacyEngine(lm), AsyncLegacyEngine(lm) if answers_async(lm) else None
+            return _WithMessages(lm, settings), _AsyncWithMessages(lm, settings) if is_async else None
+        return legacy_engines(lm, is_async=is_async)
     assert isinstance(lm, dspy.LM)
     if isinstance(lm.engine, str):
         bare = lm.copy(cache=False, num_retries=0, callbacks=[])
@@ -310,7 +307,11 @@ class _WithMessages:
         with _unseen():
             arguments = _arguments(self._lm, request, self._settings)
             call = prepare(self._lm, None, arguments.pop("messages"), arguments)
-            return execute(self._lm, call).typed(request, self._lm.model_type)  # type: ignore[no-any-return]
+            return self._response(execute(self._lm, call), request)
+
+    def _response(self, result: Any, request: Request) -> Response:
+        result.raw = as_body(result.raw)
+        return result.typed(request, self._lm.model_type)  # type: ignore[no-any-return]
 
 
 class _AsyncWithMessages(_WithMessages):
@@ -318,8 +319,7 @@ class _AsyncWithMessages(_WithMessages):
         with _unseen():
             arguments = _arguments(self._lm, request, self._settings)
             call = prepare(self._lm, None, arguments.pop("messages"), arguments, asynchronous=True)
-            result = await aexecute(self._lm, call)
-            return result.typed(request, self._lm.model_type)  # type: ignore[no-any-return]
+            return self._response(await aexecute(self._lm, call), request)
 
 
 def _arguments(lm: dspy.BaseLM, request: Request, settings: Mapping[str, Any]) -> dict[str, Any]:

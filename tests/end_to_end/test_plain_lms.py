@@ -19,8 +19,8 @@ from asyndbt_dspy.programs.proposals import propose_instructions
 class Own(dspy.BaseLM):
     """A client of somebody's own, as DSPy's documentation has it."""
 
-    def __init__(self) -> None:
-        super().__init__(model="own/m", cache=False)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(model="own/m", cache=False, **settings)
 
     def forward(self, prompt: Any = None, messages: Any = None, **options: Any) -> Any:
         message = SimpleNamespace(content=kit.stairs(1)(messages), tool_calls=None)
@@ -76,6 +76,10 @@ def test_a_program_that_could_be_awaited_is_called_plainly_for_them(lm: Any) -> 
         {"lm": plain_lm(), "requests_per_minute": 60_000},
         {"lm": [plain_lm(), kit.color_lm()]},
         {"lm": [kit.color_lm(), plain_lm()]},
+        {"lm": Own(), "requests_per_minute": 60_000},
+        {"lm": Own(num_ctx=512), "requests_per_minute": 60_000},
+        {"lm": OwnAsync(), "requests_per_minute": 60_000},
+        {"lm": OwnAsync(num_ctx=512), "requests_per_minute": 60_000},
     ],
 )
 def test_metered_and_behind_one_another_they_stay_what_they_are(settings: dict[str, Any]) -> None:
