@@ -18,7 +18,7 @@ from asyndbt_dspy.core.server import ServerState
 from asyndbt_dspy.engines.meter import RunMeter
 from asyndbt_dspy.engines.protocols import SERVER, Recorded
 from asyndbt_dspy.engines.simulated import SimulatedEngine, lognormal_delays
-from asyndbt_dspy.simulation.machines import CoinEvaluator, light_machines
+from asyndbt_dspy.simulation.machines import CoinEvaluator, light_workers
 
 _HELD_OUT = 4
 
@@ -87,16 +87,17 @@ def measure_server(
 
     Returns:
         ``server_us_per_message`` is CPU time inside ``ServerState.receive``; ``collector_us_per_message`` the part of it that
-        passes of the garbage collector took, which go over the objects of all simulated workers as well.
+        passes of the garbage collector took. These go over the server's objects and over what the simulated workers make
+        during the run; what the workers hold from the start is frozen (``gc.freeze``).
     """
     config = waiting_config(active, waits, max_staleness=max_staleness)
     race = min((config.race_candidates + 1) * _HELD_OUT * workers, messages)
     calls = messages * config.draws * config.minibatch + race
     before = resident_mib()
-    server, machines = light_machines(
-        workers, config, calls=calls, held_out=_HELD_OUT, server_type=TimedServer
-    )
-    assert isinstance(server, TimedServer)
+    space, members, machines = light_workers(workers, config, held_out=_HELD_OUT)
+    gc.collect()  # what an earlier run left behind
+    gc.freeze()  # on a cluster they live elsewhere
+    server = TimedServer(space, members, config, calls)
     meter, memory = RunMeter(server), [resident_mib()]
 
     def watch(recorded: Recorded) -> None:
@@ -104,10 +105,12 @@ def measure_server(
             memory.append(resident_mib())
 
     engine = SimulatedEngine(lognormal_delays(0.03, 1.0, seed=workers))
-    gc.collect()  # what an earlier run left behind
     begun = time.perf_counter()
-    with server.collector.running():
-        asyncio.run(engine.run(server, machines, CoinEvaluator(), [meter, watch]))
+    try:
+        with server.collector.running():
+            asyncio.run(engine.run(server, machines, CoinEvaluator(), [meter, watch]))
+    finally:
+        gc.unfreeze()
     return {
         "workers": workers,
         "active": active,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -77,21 +78,19 @@ class CoinEvaluator:
         return Scored(request.worker, request.task, rows, sum(map(len, rows)))
 
 
-def light_machines(
+def light_workers(
     workers: int,
     config: AlgorithmConfig,
     *,
-    calls: int | None,
     held_out: int,
     examples: int = 30,
     seed: int = 0,
     is_shared: bool = False,
-    server_type: type[ServerState] = ServerState,
-) -> tuple[ServerState, list[WorkerState]]:
-    """The shipped server and ``workers`` shipped workers ``w0``, ``w1``, … with light policies.
+) -> tuple[Space, list[Member], list[WorkerState]]:
+    """``workers`` shipped workers ``w0``, ``w1``, … with light policies, and what a server has to know of them.
 
     Args:
-        calls: Budget; ``held_out`` and ``examples`` are per worker.
+        held_out, examples: Per worker.
         is_shared: They hold each other's race examples and have one LM.
     """
     group, lm = ("all", "lm") if is_shared else ("", "")
@@ -112,4 +111,17 @@ def light_machines(
         )
         for number, member in enumerate(members)
     ]
+    return space, members, machines
+
+
+def light_machines(
+    workers: int,
+    config: AlgorithmConfig,
+    *,
+    calls: int | None,
+    server_type: type[ServerState] = ServerState,
+    **changes: Any,
+) -> tuple[ServerState, list[WorkerState]]:
+    """The shipped server and the workers of ``light_workers``, whose arguments ``changes`` are; ``calls`` is the budget."""
+    space, members, machines = light_workers(workers, config, **changes)
     return server_type(space, members, config, calls), machines
