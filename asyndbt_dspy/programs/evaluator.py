@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -20,6 +20,7 @@ from asyndbt_dspy.errors import BudgetExceededError, MetricError, WorkerFailedEr
 from asyndbt_dspy.lms.call_watch import watching_calls
 from asyndbt_dspy.lms.callers import calling_as
 from asyndbt_dspy.lms.failures import FailureKind
+from asyndbt_dspy.programs.health import Health
 from asyndbt_dspy.programs.paid_rollouts import PaidRollout, RolloutBook, RolloutGate, RolloutKey
 from asyndbt_dspy.programs.rollout import Rollout, Runner
 from asyndbt_dspy.programs.slots import ProgramSpace
@@ -80,22 +81,6 @@ CacheKey = tuple[Candidate, str, bool, int]
 """(candidate, worker, held out, example): a worker has one LM, so this names a rollout within a run."""
 
 
-@dataclass
-class _Health:
-    """Failures in a row of one worker's LM."""
-
-    in_row: int = 0
-    endpoint_in_row: int = 0
-    refused_in_row: int = 0
-
-
-_ENDPOINT_FAILURES = 3
-"""An endpoint that refuses the key or does not know the model will not learn: three in a row are enough."""
-_REFUSALS = 5
-"""Refused examples (too long, filtered) say little of the LM, so it takes ``_REFUSALS * max_failures`` in a row to set a
-worker aside; without a bound a shard of nothing else would be asked for ever."""
-
-
 _SHARED_FIELDS = tuple(one.name for one in fields(Outcome) if one.name != "skipped")
 """What the algorithm sees of a rollout has the same names there."""
 
@@ -136,7 +121,7 @@ class ProgramEvaluator:
     gate: RolloutGate = field(default_factory=RolloutGate)
     _twins: dict[tuple[str, bytes], Outcome | asyncio.Future[Outcome]] = field(default_factory=dict)
     _gates: dict[str, asyncio.Semaphore] = field(default_factory=dict)
-    _health: dict[str, _Health] = field(default_factory=dict)
+    _health: dict[str, Health] = field(default_factory=lambda: defaultdict(Health))
     _left: dict[CacheKey, asyncio.Task[Outcome]] = field(default_factory=dict)
     _left_tasks: set[asyncio.Task[Any]] = field(default_factory=set)
     _late: Counter[str] = field(default_factory=Counter)  # completed after they were left behind
@@ -367,7 +352,7 @@ class ProgramEvaluator:
             if self.book is not None and name is not None:
                 self.book.keep(worker, name, program, PaidRollout(rollout, usage))
             self._count_usage(worker, usage)
-            self._count(worker, rollout)
+            self._count(worker, example, rollout)
             self.stragglers.note(worker, rollout.seconds)
             if rollout.score is not None and asyncio.current_task() in self._left_tasks:
                 self._late[worker] += 1
@@ -403,12 +388,19 @@ class ProgramEvaluator:
             return None
         with calling_as(worker):
             self.runner.note_paid(program, example, trace=trace)
-        return self._paid(worker, name, program, paid)
+        return self._paid(worker, name, program, example, paid)
 
-    def _paid(self, worker: str, name: RolloutKey | None, program: dspy.Module, paid: PaidRollout) -> Rollout:
+    def _paid(
+        self,
+        worker: str,
+        name: RolloutKey | None,
+        program: dspy.Module,
+        example: dspy.Example,
+        paid: PaidRollout,
+    ) -> Rollout:
         """Count what was paid for before. A worker that it shows to fail was set aside then, and is again."""
         self._count_usage(worker, paid.usage)
-        self._count(worker, paid.rollout)
+        self._count(worker, example, paid.rollout)
         self.use(worker).reused += paid.is_shared
         if not paid.is_recorded and self.book is not None and name is not None:
             self.book.keep(worker, name, program, paid)
@@ -439,10 +431,9 @@ class ProgramEvaluator:
             "make it return a bool or a number for every example"
         )
 
-    def _count(self, worker: str, rollout: Rollout) -> None:
+    def _count(self, worker: str, example: dspy.Example, rollout: Rollout) -> None:
         use = self.use(worker)
         use.busy_s += rollout.seconds
-        health = self._health.setdefault(worker, _Health())
         if rollout.error:
             # An error may quote the prompt; of a private worker's only the kind is told.
             private = self.parts[worker].private
@@ -450,14 +441,10 @@ class ProgramEvaluator:
         if rollout.score is not None:
             use.calls += 1
             use.failed += rollout.failure is FailureKind.PROGRAM
-            self._health[worker] = _Health()
+            self._health[worker] = Health()
             return
         use.missing += 1
-        if rollout.failure is FailureKind.EXAMPLE:
-            health.refused_in_row += 1
-        else:
-            health.in_row += 1
-            health.endpoint_in_row += rollout.failure is FailureKind.ENDPOINT
+        self._health[worker].note(example, rollout.failure)
 
     def _count_usage(self, worker: str, usage: tuple[int, int, int]) -> None:
         use = self.use(worker)
@@ -466,12 +453,7 @@ class ProgramEvaluator:
         use.completion_tokens += usage[2]
 
     def _check_health(self, worker: str) -> None:
-        health = self._health.setdefault(worker, _Health())
-        last = f"the last error: {self.use(worker).last_error}"
-        if health.in_row >= self.max_failures or health.endpoint_in_row >= _ENDPOINT_FAILURES:
-            raise WorkerFailedError(f"its LM failed {health.in_row} times in a row; {last}")
-        if health.refused_in_row >= _REFUSALS * self.max_failures:
-            raise WorkerFailedError(f"its LM refused {health.refused_in_row} examples in a row; {last}")
+        self._health[worker].check(self.max_failures, self.use(worker).last_error)
 
 
 def _nowhere(request: Evaluate) -> tuple[tuple[Outcome, ...], ...]:

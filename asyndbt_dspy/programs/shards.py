@@ -88,11 +88,16 @@ def held_out(
     if not 0.0 < fraction < 1.0:
         raise ConfigurationError(f"the held-out fraction must be above 0 and below 1, got {fraction}")
     groups = _groups(list(shard), strata, random.Random(seed))
-    wanted = min(len(shard) - 1, max(1, round(fraction * len(shard))))
+    wanted = race_count(len(shard), fraction)
     shares = _apportioned([len(group) for group in groups], wanted)
     race = sorted(index for group, share in zip(groups, shares, strict=True) for index in group[:share])
     kept_back = set(race)
     return sorted(index for index in shard if index not in kept_back), race
+
+
+def race_count(count: int, fraction: float) -> int:
+    """How many of ``count`` >= 2 examples are raced on: at least one, and not all."""
+    return min(count - 1, max(1, round(fraction * count)))
 
 
 def _apportioned(sizes: Sequence[int], wanted: int) -> list[int]:
