@@ -66,7 +66,13 @@ async def prepare(
     started = time.perf_counter()
     checks.check_student(student)
     workers = sharding.make_workers(
-        optimizer.workers, trainset, student, shard_key=optimizer.shard_key, seed=optimizer.seed
+        optimizer.workers,
+        trainset,
+        student,
+        optimizer.config,
+        shard_key=optimizer.shard_key,
+        has_valset=bool(valset),
+        seed=optimizer.seed,
     )
     if isinstance(optimizer.engine, RemoteRollouts):
         workers = await elsewhere(
@@ -84,7 +90,8 @@ async def prepare(
         config,
         needs_pool=needs_pool,
         seed=optimizer.seed,
-        one_trainset=isinstance(optimizer.workers, int),
+        one_trainset=not isinstance(optimizer.workers, Sequence),
+        is_fixed="minibatch" in optimizer.overridden,
     )
     surrounding = dspy.settings.lm
     lms = {worker.name: metering.worker_lm(worker, surrounding) for worker in workers}
@@ -145,7 +152,7 @@ def make_config(optimizer: AsynDBT, workers: int) -> AlgorithmConfig:
 def make_metering(optimizer: AsynDBT) -> Metering:
     """The ledger of one compile; of caps on the wire as much is kept for the race as of metric calls."""
     config = optimizer.config
-    workers = () if isinstance(optimizer.workers, int) else optimizer.workers
+    workers = optimizer.workers if isinstance(optimizer.workers, Sequence) else ()
     kept_back = config.race_fraction if config.race else 0.0
     return Metering(optimizer.budget, kept_back, optimizer.prices, workers)
 

@@ -50,7 +50,8 @@ class AsynDBT(Teleprompter):
         metric: ``(gold, prediction) -> bool | float | dspy.Prediction(score=…, feedback=…)``, in [0, 1], higher is better
             (other scales are ranked by, but not read as good and bad runs: a warning says so); may take DSPy's further
             arguments and may be ``async``.
-        workers: A number (``trainset`` is split, stratified by label), or a list of ``Worker`` with their own shards.
+        workers: A number (``trainset`` is split, stratified by label), or a list of ``Worker`` with their own shards. By default
+            three, fewer where ``trainset`` is too small to give each of them a minibatch.
         auto: Budget in metric calls: ``light`` 300, ``medium`` 1,200, ``heavy`` 4,000. Ignored where ``budget`` is given.
         budget: Hard caps on metric calls, LM calls, tokens, dollars, seconds; see ``Budget``.
         preset: ``default``, ``paper`` (faithful to the paper) or ``cendbt`` (its centralised form, one worker).
@@ -77,7 +78,7 @@ class AsynDBT(Teleprompter):
         straggler_factor: A rollout that takes so many times its worker's usual time (and a second at least) is left behind once
             two thirds of its unit are in: it counts as missing and as paid for, and its answer is there the next
             time. > 1; ``None``, and under ``deterministic``: every rollout is waited for.
-        max_failures: Missing rollouts in a row after which a worker is set aside.
+        max_failures: Missing rollouts in a row, of more than one example, after which a worker is set aside.
         noisy: Scores of one candidate on one example differ from time to time (an LM judge in the metric, a sampling LM): asking
             again is new evidence for the search, and the race asks again while it is undecided. Needs LMs without
             DSPy's response cache (``cache=False``).
@@ -106,7 +107,7 @@ class AsynDBT(Teleprompter):
         self,
         metric: Callable[..., Any],
         *,
-        workers: int | Sequence[Worker] = 3,
+        workers: int | Sequence[Worker] | None = None,
         auto: Literal["light", "medium", "heavy"] = "light",
         budget: Budget | None = None,
         preset: Literal["default", "paper", "cendbt"] = "default",
@@ -197,8 +198,8 @@ class AsynDBT(Teleprompter):
         check_settings(self)
 
     def get_params(self) -> dict[str, Any]:
-        """Plain settings, without LMs, data or results."""
-        count = self.workers if isinstance(self.workers, int) else len(self.workers)
+        """Plain settings, without LMs, data or results; ``workers`` is ``None`` where the data decide."""
+        count = len(self.workers) if isinstance(self.workers, Sequence) else self.workers
         return {
             "preset": self.preset,
             "seed": self.seed,
@@ -220,9 +221,10 @@ class AsynDBT(Teleprompter):
 
         Args:
             student: Never changed.
-            trainset: Examples with inputs declared, where ``workers`` is a number.
+            trainset: Examples with inputs declared, where ``workers`` is no list.
             teacher: Program whose traces become demos; default the student.
-            valset: Held-out examples of the final race; without it a quarter of each shard is kept back.
+            valset: Held-out examples of the final race; without it a quarter of the data is kept back, up to half where that is
+                fewer than 24.
 
         Returns:
             A new program with the student's LMs; the student's own form if nothing beat it.

@@ -131,6 +131,10 @@ def _check_run_dir(run_dir: object) -> None:
 
 def _check_workers(optimizer: AsynDBT) -> None:
     workers = optimizer.workers
+    if workers is None and optimizer.preset == "cendbt":
+        workers = 1
+    if workers is None:
+        return
     if isinstance(workers, numbers.Integral) and not isinstance(workers, bool):
         optimizer.workers = count = int(workers)
     elif isinstance(workers, Sequence) and all(isinstance(one, Worker) for one in workers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -14,8 +15,21 @@ from asyndbt_dspy.core.config import AlgorithmConfig
 from asyndbt_dspy.errors import ConfigurationError
 from asyndbt_dspy.programs import checks
 from asyndbt_dspy.programs.labels import example_labels
+from asyndbt_dspy.programs.shards import race_count
 from asyndbt_dspy.recording.identities import data_identity
 from asyndbt_dspy.workers import Worker
+
+logger = logging.getLogger(__name__)
+
+_FEW = (
+    "worker %r has %d examples left to estimate on, so its minibatches have %d, not %d. With so few examples hardly any program "
+    "can be told from the student; give it more if there are"
+)
+_DEFAULT_WORKERS = 3
+_RACE_PART = (0.25, 0.5)
+"""Least and largest part of the examples that is kept back for the race."""
+RACE_EXAMPLES = 24
+"""So many are kept back where that is between the two."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +52,25 @@ class Shard:
 
 
 def make_workers(
-    workers: int | Sequence[Worker],
+    workers: int | Sequence[Worker] | None,
     trainset: Sequence[dspy.Example] | None,
     student: dspy.Module,
+    config: AlgorithmConfig,
     *,
     shard_key: Any,
+    has_valset: bool,
     seed: int,
 ) -> list[Worker]:
     """The user's workers, or ``workers`` shards of ``trainset``.
 
+    Args:
+        workers: ``None``: three, or as many fewer as leave a minibatch to each.
+        has_valset: Nothing of ``trainset`` is kept back for the race.
+
     Raises:
         ConfigurationError: no data, data twice, or two workers of one name.
     """
-    if not isinstance(workers, int):
+    if isinstance(workers, Sequence):
         if trainset:
             raise ConfigurationError(
                 f"trainset with {len(trainset)} examples was given besides {len(workers)} workers that bring their own "
@@ -59,16 +79,43 @@ def make_workers(
         if not workers:
             raise ConfigurationError("workers is an empty list; give at least one Worker, or a number")
         return list(workers)
-    if workers < 1:
+    if workers is not None and workers < 1:
         raise ConfigurationError(f"workers={workers} must be at least 1")
     trainset = list(trainset or ())
     checks.check_examples(student, trainset)
     strata = None if shard_key is not None else example_labels(student, trainset)
-    parts = checks.shards(trainset, workers, key=shard_key, strata=strata, seed=seed)
+    least = _least(config, 0.0 if has_valset or not config.race else _race_part(len(trainset)))
+    counts = (workers,) if workers else _possible(trainset, least, shard_key)
+    for count in counts:
+        parts = checks.shards(trainset, count, key=shard_key, strata=strata, seed=seed)
+        if min(map(len, parts)) >= least:
+            break
     return [
         Worker(f"worker-{number}", [trainset[one] for one in part])
         for number, part in enumerate(parts, start=1)
     ]
+
+
+def _race_part(count: int, given: int = 0) -> float:
+    """The part of ``count`` examples, of all workers, that is kept back for the race beside ``given`` that are for it alone."""
+    least, most = _RACE_PART
+    return min(most, max(least, (RACE_EXAMPLES - given) / max(1, count)))
+
+
+def _least(config: AlgorithmConfig, part: float) -> int:
+    """The smallest shard that leaves a minibatch when ``part`` of it is kept back for the race."""
+    count = config.minibatch
+    while part and count - race_count(count, part) < config.minibatch:
+        count += 1
+    return count
+
+
+def _possible(trainset: Sequence[dspy.Example], least: int, shard_key: Any) -> list[int]:
+    """Numbers of workers, best first, for which there are examples and keys enough; 1 at the end."""
+    most = len(trainset) // least
+    if shard_key is not None:
+        most = min(most, len({shard_key(example) for example in trainset}))
+    return list(range(max(1, min(_DEFAULT_WORKERS, most)), 0, -1))
 
 
 def split_shards(
@@ -80,11 +127,13 @@ def split_shards(
     needs_pool: bool,
     seed: int,
     one_trainset: bool = False,
+    is_fixed: bool = True,
 ) -> list[Shard]:
     """Split every shard into estimate, pool and held-out examples; a common ``valset`` is dealt out to the workers.
 
     Args:
         one_trainset: The shards were drawn from one trainset, which no worker keeps from another.
+        is_fixed: Whether each shard must have a minibatch to estimate on; else a smaller one takes all that it has.
 
     Raises:
         ConfigurationError: a shard is too small, or nobody is left to take ``valset``.
@@ -107,7 +156,7 @@ def split_shards(
     trainsets = [list(worker.trainset) for worker in workers]
     splitting.tell_of_copies(trainsets)
     seeds = [seed + index for index in range(len(workers))]
-    fractions = [0.25 if config.race and not one else None for one in given]
+    fractions = _race_parts(trainsets, given, config) if config.race else [None] * len(workers)
     rests, raced = splitting.split(trainsets, fractions, student, seeds)
     splitting.tell_of_valset_copies(given)
     raced = splitting.dealt([own or kept_back for own, kept_back in zip(given, raced, strict=True)])
@@ -124,7 +173,9 @@ def split_shards(
         pool, estimate = pools[index], estimates[index]
         if fractions[index] is None or len(estimate) < config.minibatch <= len(rests[index]):
             pool = estimate = rests[index]
-        if len(estimate) < config.minibatch:
+        if len(estimate) < config.minibatch and not is_fixed:
+            logger.warning(_FEW, worker.name, len(estimate), len(estimate), config.minibatch)
+        elif len(estimate) < config.minibatch:
             raise ConfigurationError(
                 f"worker {worker.name!r} has {len(estimate)} examples left to estimate on (of {len(worker.trainset)} in "
                 f"its shard), fewer than the minibatch of {config.minibatch}; give it more examples, use fewer workers, "
@@ -135,6 +186,24 @@ def split_shards(
         shown = scored_on if pool is estimate else tuple(pool)
         result.append(Shard(worker, scored_on, shown, raced_on, groups[index]))
     return result
+
+
+def _race_parts(
+    trainsets: Sequence[Sequence[dspy.Example]],
+    given: Sequence[Sequence[dspy.Example]],
+    config: AlgorithmConfig,
+) -> list[float | None]:
+    """Per worker the part of its examples that it keeps back; ``None`` where it was ``given`` others to race on.
+
+    Never more than leaves a minibatch, but for the quarter that is always kept.
+    """
+    own = [examples for examples, valset in zip(trainsets, given, strict=True) if not valset]
+    count = len({checks.inputs_text(one) for examples in own for one in examples})
+    part, (least, _) = _race_part(count, sum(map(len, given))), _RACE_PART
+    return [
+        None if valset else max(least, min(part, 1.0 - config.minibatch / len(examples)))
+        for examples, valset in zip(trainsets, given, strict=True)
+    ]
 
 
 def _groups(workers: Sequence[Worker], *, has_common_valset: bool, one_trainset: bool) -> list[str]:

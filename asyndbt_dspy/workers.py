@@ -23,7 +23,8 @@ class Worker:
     Attributes:
         name: Unique among the workers of a run; appears in results and logs.
         trainset: The shard. It never leaves the worker; only demos of a sharing worker do.
-        valset: Held-out examples for the final race; without it a quarter of the shard is kept back.
+        valset: Held-out examples for the final race; without it a quarter of the shard is kept back, up to half where all workers
+            together would keep fewer than 24.
         lm: The LM of this worker; ``None``: the LM of the surrounding ``dspy.context`` or ``dspy.configure``. Predictors
             with an LM of their own keep it. A list: LMs or keys in order; one that is dead is left out and tried again
             later.

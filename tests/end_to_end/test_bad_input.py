@@ -60,11 +60,11 @@ CASES: dict[str, tuple[Callable[[], Any], list[str]]] = {
         ["valset of worker 'w'", "0 examples"],
     ),
     "shard below the minibatch": (
-        lambda: compiled(workers=[shard("big"), shard("small", 5)]),
+        lambda: compiled(workers=[shard("big"), shard("small", 5)], config={"minibatch": 6}),
         ["'small'", "of 5 in its shard", "minibatch of 6", "give it more examples"],
     ),
     "trainset below the minibatch": (
-        lambda: compiled(kit.examples(9)),
+        lambda: compiled(kit.examples(9), config={"minibatch": 6}),
         ["minibatch of 6", "use fewer workers"],
     ),
     "more workers than examples": (lambda: compiled(kit.examples(2), workers=3), ["2 examples", "3 workers"]),

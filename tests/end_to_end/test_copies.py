@@ -70,13 +70,13 @@ def test_valsets_that_repeat_are_raced_on_once(own: bool, caplog: pytest.LogCapt
 
 
 def test_without_copies_workers_are_split_each_by_itself(caplog: pytest.LogCaptureFixture) -> None:
-    trainsets = [kit.examples(40), kit.examples(40, start=100)]
+    trainsets = [kit.examples(100), kit.examples(100, start=100)]
     with caplog.at_level(logging.WARNING):
         both = shards_of(trainsets)
         alone = shards_of(trainsets[:1])
     assert not caplog.text
     assert both[0] == alone[0]
-    assert [len(shard.held_out) for shard in both] == [10, 10]
+    assert [len(shard.held_out) for shard in both] == [25, 25]
 
 
 def test_dealing_gives_each_example_to_one_of_its_holders() -> None:

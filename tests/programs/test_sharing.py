@@ -30,7 +30,7 @@ def shards_of(workers: list[Worker], valset: Any = None, *, one_trainset: bool =
 
 
 def test_shards_of_one_trainset_are_one_group() -> None:
-    workers = make_workers(3, examples(60), STUDENT, shard_key=None, seed=0)
+    workers = make_workers(3, examples(60), STUDENT, DEFAULT, shard_key=None, has_valset=False, seed=0)
     assert {one.group for one in shards_of(workers, one_trainset=True)} == {"trainset"}
 
 
@@ -58,7 +58,7 @@ def test_workers_that_hold_the_same_trainset_are_a_group() -> None:
 
 
 def test_numbers_of_the_core_are_places_at_the_evaluator() -> None:
-    workers = make_workers(3, examples(61), STUDENT, shard_key=None, seed=0)
+    workers = make_workers(3, examples(61), STUDENT, DEFAULT, shard_key=None, has_valset=False, seed=0)
     shards = shards_of(workers, one_trainset=True)
     found = race_examples(shards)
     handover = Handover([Member(one.worker.name, (), len(one.held_out), group=one.group) for one in shards])

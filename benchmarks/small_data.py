@@ -1,0 +1,167 @@
+"""Few examples and no valset: how many of them the final race should have.
+
+    python benchmarks/small_data.py --data DIR [--tasks sst2,trec,ag_news] [--lms smollm2-135m,gemma3-270m]
+                                    [--examples 20,40,80] [--calls 300] [--seeds 1] [--processes 1] [--out FILE]
+
+A trainset of so many examples, drawn evenly over the labels, and nothing else. Arms: ``quarter`` (a quarter is kept back for the
+race, and there are three workers wherever each has a minibatch then) and ``shipped`` (up to half where a quarter is less than 24
+examples; fewer workers where that leaves one without a minibatch). A run that the file already holds is skipped.
+
+Prints one JSON line: per number of examples the mean test scores, how often the student was returned, and how often the program
+is more than two paired standard errors below the student.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+from unittest import mock
+
+os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import dspy
+from quality_bench import cells, lms, tasks
+from quality_bench.counting import CountedMetric
+from quality_bench.statistics import mean, verdict
+
+from asyndbt_dspy import AsynDBT, Budget, sharding
+
+OUT = pathlib.Path(__file__).parent / "results" / "small_data.jsonl"
+RACE_EXAMPLES = {"quarter": 0, "shipped": sharding.RACE_EXAMPLES}
+Row = dict[str, Any]
+Key = tuple[str, str, int, str, int]
+
+
+def key_of(row: Row) -> Key:
+    return row["task"], row["lm"], row["examples"], row["arm"], row["seed"]
+
+
+def run(key: Key, loaded: lms.Lms, folder: pathlib.Path, calls: int) -> Row:
+    """One compile, and the test scores of its program and of the student."""
+    name, lm, count, arm, seed = key
+    task = tasks.TASKS[name]
+    data = tasks.load(folder, task)
+    trainset = tasks.balanced(data.train + data.valid, count, seed)
+    loaded.book.start(seed)
+    started = time.perf_counter()
+    with (
+        dspy.context(lm=loaded.task, adapter=dspy.JSONAdapter()),
+        cells.quiet(),
+        mock.patch.object(sharding, "RACE_EXAMPLES", RACE_EXAMPLES[arm]),
+    ):
+        optimizer = AsynDBT(
+            CountedMetric(feedback=False),
+            budget=Budget(metric_calls=calls),
+            seed=seed,
+            deterministic=True,
+            progress=False,
+        )
+        program = optimizer.compile(task.build(), trainset=trainset)
+        seconds = round(time.perf_counter() - started, 1)
+        own, others = (cells.correct(one, data.test) for one in (program, task.build()))
+    result = optimizer.result
+    assert result is not None
+    return {
+        "task": name,
+        "lm": lm,
+        "examples": count,
+        "arm": arm,
+        "seed": seed,
+        "calls": calls,
+        "workers": len(result.workers),
+        "held_out": result.candidates[0].examples,
+        "is_student": result.winner == "student",
+        "test": cells.percent(own),
+        "student": cells.percent(others),
+        "verdict": verdict(list(map(float, own)), list(map(float, others))),
+        "seconds": seconds,
+        "versions": cells.versions(),
+    }
+
+
+def summary(rows: Sequence[Row]) -> Row:
+    """Means over the cells that both arms have."""
+    found: Row = {"benchmark": "small_data"}
+    for count in sorted({row["examples"] for row in rows}):
+        arms = {arm: {key_of(row)[:2]: [] for row in rows} for arm in RACE_EXAMPLES}
+        for row in rows:
+            if row["examples"] == count:
+                arms[row["arm"]][key_of(row)[:2]].append(row)
+        both = [cell for cell in next(iter(arms.values())) if all(arms[arm][cell] for arm in arms)]
+        found[str(count)] = {
+            arm: {
+                "runs": sum(len(arms[arm][cell]) for cell in both),
+                "test": round(mean([mean([one["test"] for one in arms[arm][cell]]) for cell in both]), 2),
+                "student": round(mean([arms[arm][cell][0]["student"] for cell in both]), 2),
+                "returned_student": sum(one["is_student"] for cell in both for one in arms[arm][cell]),
+                "harmed": sum(one["verdict"] < 0 for cell in both for one in arms[arm][cell]),
+            }
+            for arm in RACE_EXAMPLES
+            if both
+        }
+    return found
+
+
+def work(jobs: Any, folder: pathlib.Path, calls: int, out: pathlib.Path, lock: Any) -> None:
+    loaded: lms.Lms | None = None
+    while (key := jobs.get()) is not None:
+        if loaded is None or loaded.name != key[1]:
+            loaded = lms.load(key[1])
+        row = run(key, loaded, folder, calls)
+        with lock:
+            cells.append(out, row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data",
+        type=pathlib.Path,
+        default=os.environ.get("ASYNDBT_DATA"),
+        required="ASYNDBT_DATA" not in os.environ,
+    )
+    parser.add_argument("--tasks", default="sst2,trec,ag_news")
+    parser.add_argument("--lms", default="smollm2-135m,gemma3-270m")
+    parser.add_argument("--examples", default="20,40,80")
+    parser.add_argument("--calls", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--out", type=pathlib.Path, default=OUT)
+    options = parser.parse_args()
+    known = {key_of(row) for row in cells.read(options.out)}
+    names, models, counts = (str(one).split(",") for one in (options.tasks, options.lms, options.examples))
+    wanted = [
+        (task, lm, int(count), arm, seed)
+        for seed, lm, count, task, arm in itertools.product(
+            range(options.seeds), models, counts, names, RACE_EXAMPLES
+        )
+    ]
+    context = multiprocessing.get_context("spawn")
+    jobs, lock = context.Queue(), context.Lock()
+    for key in (*(one for one in wanted if one not in known), *[None] * options.processes):
+        jobs.put(key)
+    arguments = (jobs, pathlib.Path(options.data), options.calls, options.out, lock)
+    workers = [context.Process(target=work, args=arguments) for _ in range(options.processes)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    print(json.dumps(summary(cells.read(options.out))))
+    sys.exit(any(worker.exitcode for worker in workers))
+
+
+if __name__ == "__main__":
+    main()
