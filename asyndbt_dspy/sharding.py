@@ -28,8 +28,6 @@ _FEW = (
 _DEFAULT_WORKERS = 3
 _RACE_PART = (0.25, 0.5)
 """Least and largest part of the examples that is kept back for the race."""
-RACE_EXAMPLES = 24
-"""So many are kept back where that is between the two."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def make_workers(
     trainset = list(trainset or ())
     checks.check_examples(student, trainset)
     strata = None if shard_key is not None else example_labels(student, trainset)
-    least = _least(config, 0.0 if has_valset or not config.race else _race_part(len(trainset)))
+    least = _least(config, 0.0 if has_valset or not config.race else _race_part(config, len(trainset)))
     counts = (workers,) if workers else _possible(trainset, least, shard_key)
     for count in counts:
         parts = checks.shards(trainset, count, key=shard_key, strata=strata, seed=seed)
@@ -96,10 +94,10 @@ def make_workers(
     ]
 
 
-def _race_part(count: int, given: int = 0) -> float:
+def _race_part(config: AlgorithmConfig, count: int, given: int = 0) -> float:
     """The part of ``count`` examples, of all workers, that is kept back for the race beside ``given`` that are for it alone."""
     least, most = _RACE_PART
-    return min(most, max(least, (RACE_EXAMPLES - given) / max(1, count)))
+    return min(most, max(least, (config.race_examples - given) / max(1, count)))
 
 
 def _least(config: AlgorithmConfig, part: float) -> int:
@@ -199,7 +197,7 @@ def _race_parts(
     """
     own = [examples for examples, valset in zip(trainsets, given, strict=True) if not valset]
     count = len({checks.inputs_text(one) for examples in own for one in examples})
-    part, (least, _) = _race_part(count, sum(map(len, given))), _RACE_PART
+    part, (least, _) = _race_part(config, count, sum(map(len, given))), _RACE_PART
     return [
         None if valset else max(least, min(part, 1.0 - config.minibatch / len(examples)))
         for examples, valset in zip(trainsets, given, strict=True)

@@ -1,7 +1,7 @@
 """Few examples and no valset: how many of them the final race should have.
 
     python benchmarks/small_data.py --data DIR [--tasks sst2,trec,ag_news] [--lms smollm2-135m,gemma3-270m]
-                                    [--examples 20,40,80] [--calls 300] [--seeds 1] [--processes 1] [--out FILE]
+                                    [--examples 20,40] [--calls 300] [--seeds 1] [--processes 1] [--out FILE]
 
 A trainset of so many examples, drawn evenly over the labels, and nothing else. Arms: ``quarter`` (a quarter is kept back for the
 race, and there are three workers wherever each has a minibatch then) and ``shipped`` (up to half where a quarter is less than 24
@@ -23,7 +23,6 @@ import sys
 import time
 from collections.abc import Sequence
 from typing import Any
-from unittest import mock
 
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -34,11 +33,12 @@ from quality_bench import cells, lms, tasks
 from quality_bench.counting import CountedMetric
 from quality_bench.statistics import mean, verdict
 
-from asyndbt_dspy import AsynDBT, Budget, sharding
+from asyndbt_dspy import AsynDBT, Budget
 
 OUT = pathlib.Path(__file__).parent / "results" / "small_data.jsonl"
-RACE_EXAMPLES = {"quarter": 0, "shipped": sharding.RACE_EXAMPLES}
 Row = dict[str, Any]
+ARMS: dict[str, Row] = {"quarter": {"race_examples": 0}, "shipped": {}}
+"""Constants of each."""
 Key = tuple[str, str, int, str, int]
 
 
@@ -57,7 +57,6 @@ def run(key: Key, loaded: lms.Lms, folder: pathlib.Path, calls: int) -> Row:
     with (
         dspy.context(lm=loaded.task, adapter=dspy.JSONAdapter()),
         cells.quiet(),
-        mock.patch.object(sharding, "RACE_EXAMPLES", RACE_EXAMPLES[arm]),
     ):
         optimizer = AsynDBT(
             CountedMetric(feedback=False),
@@ -65,6 +64,7 @@ def run(key: Key, loaded: lms.Lms, folder: pathlib.Path, calls: int) -> Row:
             seed=seed,
             deterministic=True,
             progress=False,
+            config=ARMS[arm],
         )
         program = optimizer.compile(task.build(), trainset=trainset)
         seconds = round(time.perf_counter() - started, 1)
@@ -93,7 +93,7 @@ def summary(rows: Sequence[Row]) -> Row:
     """Means over the cells that both arms have."""
     found: Row = {"benchmark": "small_data"}
     for count in sorted({row["examples"] for row in rows}):
-        arms = {arm: {key_of(row)[:2]: [] for row in rows} for arm in RACE_EXAMPLES}
+        arms = {arm: {key_of(row)[:2]: [] for row in rows} for arm in ARMS}
         for row in rows:
             if row["examples"] == count:
                 arms[row["arm"]][key_of(row)[:2]].append(row)
@@ -106,7 +106,7 @@ def summary(rows: Sequence[Row]) -> Row:
                 "returned_student": sum(one["is_student"] for cell in both for one in arms[arm][cell]),
                 "harmed": sum(one["verdict"] < 0 for cell in both for one in arms[arm][cell]),
             }
-            for arm in RACE_EXAMPLES
+            for arm in ARMS
             if both
         }
     return found
@@ -135,7 +135,7 @@ def main() -> None:
     )
     parser.add_argument("--tasks", default="sst2,trec,ag_news")
     parser.add_argument("--lms", default="smollm2-135m,gemma3-270m")
-    parser.add_argument("--examples", default="20,40,80")
+    parser.add_argument("--examples", default="20,40")
     parser.add_argument("--calls", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--processes", type=int, default=1)
@@ -145,9 +145,7 @@ def main() -> None:
     names, models, counts = (str(one).split(",") for one in (options.tasks, options.lms, options.examples))
     wanted = [
         (task, lm, int(count), arm, seed)
-        for seed, lm, count, task, arm in itertools.product(
-            range(options.seeds), models, counts, names, RACE_EXAMPLES
-        )
+        for seed, lm, count, task, arm in itertools.product(range(options.seeds), models, counts, names, ARMS)
     ]
     context = multiprocessing.get_context("spawn")
     jobs, lock = context.Queue(), context.Lock()

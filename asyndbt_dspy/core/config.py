@@ -85,6 +85,8 @@ class AlgorithmConfig:
         stationarity: epsilon of the stop criterion on the squared norm of the scaled step of ``(p, z)``; 0: off.
         patience: >= 1, iterations in a row below ``stationarity``.
         race_fraction: In [0, 1), part of the calls kept back for the final race.
+        race_examples: >= 0. Without a valset so many examples, of all workers, are kept back for the final race: a quarter at
+            least, half at most.
         race_candidates: >= 1, largest number of final candidates besides the student.
         accept_z: >= 0. The winner replaces the student if its paired advantage exceeds so many standard errors (more
             where examples are few, as in a t test); 0: any advantage will do.
@@ -148,6 +150,7 @@ class AlgorithmConfig:
     stationarity: float = 0.0
     patience: int = 3
     race_fraction: float = 0.4
+    race_examples: int = 24
     race_candidates: int = 7
     accept_z: float = 2.0
     accept_score_z: float = 0.5
@@ -258,6 +261,7 @@ _NON_NEGATIVE = (
     "plane_iterations",
     "plane_drop",
     "stationarity",
+    "race_examples",
     "accept_z",
     "accept_score_z",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -74,6 +75,15 @@ def test_keys_bound_the_number_of_workers() -> None:
 )
 def test_how_many_are_kept_back_for_the_race(sizes: list[int], raced: list[int]) -> None:
     assert [len(shard.held_out) for shard in shards_of(sizes)] == raced
+
+
+def test_how_many_is_a_constant() -> None:
+    workers = [Worker("w", kit.examples(100))]
+    kept = [
+        len(split_shards(workers, None, STUDENT, config, needs_pool=True, seed=0)[0].held_out)
+        for config in (dataclasses.replace(DEFAULT, race_examples=count) for count in (0, 40, 90))
+    ]
+    assert kept == [25, 40, 50]
 
 
 @pytest.mark.parametrize(("own", "kept"), [(9, 15), (16, 8), (60, 8)])
