@@ -4,8 +4,9 @@
 
 The shipped server, driver and workers run in the simulator (workers with a policy that costs next to nothing). The time
 inside ``ServerState.receive`` is summed up; everything that the server does is in it: checks, updates of z, multipliers
-and duals, plane refreshes, requests, and the final race; also passes of the garbage collector, which go over everything that
-the simulated workers hold and are shown apart. Arms of a tenth of the messages are measured ``--repeats``
+and duals, plane refreshes, requests, and the final race; also passes of the garbage collector, which go over
+the server's objects and what the simulated workers make meanwhile, and are shown apart; what the workers hold from the start is
+frozen, as on a cluster it would be elsewhere. Arms of a tenth of the messages are measured ``--repeats``
 times, in turn, and the median counts: such a run is short, and a machine's speed varies from minute to minute. Prints
 one JSON line, and each run on stderr as it is done.
 """
