@@ -171,14 +171,14 @@ def split_shards(
         pool, estimate = pools[index], estimates[index]
         if fractions[index] is None or len(estimate) < config.minibatch <= len(rests[index]):
             pool = estimate = rests[index]
-        if len(estimate) < config.minibatch and not is_fixed:
-            logger.warning(_FEW, worker.name, len(estimate), len(estimate), config.minibatch)
-        elif len(estimate) < config.minibatch:
+        if len(estimate) < (config.minibatch if is_fixed else 1):
             raise ConfigurationError(
                 f"worker {worker.name!r} has {len(estimate)} examples left to estimate on (of {len(worker.trainset)} in "
                 f"its shard), fewer than the minibatch of {config.minibatch}; give it more examples, use fewer workers, "
                 "or lower config={'minibatch': …}"
             )
+        if len(estimate) < config.minibatch:
+            logger.warning(_FEW, worker.name, len(estimate), len(estimate), config.minibatch)
         scored_on = _mixed(estimate, student, [seed, 17, index])
         raced_on = _mixed(raced[index], student, [seed, 19, index])
         shown = scored_on if pool is estimate else tuple(pool)

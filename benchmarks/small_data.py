@@ -1,7 +1,7 @@
 """Few examples and no valset: how many of them the final race should have.
 
     python benchmarks/small_data.py --data DIR [--tasks sst2,trec,ag_news] [--lms smollm2-135m,gemma3-270m]
-                                    [--examples 20,40] [--calls 300] [--seeds 1] [--processes 1] [--out FILE]
+                                    [--examples 20,40] [--calls 300] [--seeds 1] [--out FILE]
 
 A trainset of so many examples, drawn evenly over the labels, and nothing else. Arms: ``quarter`` (a quarter is kept back for the
 race, and there are three workers wherever each has a minibatch then) and ``shipped`` (up to half where a quarter is less than 24
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import multiprocessing
 import os
 import pathlib
 import sys
@@ -54,10 +53,7 @@ def run(key: Key, loaded: lms.Lms, folder: pathlib.Path, calls: int) -> Row:
     trainset = tasks.balanced(data.train + data.valid, count, seed)
     loaded.book.start(seed)
     started = time.perf_counter()
-    with (
-        dspy.context(lm=loaded.task, adapter=dspy.JSONAdapter()),
-        cells.quiet(),
-    ):
+    with dspy.context(lm=loaded.task, adapter=dspy.JSONAdapter()), cells.quiet():
         optimizer = AsynDBT(
             CountedMetric(feedback=False),
             budget=Budget(metric_calls=calls),
@@ -112,17 +108,6 @@ def summary(rows: Sequence[Row]) -> Row:
     return found
 
 
-def work(jobs: Any, folder: pathlib.Path, calls: int, out: pathlib.Path, lock: Any) -> None:
-    loaded: lms.Lms | None = None
-    while (key := jobs.get()) is not None:
-        if loaded is None or loaded.name != key[1]:
-            loaded = lms.load(key[1])
-        row = run(key, loaded, folder, calls)
-        with lock:
-            cells.append(out, row)
-        print(json.dumps(row), file=sys.stderr, flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -138,7 +123,6 @@ def main() -> None:
     parser.add_argument("--examples", default="20,40")
     parser.add_argument("--calls", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
     options = parser.parse_args()
     known = {key_of(row) for row in cells.read(options.out)}
@@ -147,18 +131,16 @@ def main() -> None:
         (task, lm, int(count), arm, seed)
         for seed, lm, count, task, arm in itertools.product(range(options.seeds), models, counts, names, ARMS)
     ]
-    context = multiprocessing.get_context("spawn")
-    jobs, lock = context.Queue(), context.Lock()
-    for key in (*(one for one in wanted if one not in known), *[None] * options.processes):
-        jobs.put(key)
-    arguments = (jobs, pathlib.Path(options.data), options.calls, options.out, lock)
-    workers = [context.Process(target=work, args=arguments) for _ in range(options.processes)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    loaded: lms.Lms | None = None
+    for key in wanted:
+        if key in known:
+            continue
+        if loaded is None or loaded.name != key[1]:
+            loaded = lms.load(key[1])
+        row = run(key, loaded, pathlib.Path(options.data), options.calls)
+        cells.append(options.out, row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
     print(json.dumps(summary(cells.read(options.out))))
-    sys.exit(any(worker.exitcode for worker in workers))
 
 
 if __name__ == "__main__":

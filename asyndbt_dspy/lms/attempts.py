@@ -310,7 +310,8 @@ class _WithMessages:
             return self._response(execute(self._lm, call), request)
 
     def _response(self, result: Any, request: Request) -> Response:
-        result.raw = as_body(result.raw)
+        if not result.responses:  # of an LM of the older kind
+            result.raw = as_body(result.raw)
         return result.typed(request, self._lm.model_type)  # type: ignore[no-any-return]
 
 

@@ -6,7 +6,6 @@ canonical form it takes dicts and pydantic models alone.
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from typing import Any
 
@@ -25,7 +24,7 @@ def legacy_engines(lm: dspy.BaseLM, *, is_async: bool) -> tuple[Any, Any]:
 
 
 def as_body(answer: Any) -> Any:
-    """``answer`` with plain objects (a namespace, a dataclass, a named tuple) at any depth as dicts; the rest as it is."""
+    """``answer`` with plain objects (a namespace, a dataclass, a named tuple, with or without slots) at any depth as dicts."""
     if answer is None or isinstance(answer, str | bytes | int | float | pydantic.BaseModel):
         return answer
     if isinstance(answer, dict):
@@ -34,11 +33,10 @@ def as_body(answer: Any) -> Any:
         return as_body(answer._asdict())
     if isinstance(answer, list | tuple):
         return [as_body(value) for value in answer]
-    if dataclasses.is_dataclass(answer):
-        names = [field.name for field in dataclasses.fields(answer)]
-    else:
-        names = [name for name in getattr(answer, "__dict__", {}) if not name.startswith("_")]
-    return {name: as_body(getattr(answer, name)) for name in names} if names else answer
+    slots = [name for kind in type(answer).__mro__ for name in getattr(kind, "__slots__", ())]
+    names = [name for name in (*getattr(answer, "__dict__", ()), *slots) if not name.startswith("_")]
+    found = {name: as_body(getattr(answer, name)) for name in names if hasattr(answer, name)}
+    return found or answer
 
 
 # `_response` is private to DSPy 3.4; test_an_answer_may_be_any_object fails when it moves.

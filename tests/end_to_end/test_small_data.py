@@ -10,17 +10,21 @@ import dspy
 import kit
 import pytest
 
-from asyndbt_dspy import AsynDBT, Budget, Worker
+from asyndbt_dspy import AsynDBT, Budget, ConfigurationError, Worker
 from asyndbt_dspy.core.config import DEFAULT, PAPER
 from asyndbt_dspy.sharding import Shard, make_workers, split_shards
 
 STUDENT = dspy.Predict(kit.Sort)
 
 
-def dealt(count: int, **options: Any) -> list[int]:
-    """Sizes of the default workers' shards."""
+def dealt(count: int, **options: Any) -> list[Worker]:
+    """The default workers."""
     settings = {"shard_key": None, "has_valset": False, "seed": 0, "config": DEFAULT, **options}
-    return [len(one.trainset) for one in make_workers(None, kit.examples(count), STUDENT, **settings)]
+    return make_workers(None, kit.examples(count), STUDENT, **settings)
+
+
+def sizes_of(workers: list[Worker]) -> list[int]:
+    return [len(one.trainset) for one in workers]
 
 
 def shards_of(sizes: list[int], valset: Any = None) -> list[Shard]:
@@ -35,31 +39,23 @@ def shards_of(sizes: list[int], valset: Any = None) -> list[Shard]:
 def test_three_workers_where_each_has_a_minibatch_beside_its_part_of_the_race(
     count: int, sizes: list[int]
 ) -> None:
-    assert dealt(count) == sizes
+    workers = dealt(count)
+    assert sizes_of(workers) == sizes
     if count >= 12:
-        shards = split_shards(
-            make_workers(
-                None, kit.examples(count), STUDENT, DEFAULT, shard_key=None, has_valset=False, seed=0
-            ),
-            None,
-            STUDENT,
-            DEFAULT,
-            needs_pool=True,
-            seed=0,
-            one_trainset=True,
-        )
+        shards = split_shards(workers, None, STUDENT, DEFAULT, needs_pool=True, seed=0, one_trainset=True)
         assert all(len(shard.estimate) >= DEFAULT.minibatch for shard in shards)
 
 
 def test_nothing_is_kept_back_where_a_valset_is_given_or_no_race_is_run() -> None:
-    assert dealt(18, has_valset=True) == [6, 6, 6] and dealt(17, has_valset=True) == [9, 8]
-    assert not PAPER.race and dealt(12, config=PAPER) == [4, 4, 4]
+    assert sizes_of(dealt(18, has_valset=True)) == [6, 6, 6]
+    assert sizes_of(dealt(17, has_valset=True)) == [9, 8]
+    assert not PAPER.race and sizes_of(dealt(12, config=PAPER)) == [4, 4, 4]
 
 
 def test_keys_bound_the_number_of_workers() -> None:
-    assert dealt(60, shard_key=lambda one: int(one.message.split()[-1]) % 2) == [30, 30]
+    assert sizes_of(dealt(60, shard_key=lambda one: int(one.message.split()[-1]) % 2)) == [30, 30]
     uneven = dealt(60, shard_key=lambda one: int(one.message.split()[-1]) // 27)
-    assert sorted(uneven) == [27, 33], "a shard of six has no minibatch beside its part of the race"
+    assert sorted(sizes_of(uneven)) == [27, 33], "a shard of six has no minibatch beside its part of the race"
 
 
 @pytest.mark.parametrize(
@@ -104,6 +100,16 @@ def test_a_shard_below_the_minibatch_is_told_of_and_used(caplog: pytest.LogCaptu
         "worker 'w1' has 4 examples left to estimate on, so its minibatches have 4, not 6. With so few examples hardly any "
         "program can be told from the student; give it more if there are"
     ]
+
+
+def test_a_worker_whose_only_example_is_raced_on_is_refused() -> None:
+    shared = kit.examples(4)
+    raced = split_shards(
+        [Worker("a", shared)], None, STUDENT, DEFAULT, needs_pool=True, seed=0, is_fixed=False
+    )[0].held_out[0]
+    workers = [Worker("a", shared), Worker("b", [raced])]
+    with pytest.raises(ConfigurationError, match="worker 'b' has 0 examples left to estimate on"):
+        split_shards(workers, None, STUDENT, DEFAULT, needs_pool=True, seed=0, is_fixed=False)
 
 
 def compiled(count: int, **options: Any) -> tuple[AsynDBT, dspy.Module]:

@@ -22,6 +22,14 @@ class Choice:
     finish_reason: str = "length"
 
 
+class Slotted:
+    __slots__ = ("choices", "model", "usage")
+
+    def __init__(self, **values: Any) -> None:
+        for name, value in values.items():
+            setattr(self, name, value)
+
+
 Message = namedtuple("Message", "role content")
 BODY = {
     "choices": [{"message": {"role": "assistant", "content": "red"}, "finish_reason": "length"}],
@@ -34,6 +42,7 @@ ANSWERS = [
     SimpleNamespace(
         choices=(Choice(Message("assistant", "red")),), usage=BODY["usage"], model="own/m", _raw=object()
     ),
+    Slotted(**BODY),
 ]
 
 
@@ -63,7 +72,7 @@ def test_an_engine_that_is_not_async_is_none() -> None:
 
 
 def test_a_body_is_dicts_lists_and_plain_values() -> None:
-    assert as_body(ANSWERS[-1]) == BODY
+    assert as_body(ANSWERS[2]) == as_body(ANSWERS[3]) == BODY
     assert as_body(BODY) == BODY and as_body(ANSWERS[1]) is ANSWERS[1]
     assert as_body({"logprobs": None, "n": [1, 2.5, True, "a", b"b"]}) == {
         "logprobs": None,
