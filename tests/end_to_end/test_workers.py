@@ -61,6 +61,13 @@ def test_a_number_of_workers_splits_the_trainset_by_label(workers: int) -> None:
     assert len(set(names)) == workers
 
 
+def test_default_workers_are_for_what_a_valset_leaves_and_may_take_over_from_each_other() -> None:
+    run = prepared(kit.optimizer(workers=None), kit.examples(18), kit.examples(12, start=500))
+    assert [len(shard.worker.trainset) for shard in run.shards] == [6, 6, 6]
+    run = prepared(kit.optimizer(workers=None), kit.examples(80))
+    assert [shard.group for shard in run.shards] == ["trainset"] * 3
+
+
 def test_a_shard_key_keeps_examples_of_one_key_together() -> None:
     def customer(one: dspy.Example) -> int:
         return int(one.message.split()[1]) // 20

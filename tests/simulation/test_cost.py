@@ -14,12 +14,20 @@ from asyndbt_dspy.simulation.machines import light_machines
 
 
 def test_a_run_says_what_a_message_costs_and_what_of_it_is_the_collectors() -> None:
-    before = gc.get_threshold()
+    before, frozen, seen = gc.get_threshold(), gc.get_freeze_count(), []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        seen.append(gc.get_freeze_count())
+
     gc.set_threshold(20)  # so that a short run has passes
+    gc.callbacks.append(note)
     try:
         row = measure_server(20, 400, 10)
     finally:
+        gc.callbacks.remove(note)
         gc.set_threshold(*before)
+    assert seen[-1] > frozen + 20, "the workers are none of what the server's passes go over"
+    assert gc.get_freeze_count() <= frozen, "and are let go of afterwards"
     assert row["messages"] >= 400 and row["iterations"] > 0 and row["race_units"] > 0
     assert 0.0 < row["collector_us_per_message"] < row["server_us_per_message"]
     assert 1 <= row["largest_staleness"] <= 14
