@@ -62,6 +62,7 @@ __all__ = [
     "MetricError",
     "NoLiveWorkersError",
     "Price",
+    "ProgramFailedError",
     "ProtocolError",
     "RayEngine",
     "Result",

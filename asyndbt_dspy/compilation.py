@@ -27,6 +27,7 @@ from asyndbt_dspy.lms.identity import is_deterministic
 from asyndbt_dspy.metering import PROPOSER, Metering, affordable, confirm, make_plans, measured_plans
 from asyndbt_dspy.programs import checks
 from asyndbt_dspy.programs.evaluator import ProgramEvaluator
+from asyndbt_dspy.programs.health import OnlyErrors
 from asyndbt_dspy.programs.rollout import Rollout, RolloutRunner, Runner
 from asyndbt_dspy.programs.slots import ProgramSpace, demo_slots
 from asyndbt_dspy.recording.opening import open_book, space_digest
@@ -39,6 +40,7 @@ from asyndbt_dspy.runs.result import Result
 from asyndbt_dspy.settings import check_data
 from asyndbt_dspy.setup_rollouts import Asked, SetupRollouts
 from asyndbt_dspy.stopping import StopRequest
+from asyndbt_dspy.workers import Worker
 
 if TYPE_CHECKING:
     from asyndbt_dspy.optimizer import AsynDBT
@@ -73,7 +75,10 @@ async def prepare(
         shard_key=optimizer.shard_key,
         has_valset=bool(valset),
         seed=optimizer.seed,
+        num_threads=optimizer.num_threads,
+        limits=optimizer.limits,
     )
+    own_data = {one.name for one in _listed(optimizer) if one.trainset is not None}
     if isinstance(optimizer.engine, RemoteRollouts):
         workers = await elsewhere(
             optimizer.engine, optimizer.budget, student, teacher, workers, optimizer.metric
@@ -90,7 +95,7 @@ async def prepare(
         config,
         needs_pool=needs_pool,
         seed=optimizer.seed,
-        one_trainset=not isinstance(optimizer.workers, Sequence),
+        dealt_to={one.name for one in workers} - own_data,
         is_fixed="minibatch" in optimizer.overridden,
     )
     surrounding = dspy.settings.lm
@@ -152,9 +157,14 @@ def make_config(optimizer: AsynDBT, workers: int) -> AlgorithmConfig:
 def make_metering(optimizer: AsynDBT) -> Metering:
     """The ledger of one compile; of caps on the wire as much is kept for the race as of metric calls."""
     config = optimizer.config
-    workers = optimizer.workers if isinstance(optimizer.workers, Sequence) else ()
     kept_back = config.race_fraction if config.race else 0.0
+    workers = _listed(optimizer) or [Worker("any", **optimizer.limits)]
     return Metering(optimizer.budget, kept_back, optimizer.prices, workers)
+
+
+def _listed(optimizer: AsynDBT) -> Sequence[Worker]:
+    """The workers that the user described; none where there is only a number of them."""
+    return optimizer.workers if isinstance(optimizer.workers, Sequence) else ()
 
 
 def _demo_tokens(optimizer: AsynDBT, student: dspy.Module) -> float:
@@ -199,6 +209,7 @@ async def _arrange(
         _make_runner(optimizer, config, called.lms, book.run_id),
         rollout_timeout_s=optimizer.rollout_timeout_s + _recover_s(optimizer),
         max_failures=optimizer.max_failures,
+        errors=OnlyErrors(optimizer.max_errors),
         straggler_factor=None if optimizer.deterministic else optimizer.straggler_factor,
         repeats=config.repeats,
         on_rollout=preparation.scale_watch(),
@@ -317,7 +328,7 @@ async def _probe(
     names = [shard.worker.name for shard in shards[:most]]
     asked = [Asked(name, student, shard.estimate[0]) for name, shard in zip(names, shards, strict=False)]
     rollouts = await setup.run("probes", asked)
-    preparation.check_lm(student, shards, rollouts)
+    preparation.check_lm(student, shards, rollouts, optimizer.max_errors)
     return {name: one for name, one in zip(names, rollouts, strict=True) if one is not None}
 
 

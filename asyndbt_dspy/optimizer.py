@@ -50,8 +50,11 @@ class AsynDBT(Teleprompter):
         metric: ``(gold, prediction) -> bool | float | dspy.Prediction(score=…, feedback=…)``, in [0, 1], higher is better
             (other scales are ranked by, but not read as good and bad runs: a warning says so); may take DSPy's further
             arguments and may be ``async``.
-        workers: A number (``trainset`` is split, stratified by label), or a list of ``Worker`` with their own shards. By default
-            three, fewer where ``trainset`` is too small to give each of them a minibatch.
+        workers: A number (``trainset`` is split, stratified by label), or a list of ``Worker`` with their own shards, or without
+            (``trainset`` is split over those). By default three, fewer where ``trainset`` is too small to give each a minibatch.
+        num_threads: Rollouts in flight at a time, of all workers together, at least one for each; ``None``: eight for each. Where
+            ``workers`` is a list each has its own ``max_concurrency``.
+        requests_per_minute, tokens_per_minute: Of the LMs' endpoint, > 0, where ``workers`` is no list; ``None``: no limit.
         auto: Budget in metric calls: ``light`` 300, ``medium`` 1,200, ``heavy`` 4,000. Ignored where ``budget`` is given.
         budget: Hard caps on metric calls, LM calls, tokens, dollars, seconds; see ``Budget``.
         preset: ``default``, ``paper`` (faithful to the paper) or ``cendbt`` (its centralised form, one worker).
@@ -79,6 +82,8 @@ class AsynDBT(Teleprompter):
             two thirds of its unit are in: it counts as missing and as paid for, and its answer is there the next
             time. > 1; ``None``, and under ``deterministic``: every rollout is waited for.
         max_failures: Missing rollouts in a row, of more than one example, after which a worker is set aside.
+        max_errors: Rollouts in which program or metric raised, from the first on and with none between that ran to its end, after
+            which the compile ends with an error; answers that the adapter cannot read do not count. ``None``: it never does.
         noisy: Scores of one candidate on one example differ from time to time (an LM judge in the metric, a sampling LM): asking
             again is new evidence for the search, and the race asks again while it is undecided. Needs LMs without
             DSPy's response cache (``cache=False``).
@@ -108,6 +113,9 @@ class AsynDBT(Teleprompter):
         metric: Callable[..., Any],
         *,
         workers: int | Sequence[Worker] | None = None,
+        num_threads: int | None = None,
+        requests_per_minute: float | None = None,
+        tokens_per_minute: float | None = None,
         auto: Literal["light", "medium", "heavy"] = "light",
         budget: Budget | None = None,
         preset: Literal["default", "paper", "cendbt"] = "default",
@@ -134,6 +142,7 @@ class AsynDBT(Teleprompter):
         rollout_timeout_s: float = 120.0,
         straggler_factor: float | None = 8.0,
         max_failures: int = 8,
+        max_errors: int | None = 30,
         noisy: bool = False,
         failure_score: float = 0.0,
         loss: Literal["auto", "metric"] = "auto",
@@ -155,6 +164,11 @@ class AsynDBT(Teleprompter):
         self.fsync = fsync
         self.metric = metric
         self.workers = workers
+        self.num_threads = num_threads
+        self.limits: dict[str, Any] = {
+            "requests_per_minute": requests_per_minute,
+            "tokens_per_minute": tokens_per_minute,
+        }
         self.budget = Budget(metric_calls=AUTO_METRIC_CALLS[auto]) if budget is None else budget
         self.prices = dict(prices or {})
         self.confirm = confirm
@@ -167,6 +181,7 @@ class AsynDBT(Teleprompter):
         self.engine = engine
         self.rollout_timeout_s = rollout_timeout_s
         self.max_failures = max_failures
+        self.max_errors = max_errors
         self.straggler_factor = straggler_factor
         self.noisy = noisy
         self.failure_score = failure_score
@@ -221,7 +236,7 @@ class AsynDBT(Teleprompter):
 
         Args:
             student: Never changed.
-            trainset: Examples with inputs declared, where ``workers`` is no list.
+            trainset: Examples with inputs declared, for the workers that bring none of their own.
             teacher: Program whose traces become demos; default the student.
             valset: Held-out examples of the final race; without it a quarter of the data is kept back, up to half where that is
                 fewer than 24.
@@ -235,6 +250,7 @@ class AsynDBT(Teleprompter):
             ResumeError: ``run_dir`` holds a run of something else.
             KeyboardInterrupt: at the second Ctrl-C; the first one is ``stop``.
             MetricError: the metric returned something that is no number.
+            ProgramFailedError: program or metric raised in each of the first ``max_errors`` rollouts.
             NoLiveWorkersError: every worker's LM failed; carries the best program so far.
         """
 

@@ -220,7 +220,9 @@ _NO_LM = "No LM is loaded"
 """How DSPy's ``ValueError`` begins where a predictor has no LM."""
 
 
-def check_lm(student: dspy.Module, shards: Sequence[Shard], probes: Sequence[Rollout | None]) -> None:
+def check_lm(
+    student: dspy.Module, shards: Sequence[Shard], probes: Sequence[Rollout | None], max_errors: int | None
+) -> None:
     """Say that there is no LM, where that is why every first rollout failed, and tell of it where another error is."""
     nowhere = dspy.settings.lm is None and all(shard.worker.first_lm is None for shard in shards)
     unset = [name for name, predictor in student.named_predictors() if predictor.lm is None]
@@ -234,9 +236,12 @@ def check_lm(student: dspy.Module, shards: Sequence[Shard], probes: Sequence[Rol
         )
     kinds = sorted({(one.error or "").partition(":")[0] for one in probes if one is not None})
     logger.warning(
-        "The student failed on the first example of every worker (%s): if it fails on all of them, nothing can be found, and "
-        "the budget is spent all the same.",
+        "The student failed on the first example of every worker (%s). Where answers cannot be read, demos may mend it; where "
+        "program or metric raise whatever the answer is, nothing can be found, and %s.",
         ", ".join(kinds),
+        "the budget is spent all the same"
+        if max_errors is None
+        else f"the compile ends at {max_errors} errors",
     )
 
 

@@ -18,6 +18,7 @@ from asyndbt_dspy.core.config import AlgorithmConfig, whole_number
 from asyndbt_dspy.core.validation import check_config
 from asyndbt_dspy.engines.protocols import ListeningEngine
 from asyndbt_dspy.errors import ConfigurationError
+from asyndbt_dspy.lms.limits import RateLimits
 from asyndbt_dspy.programs import checks
 from asyndbt_dspy.programs.slots import demo_slots
 from asyndbt_dspy.workers import Worker
@@ -101,7 +102,7 @@ def check_data(
         student, demos_per_class=optimizer.options.demos_per_class, demo_slots=optimizer.options.demo_slots
     )
     checks.check_overlap_of_others(
-        {worker.name: worker.trainset for worker in workers},
+        {worker.name: worker.shard for worker in workers},
         {worker.name: worker.valset for worker in workers if worker.valset},
     )
     for worker in workers:
@@ -110,7 +111,7 @@ def check_data(
             logger.warning(_CACHED_NOISE, worker.name)
         checks.check_inputs(
             student,
-            worker.trainset,
+            worker.shard,
             valset=worker.valset,
             name=f"trainset of worker {worker.name!r}",
             context_tokens=lambda lm=lm: preparation.context_tokens(lm),  # type: ignore[misc]
@@ -119,7 +120,7 @@ def check_data(
         )
     if valset:
         checks.check_examples(student, valset, name="valset")
-        checks.check_overlap([one for worker in workers for one in worker.trainset], valset)
+        checks.check_overlap([one for worker in workers for one in worker.shard], valset)
 
 
 def _check_run_dir(run_dir: object) -> None:
@@ -134,6 +135,7 @@ def _check_workers(optimizer: AsynDBT) -> None:
     if workers is None and optimizer.preset == "cendbt":
         workers = 1
     if workers is None:
+        _check_threads(optimizer, 1)
         return
     if isinstance(workers, numbers.Integral) and not isinstance(workers, bool):
         optimizer.workers = count = int(workers)
@@ -141,8 +143,28 @@ def _check_workers(optimizer: AsynDBT) -> None:
         count = len(workers)
     else:
         raise ConfigurationError(f"workers={workers!r} must be a number or a list of Worker")
+    _check_threads(optimizer, count)
     if optimizer.preset == "cendbt" and count != 1:
         raise ConfigurationError("preset='cendbt' is centralised: set workers=1")
+
+
+def _check_threads(optimizer: AsynDBT, workers: int) -> None:
+    """``num_threads`` and rate limits, which are for workers that nobody described one by one."""
+    said = {"num_threads": optimizer.num_threads, **optimizer.limits}
+    given = {name: value for name, value in said.items() if value is not None}
+    if given and isinstance(optimizer.workers, Sequence):
+        raise ConfigurationError(
+            f"{given} besides a list of {workers} workers: each has its own; pass them as Worker(…, max_concurrency=…, "
+            "requests_per_minute=…, tokens_per_minute=…)"
+        )
+    RateLimits(**optimizer.limits)
+    if optimizer.num_threads is None:
+        return
+    optimizer.num_threads = whole_number("num_threads", optimizer.num_threads)
+    if optimizer.num_threads < max(1, workers):
+        raise ConfigurationError(
+            f"num_threads={optimizer.num_threads} must be at least 1 for each of the workers ({workers})"
+        )
 
 
 def _check_numbers(optimizer: AsynDBT) -> None:
@@ -152,6 +174,12 @@ def _check_numbers(optimizer: AsynDBT) -> None:
         raise ConfigurationError(f"seed={optimizer.seed} must be >= 0")
     if optimizer.max_failures < 1:
         raise ConfigurationError(f"max_failures={optimizer.max_failures} must be at least 1")
+    if optimizer.max_errors is not None:
+        optimizer.max_errors = whole_number("max_errors", optimizer.max_errors)
+        if optimizer.max_errors < 1:
+            raise ConfigurationError(
+                f"max_errors={optimizer.max_errors} must be at least 1, or None: then nothing ends the run"
+            )
     for name, least in (("rollout_timeout_s", 0), ("straggler_factor", 1)):
         value = getattr(optimizer, name)
         if value is None and name == "straggler_factor":

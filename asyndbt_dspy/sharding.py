@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import dspy
@@ -17,7 +17,7 @@ from asyndbt_dspy.programs import checks
 from asyndbt_dspy.programs.labels import example_labels
 from asyndbt_dspy.programs.shards import race_count
 from asyndbt_dspy.recording.identities import data_identity
-from asyndbt_dspy.workers import Worker
+from asyndbt_dspy.workers import DEFAULT_CONCURRENCY, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -58,40 +58,77 @@ def make_workers(
     shard_key: Any,
     has_valset: bool,
     seed: int,
+    num_threads: int | None = None,
+    limits: Mapping[str, Any] | None = None,
 ) -> list[Worker]:
-    """The user's workers, or ``workers`` shards of ``trainset``.
+    """The user's workers, those without a shard each with a part of ``trainset``; or ``workers`` new ones that share it.
 
     Args:
         workers: ``None``: three, or as many fewer as leave a minibatch to each.
         has_valset: Nothing of ``trainset`` is kept back for the race.
+        num_threads: Rollouts in flight of all new workers together; ``None``: a worker's default for each.
+        limits: Of the endpoint, of new workers.
 
     Raises:
         ConfigurationError: no data, data twice, or two workers of one name.
     """
     if isinstance(workers, Sequence):
-        if trainset:
-            raise ConfigurationError(
-                f"trainset with {len(trainset)} examples was given besides {len(workers)} workers that bring their own "
-                "shards; pass workers=<number> to have trainset split, or leave trainset out"
-            )
-        if not workers:
-            raise ConfigurationError("workers is an empty list; give at least one Worker, or a number")
-        return list(workers)
+        return _with_shards(workers, trainset, student, shard_key, seed)
     if workers is not None and workers < 1:
         raise ConfigurationError(f"workers={workers} must be at least 1")
     trainset = list(trainset or ())
     checks.check_examples(student, trainset)
     strata = None if shard_key is not None else example_labels(student, trainset)
     least = _least(config, 0.0 if has_valset or not config.race else _race_part(config, len(trainset)))
-    counts = (workers,) if workers else _possible(trainset, least, shard_key)
+    counts = (workers,) if workers else _possible(trainset, least, shard_key, num_threads)
     for count in counts:
         parts = checks.shards(trainset, count, key=shard_key, strata=strata, seed=seed)
         if min(map(len, parts)) >= least:
             break
+    in_flight = [DEFAULT_CONCURRENCY] * count if num_threads is None else _evenly(num_threads, count)
     return [
-        Worker(f"worker-{number}", [trainset[one] for one in part])
-        for number, part in enumerate(parts, start=1)
+        Worker(f"worker-{number}", [trainset[one] for one in part], max_concurrency=most, **(limits or {}))
+        for number, (part, most) in enumerate(zip(parts, in_flight, strict=True), start=1)
     ]
+
+
+def _with_shards(
+    workers: Sequence[Worker],
+    trainset: Sequence[dspy.Example] | None,
+    student: dspy.Module,
+    shard_key: Any,
+    seed: int,
+) -> list[Worker]:
+    """Deal ``trainset`` out to those of the user's workers that bring no shard."""
+    if not workers:
+        raise ConfigurationError("workers is an empty list; give at least one Worker, or a number")
+    without = [worker.name for worker in workers if worker.trainset is None]
+    if trainset and not without:
+        raise ConfigurationError(
+            f"trainset with {len(trainset)} examples was given besides {len(workers)} workers that bring their own "
+            "shards; pass workers=<number> or workers without a trainset to have it split, or leave it out"
+        )
+    if not without:
+        return list(workers)
+    if not trainset:
+        raise ConfigurationError(
+            f"the workers {without} have no shard of their own, and compile was given no trainset to deal out to them"
+        )
+    examples = list(trainset)
+    checks.check_examples(student, examples)
+    strata = None if shard_key is not None else example_labels(student, examples)
+    parts = iter(checks.shards(examples, len(without), key=shard_key, strata=strata, seed=seed))
+    return [
+        worker
+        if worker.trainset is not None
+        else replace(worker, trainset=[examples[one] for one in next(parts)])
+        for worker in workers
+    ]
+
+
+def _evenly(total: int, count: int) -> list[int]:
+    """``total`` in ``count`` parts that differ by one at most."""
+    return [total // count + (number < total % count) for number in range(count)]
 
 
 def _race_part(config: AlgorithmConfig, count: int, given: int = 0) -> float:
@@ -108,9 +145,11 @@ def _least(config: AlgorithmConfig, part: float) -> int:
     return count
 
 
-def _possible(trainset: Sequence[dspy.Example], least: int, shard_key: Any) -> list[int]:
-    """Numbers of workers, best first, for which there are examples and keys enough; 1 at the end."""
-    most = len(trainset) // least
+def _possible(
+    trainset: Sequence[dspy.Example], least: int, shard_key: Any, num_threads: int | None
+) -> list[int]:
+    """Numbers of workers, best first, for which there are examples, keys and threads enough; 1 at the end."""
+    most = min(len(trainset) // least, num_threads or _DEFAULT_WORKERS)
     if shard_key is not None:
         most = min(most, len({shard_key(example) for example in trainset}))
     return list(range(max(1, min(_DEFAULT_WORKERS, most)), 0, -1))
@@ -124,19 +163,19 @@ def split_shards(
     *,
     needs_pool: bool,
     seed: int,
-    one_trainset: bool = False,
+    dealt_to: Collection[str] = (),
     is_fixed: bool = True,
 ) -> list[Shard]:
     """Split every shard into estimate, pool and held-out examples; a common ``valset`` is dealt out to the workers.
 
     Args:
-        one_trainset: The shards were drawn from one trainset, which no worker keeps from another.
+        dealt_to: Workers whose shards were drawn from one trainset, which none of them keeps from another.
         is_fixed: Whether each shard must have a minibatch to estimate on; else a smaller one takes all that it has.
 
     Raises:
         ConfigurationError: a shard is too small, or nobody is left to take ``valset``.
     """
-    groups = _groups(workers, has_common_valset=bool(valset), one_trainset=one_trainset)
+    groups = _groups(workers, has_common_valset=bool(valset), dealt_to=dealt_to)
     shares: list[list[dspy.Example]] = [[] for _ in workers]
     if valset:
         order = np.random.default_rng([seed, 11]).permutation(len(valset))
@@ -151,7 +190,7 @@ def split_shards(
     given = [
         list(worker.valset) if worker.valset else share for worker, share in zip(workers, shares, strict=True)
     ]
-    trainsets = [list(worker.trainset) for worker in workers]
+    trainsets = [list(worker.shard) for worker in workers]
     splitting.tell_of_copies(trainsets)
     seeds = [seed + index for index in range(len(workers))]
     fractions = _race_parts(trainsets, given, config) if config.race else [None] * len(workers)
@@ -173,7 +212,7 @@ def split_shards(
             pool = estimate = rests[index]
         if len(estimate) < (config.minibatch if is_fixed else 1):
             raise ConfigurationError(
-                f"worker {worker.name!r} has {len(estimate)} examples left to estimate on (of {len(worker.trainset)} in "
+                f"worker {worker.name!r} has {len(estimate)} examples left to estimate on (of {len(worker.shard)} in "
                 f"its shard), fewer than the minibatch of {config.minibatch}; give it more examples, use fewer workers, "
                 "or lower config={'minibatch': …}"
             )
@@ -204,20 +243,20 @@ def _race_parts(
     ]
 
 
-def _groups(workers: Sequence[Worker], *, has_common_valset: bool, one_trainset: bool) -> list[str]:
+def _groups(workers: Sequence[Worker], *, has_common_valset: bool, dealt_to: Collection[str]) -> list[str]:
     """Per worker the group of those that hold its race examples too, "" where nobody else does."""
-    if one_trainset:
-        return ["trainset"] * len(workers)
     found: list[str] = []
     for worker in workers:
         if worker.valset:
             found.append("")  # its own, and it is there to be raced on by this worker
         elif has_common_valset:
             found.append("valset")
+        elif worker.name in dealt_to:
+            found.append("trainset")
         else:
-            lengths = [len(one.trainset) for one in workers if not one.valset]
-            is_alone = lengths.count(len(worker.trainset)) < 2
-            found.append("" if is_alone else data_identity(worker.trainset))
+            lengths = [len(one.shard) for one in workers if not one.valset]
+            is_alone = lengths.count(len(worker.shard)) < 2
+            found.append("" if is_alone else data_identity(worker.shard))
     return [group if found.count(group) > 1 else "" for group in found]
 
 

@@ -22,7 +22,8 @@ class Worker:
 
     Attributes:
         name: Unique among the workers of a run; appears in results and logs.
-        trainset: The shard. It never leaves the worker; only demos of a sharing worker do.
+        trainset: The shard. It never leaves the worker; only demos of a sharing worker do. ``None``: a part of the ``trainset``
+            that ``compile`` is given, which is dealt out evenly to all workers without a shard.
         valset: Held-out examples for the final race; without it a quarter of the shard is kept back, up to half where all workers
             together would keep fewer than 24.
         lm: The LM of this worker; ``None``: the LM of the surrounding ``dspy.context`` or ``dspy.configure``. Predictors
@@ -36,16 +37,16 @@ class Worker:
             the other call is cancelled, both are counted. > 0; ``None``: never.
         limiter: Library that keeps the rates.
         price: Of this worker's LMs; goes before the price table.
-        share_demos: False for a private shard: none of its text reaches other workers, the server, the log or the result.
+        share_demos: False for a private shard, which has to be the worker's own: none of its text reaches other workers, the
+            server, the log or the result.
 
     Raises:
         ConfigurationError: an empty name or shard, an empty list of LMs, or a number out of its range.
     """
 
     name: str
-    trainset: Sequence[dspy.Example] = field(
-        repr=False
-    )  # logs print settings, and private examples stay out of logs
+    # Logs print settings, and private examples stay out of logs.
+    trainset: Sequence[dspy.Example] | None = field(default=None, repr=False)
     valset: Sequence[dspy.Example] | None = field(default=None, repr=False)
     lm: Any = field(default=None, repr=False)
     max_concurrency: int = DEFAULT_CONCURRENCY
@@ -63,8 +64,15 @@ class Worker:
             raise ConfigurationError(
                 f"worker name {self.name!r} is empty or taken by the server; choose another"
             )
-        if not len(self.trainset):
-            raise ConfigurationError(f"worker {self.name!r} has 0 training examples; give it at least 4")
+        if self.trainset is not None and not len(self.trainset):
+            raise ConfigurationError(
+                f"worker {self.name!r} has 0 training examples; give it at least 4, or None for a part of compile's trainset"
+            )
+        if self.trainset is None and not self.share_demos:
+            raise ConfigurationError(
+                f"worker {self.name!r} is private (share_demos=False) and has no trainset; what it shares with others cannot be "
+                "private, so give it its own"
+            )
         if self.max_concurrency < 1:
             raise ConfigurationError(
                 f"worker {self.name!r}: max_concurrency={self.max_concurrency} must be at least 1"
@@ -81,6 +89,11 @@ class Worker:
             RateLimits(self.requests_per_minute, self.tokens_per_minute, self.limiter)
         except ConfigurationError as error:
             raise ConfigurationError(f"worker {self.name!r}: {error}") from error
+
+    @property
+    def shard(self) -> Sequence[dspy.Example]:
+        """Its examples; empty where it has none of its own."""
+        return () if self.trainset is None else self.trainset
 
     @property
     def lms(self) -> list[Any]:

@@ -20,7 +20,7 @@ from asyndbt_dspy.errors import BudgetExceededError, MetricError, WorkerFailedEr
 from asyndbt_dspy.lms.call_watch import watching_calls
 from asyndbt_dspy.lms.callers import calling_as
 from asyndbt_dspy.lms.failures import FailureKind
-from asyndbt_dspy.programs.health import Health
+from asyndbt_dspy.programs.health import Health, OnlyErrors
 from asyndbt_dspy.programs.paid_rollouts import PaidRollout, RolloutBook, RolloutGate, RolloutKey
 from asyndbt_dspy.programs.rollout import Rollout, Runner
 from asyndbt_dspy.programs.slots import ProgramSpace
@@ -96,6 +96,7 @@ class ProgramEvaluator:
         rollout_timeout_s: A rollout that takes longer is missing. What it waits for here does not count: a rate limit, a place
             among the calls in flight, its share of the budget, a thread.
         max_failures: Missing rollouts in a row after which a worker is set aside.
+        errors: Ends the run where program and metric do nothing but raise.
         adapter: DSPy's prompt format; ``None``: the surrounding one.
         straggler_factor: See ``Stragglers``.
         repeats: A rollout that is asked for again is made again: scores are noisy.
@@ -109,6 +110,7 @@ class ProgramEvaluator:
     runner: Runner
     rollout_timeout_s: float = 120.0
     max_failures: int = 8
+    errors: OnlyErrors = field(default_factory=OnlyErrors)
     adapter: Any = None
     straggler_factor: float | None = None
     repeats: bool = False
@@ -328,6 +330,7 @@ class ProgramEvaluator:
 
         Raises:
             WorkerFailedError: the LM of this worker failed ``max_failures`` times in a row.
+            ProgramFailedError: program and metric did nothing but raise so far.
         """
         part = self.parts[worker]
         name = self._name(worker, program, example)
@@ -438,6 +441,7 @@ class ProgramEvaluator:
             # An error may quote the prompt; of a private worker's only the kind is told.
             private = self.parts[worker].private
             use.last_error = rollout.error.split(":", 1)[0] if private else rollout.error
+        self.errors.note(rollout, use.last_error)
         if rollout.score is not None:
             use.calls += 1
             use.failed += rollout.failure is FailureKind.PROGRAM
@@ -453,6 +457,7 @@ class ProgramEvaluator:
         use.completion_tokens += usage[2]
 
     def _check_health(self, worker: str) -> None:
+        self.errors.check()
         self._health[worker].check(self.max_failures, self.use(worker).last_error)
 
 

@@ -1,13 +1,15 @@
-"""Whether a worker's LM still answers: failures in a row, told apart by what they say of it."""
+"""Whether it is worth going on: whether a worker's LM still answers, and whether program and metric ever ran to their end."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import dspy
 
-from asyndbt_dspy.errors import WorkerFailedError
+from asyndbt_dspy.errors import ProgramFailedError, WorkerFailedError
 from asyndbt_dspy.lms.failures import FailureKind
+from asyndbt_dspy.programs.rollout import Rollout
 
 _ENDPOINT_FAILURES = 3
 """An endpoint that refuses the key or does not know the model will not learn: three in a row are enough."""
@@ -52,3 +54,45 @@ class Health:
             raise WorkerFailedError(
                 f"its LM refused {self.refused_in_row} examples in a row; the last error: {last_error}"
             )
+
+
+_UNREAD = "AdapterParseError"
+_TOLD = 3
+"""Different errors that the message names."""
+_TOLD_CHARACTERS = 300
+
+
+@dataclass
+class OnlyErrors:
+    """Rollouts that program or metric ended by an exception, up to the first that neither did.
+
+    A mistake in either shows on every example, and no demo mends it: what is asked for after that is paid for nothing. Answers
+    that the adapter cannot read, and calls that get none, are not counted: those are the LM's, and other demos or a second try may
+    mend them.
+
+    Attributes:
+        most: So many and no other end the run; ``None``: none do.
+    """
+
+    most: int | None = None
+    errors: Counter[str] = field(default_factory=Counter)
+    is_over: bool = False
+
+    def note(self, rollout: Rollout, error: str) -> None:
+        """``error``: what may be told of it."""
+        if rollout.failure is FailureKind.PROGRAM:
+            if _UNREAD not in (rollout.error or ""):
+                self.errors[error[:_TOLD_CHARACTERS]] += 1
+        elif rollout.score is not None:
+            self.is_over = True
+
+    def check(self) -> None:
+        """Raises ``ProgramFailedError`` at ``most`` errors before any rollout without one."""
+        count = sum(self.errors.values())
+        if self.is_over or self.most is None or count < self.most:
+            return
+        told = "; ".join(f"{number} times {error}" for error, number in self.errors.most_common(_TOLD))
+        raise ProgramFailedError(
+            f"the program or the metric raised in all of the first {count} rollouts, so no program can be told from another: "
+            f"{told}. Mend what raises; where other instructions or demos may, set max_errors higher, or to None"
+        )

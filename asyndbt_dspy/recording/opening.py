@@ -101,7 +101,7 @@ def fingerprints(
         "metric": f"{code_name(optimizer.metric)} {digest(code_identity(optimizer.metric))}",
         "adapter": digest(_adapter_identity()),
         "data": {
-            worker.name: f"{data_identity(worker.trainset)}; {data_identity(worker.valset or ())}"
+            worker.name: f"{data_identity(worker.shard)}; {data_identity(worker.valset or ())}"
             for worker in workers
         },
         "valset": data_identity(valset or ()),

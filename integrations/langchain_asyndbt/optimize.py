@@ -45,8 +45,9 @@ def optimize_chain(
         trainset: Dictionaries, ``{"inputs": …, "outputs": …}``, LangSmith's examples or ``dspy.Example``. May be
             left out where ``workers`` bring their own.
         valset: Examples for the final comparison; else a part of ``trainset`` is kept back.
-        workers: A number, or ``asyndbt_dspy.Worker`` objects with examples in any of these forms. A worker
-            without an LM asks the chain's own models; ``Worker(lm=langchain_lm(model))`` asks another one.
+        workers: A number, or ``asyndbt_dspy.Worker`` objects with examples in any of these forms, or without (they get parts
+            of ``trainset``). A worker without an LM asks the chain's own models; ``Worker(lm=langchain_lm(model))``
+            asks another one.
         labels: The answers where they are an enumeration; default: found out from ``trainset``. Only where the chain's
             output is its last prompt's answer, or a dictionary with the answer of one prompt.
         input_keys: Names of the inputs in plain dictionaries; default: what the chain's schema says.
@@ -129,7 +130,7 @@ def _prepare(
         raise ConfigurationError("give a trainset, or workers that bring their own")
     train = form.examples(trainset) if trainset is not None else None
     converted = [_converted(worker, form) for worker in listed]
-    known = [*(train or ()), *(example for worker in converted for example in worker.trainset)]
+    known = [*(train or ()), *(example for worker in converted for example in worker.shard)]
     if not labels and len(plan.output_keys) == 1:
         labels = infer_labels(known, output_field(plan.output_keys[0]))
     program = to_program(chain, labels=labels, input_key=input_key)
@@ -164,7 +165,8 @@ def _check_instructions(program: ChainProgram, texts: Mapping[str, Sequence[str]
 
 def _converted(worker: Worker, form: ExampleForm) -> Worker:
     valset = form.examples(worker.valset) if worker.valset is not None else None
-    return dataclasses.replace(worker, trainset=form.examples(worker.trainset), valset=valset)
+    trainset = form.examples(worker.trainset) if worker.trainset is not None else None
+    return dataclasses.replace(worker, trainset=trainset, valset=valset)
 
 
 def _finished(optimizer: AsynDBT, program: Any, on_done: OnDone | None) -> Runnable[Any, Any]:

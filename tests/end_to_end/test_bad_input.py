@@ -14,7 +14,7 @@ import kit
 import numpy as np
 import pytest
 
-from asyndbt_dspy import AsynDBT, Budget, ConfigurationError, Worker
+from asyndbt_dspy import AsynDBT, Budget, ConfigurationError, ProgramFailedError, Worker
 from asyndbt_dspy.programs.demos import bootstrapped_demos
 from asyndbt_dspy.programs.rollout import RolloutRunner
 
@@ -121,6 +121,8 @@ CASES: dict[str, tuple[Callable[[], Any], list[str]]] = {
         ["straggler_factor=1", "> 1, or None"],
     ),
     "no failures allowed": (lambda: kit.optimizer(max_failures=0), ["max_failures=0", "at least 1"]),
+    "no errors allowed": (lambda: kit.optimizer(max_errors=0), ["max_errors=0", "at least 1, or None"]),
+    "half an error": (lambda: kit.optimizer(max_errors=1.5), ["max_errors=1.5", "whole number"]),
     "half a demo": (lambda: kit.optimizer(demo_candidates=2.5), ["demo_candidates=2.5", "whole number"]),
     "negative word slots": (lambda: kit.optimizer(fragments=-1), ["fragments=-1", ">= 0"]),
     "instructions without a text": (
@@ -316,10 +318,11 @@ def test_a_student_that_fails_on_every_first_example_is_told_of_and_its_failures
         def forward(self, message: str) -> dspy.Prediction:
             return self.sort(mesage=message).lable
 
-    made = kit.optimizer()
+    made = kit.optimizer(max_errors=None)
     with caplog.at_level(logging.WARNING), dspy.context(lm=kit.color_lm(), adapter=dspy.JSONAdapter()):
         made.compile(Typo(), trainset=kit.examples(60))
     assert "The student failed on the first example of every worker (AttributeError)" in caplog.text
+    assert "the budget is spent all the same" in caplog.text
     assert "The program raised AttributeError" in caplog.text
     failed = sum(worker.failed for worker in made.result.workers)
     assert failed == made.result.metric_calls
@@ -338,9 +341,8 @@ def test_another_error_than_no_lm_is_not_taken_for_it() -> None:
             raise KeyError("label")
 
     made = kit.optimizer(budget=Budget(metric_calls=30))
-    with dspy.context(lm=None):
+    with dspy.context(lm=None), pytest.raises(ProgramFailedError, match="KeyError"):
         made.compile(Own(), trainset=kit.examples(60))
-    assert made.result.winner == "student"
 
 
 def test_a_valset_may_be_a_generator_and_labels_numpys(tmp_path: Path) -> None:

@@ -342,6 +342,21 @@ def test_workers_on_one_endpoint_share_its_rate_limit() -> None:
         assert provider.most_in_window(1.0) <= 2 * 12  # one full second at once, and one as it comes
 
 
+def test_a_number_of_workers_keeps_the_rate_that_the_optimizer_was_given() -> None:
+    with Provider(answer=kit.stairs(1)) as provider:
+        optimizer = AsynDBT(
+            kit.metric,
+            budget=Budget(metric_calls=40),
+            requests_per_minute=720,
+            num_threads=32,
+            progress=False,
+        )
+        with dspy.context(lm=lm_on(provider)):
+            optimizer.compile(dspy.Predict(kit.Sort), trainset=kit.examples(60))
+        assert provider.attempts > 30
+        assert provider.most_in_window(1.0) <= 2 * 12
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

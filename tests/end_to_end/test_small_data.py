@@ -42,7 +42,8 @@ def test_three_workers_where_each_has_a_minibatch_beside_its_part_of_the_race(
     workers = dealt(count)
     assert sizes_of(workers) == sizes
     if count >= 12:
-        shards = split_shards(workers, None, STUDENT, DEFAULT, needs_pool=True, seed=0, one_trainset=True)
+        dealt_to = [one.name for one in workers]
+        shards = split_shards(workers, None, STUDENT, DEFAULT, needs_pool=True, seed=0, dealt_to=dealt_to)
         assert all(len(shard.estimate) >= DEFAULT.minibatch for shard in shards)
 
 

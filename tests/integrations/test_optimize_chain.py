@@ -238,6 +238,21 @@ def test_workers_ask_their_own_model_and_the_chain_keeps_its_own() -> None:
     assert optimized.bound.middle[0] is own
 
 
+def test_workers_without_examples_get_a_part_of_the_trainset() -> None:
+    models = [Copycat(asked=[]), Copycat(asked=[])]
+    workers = [Worker(name, lm=langchain_lm(one, model=name)) for name, one in zip("ab", models, strict=True)]
+    optimized = optimize_chain(
+        chain_of(Copycat(asked=[])),
+        metric=dspy_metric,
+        trainset=DATA,
+        workers=workers,
+        budget=Budget(metric_calls=120),
+        progress=False,
+    )
+    assert score(optimized) == 1.0
+    assert all(one.asked for one in models)
+
+
 def test_an_lm_configured_around_it_is_not_asked_instead_of_the_chains_model() -> None:
     ambient, own = Copycat(asked=[]), Copycat(asked=[])
     with dspy.context(lm=langchain_lm(ambient, model="langchain/ambient")):

@@ -1,13 +1,14 @@
-"""When failures in a row say that a worker's LM is gone."""
+"""When failures in a row say that a worker's LM is gone, and errors from the first rollout on that program or metric is wrong."""
 
 from __future__ import annotations
 
 import dspy
 import pytest
 
-from asyndbt_dspy.errors import WorkerFailedError
+from asyndbt_dspy.errors import ProgramFailedError, WorkerFailedError
 from asyndbt_dspy.lms.failures import FailureKind
-from asyndbt_dspy.programs.health import Health
+from asyndbt_dspy.programs.health import Health, OnlyErrors
+from asyndbt_dspy.programs.rollout import Rollout
 
 EXAMPLES = [dspy.Example(text=str(number)) for number in range(10)]
 
@@ -47,3 +48,39 @@ def test_refused_examples_between_them_change_nothing() -> None:
     health.note(EXAMPLES[0], FailureKind.TRANSIENT)
     with pytest.raises(WorkerFailedError, match="its LM failed 4 times in a row; the last error: gone"):
         health.check(4, "gone")
+
+
+BUG = Rollout(0.0, failure=FailureKind.PROGRAM, error="KeyError: 'lable'")
+UNREAD = Rollout(0.0, failure=FailureKind.PROGRAM, error="AdapterParseError: no field `label` in: red")
+LATE = Rollout(None, failure=FailureKind.TRANSIENT, error="TimeoutError")
+WRONG = Rollout(0.0)
+
+
+def noted(most: int | None, *rollouts: Rollout) -> OnlyErrors:
+    errors = OnlyErrors(most)
+    for one in rollouts:
+        errors.note(one, one.error or "")
+    return errors
+
+
+def test_nothing_but_errors_ends_a_run() -> None:
+    noted(3, BUG, BUG).check()
+    with pytest.raises(
+        ProgramFailedError, match=r"all of the first 3 rollouts.*3 times KeyError: 'lable'.*max_errors"
+    ):
+        noted(3, BUG, BUG, BUG).check()
+
+
+@pytest.mark.parametrize("other", [UNREAD, LATE])
+def test_what_is_the_lms_neither_counts_nor_says_that_all_is_well(other: Rollout) -> None:
+    noted(3, BUG, BUG, *[other] * 9).check()
+    with pytest.raises(ProgramFailedError):
+        noted(3, BUG, other, BUG, other, BUG).check()
+
+
+def test_one_rollout_that_runs_to_its_end_is_enough_however_wrong_its_answer() -> None:
+    noted(3, BUG, WRONG, *[BUG] * 9).check()
+
+
+def test_without_a_bound_nothing_ends_it() -> None:
+    noted(None, *[BUG] * 99).check()

@@ -26,7 +26,8 @@ def examples(count: int, start: int = 0) -> list[dspy.Example]:
 
 def shards_of(workers: list[Worker], valset: Any = None, *, one_trainset: bool = False) -> list[Any]:
     config = dataclasses.replace(DEFAULT, minibatch=4)
-    return split_shards(workers, valset, STUDENT, config, needs_pool=True, seed=0, one_trainset=one_trainset)
+    dealt_to = [one.name for one in workers] if one_trainset else ()
+    return split_shards(workers, valset, STUDENT, config, needs_pool=True, seed=0, dealt_to=dealt_to)
 
 
 def test_shards_of_one_trainset_are_one_group() -> None:
