@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         JournalError,
         MetricError,
         NoLiveWorkersError,
+        ProgramFailedError,
         ProtocolError,
         ResumeError,
         WorkerFailedError,

@@ -1,4 +1,4 @@
-"""Command line: ``asyndbt simulate`` says what a run will take before anyone pays for it."""
+"""Command line: ``asyndbt simulate`` says what a run will take before anyone pays for it, ``asyndbt status`` how far one is."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from asyndbt_dspy.errors import AsynDBTError, ConfigurationError
+from asyndbt_dspy.recording.status import read_status
 from asyndbt_dspy.simulation.calibration import calibrated, read_run
 from asyndbt_dspy.simulation.plan import Plan, mean_forecast, simulate
 from asyndbt_dspy.simulation.provider import Latency
@@ -28,9 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_simulate(
         commands.add_parser("simulate", help="expected time, cost, staleness and utilisation of a plan")
     )
+    status = commands.add_parser("status", help="how far a run with a run_dir is, and what it spent")
+    status.add_argument("run_dir", type=Path)
+    status.add_argument("--run", type=int, help="its number; default the newest")
+    status.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     try:
-        return _simulate(options)
+        return _status(options) if options.command == "status" else _simulate(options)
     except AsynDBTError as error:
         print(f"asyndbt: {error}", file=sys.stderr)
         return 2
@@ -77,6 +82,12 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     )
     add("--seeds", type=int, default=3, help="simulated runs that the figures are means of")
     add("--json", action="store_true", help="print JSON")
+
+
+def _status(options: argparse.Namespace) -> int:
+    found = read_status(options.run_dir, options.run)
+    print(json.dumps(found.to_dict()) if options.json else found)
+    return 0
 
 
 def _simulate(options: argparse.Namespace) -> int:

@@ -71,6 +71,11 @@ class SpentSoFar:
             worker, held = self._held.pop(key)
             self._add(worker, cut=1, cut_tokens=held.tokens, cut_dollars=held.dollars)
 
+    @property
+    def lines(self) -> Mapping[str, LedgerLine]:
+        """What has been spent, by worker (the empty name: by none); what is in flight counts as attempts alone."""
+        return self._lines
+
     def saved(self) -> dict[str, Any] | None:
         """What ``Ledger.restore`` takes; ``None`` where nothing was spent."""
         for journal in {journal for journal, _ in self._held}:

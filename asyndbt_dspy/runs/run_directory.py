@@ -26,6 +26,7 @@ import filelock
 from asyndbt_dspy.errors import ConfigurationError, JournalError, ResumeError
 
 MANIFEST_FORMAT = 1
+_HOLDER = "holder.json"
 
 _PARTS = {
     "program": "the program (structure, signatures, instructions or demos)",
@@ -119,7 +120,7 @@ class RunDirectory:
             self._lock.acquire(timeout=0)
         except filelock.Timeout as error:
             raise JournalError(
-                f"run_dir {str(self.path)!r} is in use by {_described_holder(self._holder)}; wait until it ends, or choose "
+                f"run_dir {str(self.path)!r} is in use by {holder_of(self.path)}; wait until it ends, or choose "
                 "another run_dir"
             ) from error
         except OSError as error:
@@ -127,7 +128,7 @@ class RunDirectory:
 
     @property
     def _holder(self) -> Path:
-        return self.path / "holder.json"
+        return self.path / _HOLDER
 
     def _sign(self) -> None:
         """Say who holds the lock."""
@@ -156,7 +157,7 @@ class RunDirectory:
         part.replace(folder / "manifest.json")
 
     def _check(self, manifest: Mapping[str, Any]) -> None:
-        known = _read_manifest(self.folder / "manifest.json")
+        known = read_manifest(self.folder / "manifest.json")
         differences = (
             *_package_difference(known, manifest),
             *differences_of(known["fingerprints"], manifest["fingerprints"]),
@@ -221,7 +222,12 @@ def _worker_difference(path: str, old: Any, new: Any) -> str:
     return f"the LM of worker {worker!r} changed (model, endpoint or sampling)"
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What was run.
+
+    Raises:
+        JournalError: it cannot be read, or is of a newer format.
+    """
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -277,9 +283,10 @@ def _unwritable(path: Path, error: OSError) -> ConfigurationError:
     return ConfigurationError(f"run_dir={str(path)!r} cannot be written: {error}; choose a folder that can")
 
 
-def _described_holder(path: Path) -> str:
+def holder_of(run_dir: Path) -> str:
+    """The process that ran in it last, in words."""
     try:
-        holder = json.loads(path.read_text(encoding="utf-8"))
+        holder = json.loads((run_dir / _HOLDER).read_text(encoding="utf-8"))
         return f"process {holder['pid']} on {holder['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

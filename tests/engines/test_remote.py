@@ -16,7 +16,16 @@ import pydantic
 import pytest
 import ray_hosts as hosts
 
-from asyndbt_dspy import Budget, ConfigurationError, MetricError, RolloutHost, Worker, scripted_lm
+from asyndbt_dspy import (
+    AsynDBT,
+    Budget,
+    ConfigurationError,
+    MetricError,
+    ProgramFailedError,
+    RolloutHost,
+    Worker,
+    scripted_lm,
+)
 from asyndbt_dspy.lms.callers import calling_as
 from asyndbt_dspy.lms.identity import is_deterministic, lm_identity
 from asyndbt_dspy.remote import RemoteLM, RemoteRunner, elsewhere
@@ -207,6 +216,19 @@ def test_failures_keep_their_kind_and_are_tried_again() -> None:
 def test_a_metric_that_returns_nothing_ends_the_run_as_it_does_here() -> None:
     with pytest.raises(MetricError, match="returned"):
         run(runner(Channel(host_with(hosts.answer, metric=lambda gold, prediction: None))))
+
+
+def test_a_metric_that_only_raises_ends_the_compile_as_it_does_here() -> None:
+    def misspelt(gold: Any, prediction: Any) -> bool:
+        return bool(gold.lable == prediction.label)
+
+    script = Counted()
+    channel = Channel(host_with(script, metric=misspelt))
+    workers = [Worker("w", hosts.examples(40))]
+    optimizer = AsynDBT(misspelt, workers=workers, engine=channel, max_errors=5, progress=False)
+    with dspy.context(adapter=dspy.JSONAdapter()), pytest.raises(ProgramFailedError, match="lable"):
+        optimizer.compile(dspy.Predict(hosts.Sort))
+    assert 5 <= script.calls <= 5 + 8
 
 
 def test_a_stand_in_has_the_identity_of_its_lm_and_answers_nothing() -> None:
