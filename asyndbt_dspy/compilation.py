@@ -58,7 +58,7 @@ async def prepare(
     optimizer: AsynDBT,
     student: dspy.Module,
     trainset: Sequence[dspy.Example] | None,
-    teacher: dspy.Module | None,
+    teacher: dspy.Module | Sequence[dspy.Module] | None,
     valset: Sequence[dspy.Example] | None,
     stop: StopRequest | None = None,
     metering: Metering | None = None,
@@ -67,6 +67,7 @@ async def prepare(
     metering = metering or make_metering(optimizer)
     started = time.perf_counter()
     checks.check_student(student)
+    teacher = checks.only_teacher(teacher)
     workers = sharding.make_workers(
         optimizer.workers,
         trainset,
@@ -468,8 +469,12 @@ class Run:
                 last_first.callback(self.bar.close)
 
     def reasons(self) -> str:
-        errors = {name: use.last_error for name, use in self.evaluator.uses.items() if use.last_error}
-        return "; ".join(f"{name}: {error}" for name, error in errors.items()) or "no answer in time"
+        workers: dict[str, list[str]] = {}  # of one endpoint that is down all say the same
+        for name, use in self.evaluator.uses.items():
+            if use.last_error:
+                workers.setdefault(use.last_error, []).append(name)
+        told = (f"{', '.join(names)}: {error}" for error, names in workers.items())
+        return "; ".join(told) or "no answer in time"
 
     def result(self) -> Result:
         settings = {**self.optimizer.get_params(), "algorithm": self.server.config.to_dict()}

@@ -229,7 +229,7 @@ class AsynDBT(Teleprompter):
         student: dspy.Module,
         *,
         trainset: Sequence[dspy.Example] | None = None,
-        teacher: dspy.Module | None = None,
+        teacher: dspy.Module | Sequence[dspy.Module] | None = None,
         valset: Sequence[dspy.Example] | None = None,
     ) -> dspy.Module:
         """Optimize ``student``; works with and without a running event loop (in a notebook too).
@@ -237,7 +237,7 @@ class AsynDBT(Teleprompter):
         Args:
             student: Never changed.
             trainset: Examples with inputs declared, for the workers that bring none of their own.
-            teacher: Program whose traces become demos; default the student.
+            teacher: Program whose traces become demos (or a list of one, as other optimizers pass it on); default the student.
             valset: Held-out examples of the final race; without it a quarter of the data is kept back, up to half where that is
                 fewer than 24.
 
@@ -285,7 +285,7 @@ class AsynDBT(Teleprompter):
         student: dspy.Module,
         *,
         trainset: Sequence[dspy.Example] | None = None,
-        teacher: dspy.Module | None = None,
+        teacher: dspy.Module | Sequence[dspy.Module] | None = None,
         valset: Sequence[dspy.Example] | None = None,
     ) -> dspy.Module:
         """``compile`` as a coroutine of the running loop."""
@@ -296,7 +296,7 @@ class AsynDBT(Teleprompter):
         self,
         student: dspy.Module,
         trainset: Sequence[dspy.Example] | None,
-        teacher: dspy.Module | None,
+        teacher: dspy.Module | Sequence[dspy.Module] | None,
         valset: Sequence[dspy.Example] | None,
     ) -> dspy.Module:
         self.result, self.recorded = None, []

@@ -95,6 +95,17 @@ def check_student(student: Any) -> None:
     )
 
 
+def only_teacher(teacher: Any) -> Any:
+    """The one teacher of a list, as ``dspy.BetterTogether`` passes it on; what is no list as it is."""
+    if not isinstance(teacher, list | tuple):
+        return teacher
+    if len(teacher) > 1:
+        raise ConfigurationError(
+            f"teacher is a list of {len(teacher)} programs, and traces are taken of one; pass the one that answers best"
+        )
+    return teacher[0] if teacher else None
+
+
 def check_teacher(student: dspy.Module, teacher: Any) -> None:
     """Refuse a teacher whose traces could become demos of no predictor of the student."""
     if not isinstance(teacher, dspy.Module):

@@ -32,11 +32,12 @@ def labels_as_inputs(count: int) -> list[dspy.Example]:
     return [one.with_inputs("message", "label") for one in kit.examples(count)]
 
 
-def compiled(trainset: Any = None, student: Any = None, valset: Any = None, **options: Any) -> AsynDBT:
+def compiled(
+    trainset: Any = None, student: Any = None, valset: Any = None, teacher: Any = None, **options: Any
+) -> AsynDBT:
     optimizer = kit.optimizer(budget=Budget(metric_calls=40), **options)
-    optimizer.compile(
-        dspy.Predict(kit.Sort) if student is None else student, trainset=trainset, valset=valset
-    )
+    student = dspy.Predict(kit.Sort) if student is None else student
+    optimizer.compile(student, trainset=trainset, valset=valset, teacher=teacher)
     return optimizer
 
 
@@ -121,6 +122,11 @@ CASES: dict[str, tuple[Callable[[], Any], list[str]]] = {
         ["straggler_factor=1", "> 1, or None"],
     ),
     "no failures allowed": (lambda: kit.optimizer(max_failures=0), ["max_failures=0", "at least 1"]),
+    "two teachers": (
+        lambda: compiled(kit.examples(40), teacher=[dspy.Predict(kit.Sort)] * 2),
+        ["a list of 2 programs", "pass the one"],
+    ),
+    "no teacher but a text": (lambda: compiled(kit.examples(40), teacher="gpt"), ["dspy.Module, got str"]),
     "no errors allowed": (lambda: kit.optimizer(max_errors=0), ["max_errors=0", "at least 1, or None"]),
     "half an error": (lambda: kit.optimizer(max_errors=1.5), ["max_errors=1.5", "whole number"]),
     "half a demo": (lambda: kit.optimizer(demo_candidates=2.5), ["demo_candidates=2.5", "whole number"]),
@@ -289,8 +295,8 @@ def test_settings_that_mean_nothing_are_refused(options: dict[str, Any], said: s
 
 def test_a_teacher_that_can_show_the_student_nothing_is_refused_before_any_call() -> None:
     lm = kit.color_lm()
-    for teacher, said in (([dspy.Predict(kit.Sort)], "got list"), (kit.TwoSteps(), "have none of the names")):
-        with pytest.raises(ConfigurationError, match=said), dspy.context(lm=lm):
+    for teacher in (kit.TwoSteps(), [kit.TwoSteps()]):
+        with pytest.raises(ConfigurationError, match="have none of the names"), dspy.context(lm=lm):
             kit.optimizer().compile(dspy.Predict(kit.Sort), trainset=kit.examples(60), teacher=teacher)
     assert kit.calls_of(lm) == 0
 

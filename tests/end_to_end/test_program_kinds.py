@@ -228,3 +228,20 @@ def test_a_proposer_writes_instruction_arms_from_observed_failures() -> None:
     for part in ("feedback: look closer", "be brief", "Sort the message.", "item "):
         assert part in kit.text_of(proposer)
     assert optimizer.result.metric_calls <= 120
+
+
+@pytest.mark.parametrize("teacher", [None, dspy.Predict(kit.Sort)])
+def test_it_is_a_part_of_better_together(teacher: dspy.Module | None) -> None:
+    """DSPy's optimizer of optimizers passes a teacher on in a list, and evaluates what each part returns."""
+    student, lm = dspy.Predict(kit.Sort), kit.color_lm()
+    for one in (student, teacher):
+        if one is not None:
+            one.set_lm(lm)
+    both = dspy.BetterTogether(metric=kit.metric, ours=kit.optimizer(), theirs=dspy.LabeledFewShot(k=1))
+    with dspy.context(lm=lm):
+        better = both.compile(
+            student, trainset=kit.examples(72), teacher=teacher, strategy="theirs -> ours", seed=0
+        )
+        assert kit.score(better, TEST) == 1.0
+    assert not better.flag_compilation_error_occurred
+    assert better.candidate_programs[0]["strategy"] == "theirs -> ours"
