@@ -213,7 +213,7 @@ async def _arrange(
         errors=OnlyErrors(optimizer.max_errors),
         straggler_factor=None if optimizer.deterministic else optimizer.straggler_factor,
         repeats=config.repeats,
-        on_rollout=preparation.scale_watch(),
+        on_rollout=preparation.rollout_watch(shards),
         book=book,
         gate=stop.gate,
         on_refused=metering.note_refused,

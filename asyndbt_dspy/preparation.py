@@ -245,6 +245,36 @@ def check_lm(
     )
 
 
+def rollout_watch(shards: Sequence[Shard]) -> Callable[[str, Rollout], None]:
+    """Tells once each of what a user would change who saw the rollouts."""
+    watches = (scale_watch(), limit_watch(shards))
+
+    def note(worker: str, rollout: Rollout) -> None:
+        for watch in watches:
+            watch(worker, rollout)
+
+    return note
+
+
+def limit_watch(shards: Sequence[Shard]) -> Callable[[str, Rollout], None]:
+    """Tells once that an endpoint refuses calls for their number, where nothing holds them back."""
+    unlimited = {one.worker.name for one in shards if one.worker.requests_per_minute is None}
+
+    def note(worker: str, rollout: Rollout) -> None:
+        kind = (rollout.error or "").partition(":")[0]
+        if rollout.score is not None or "RateLimit" not in kind or worker not in unlimited:
+            return
+        unlimited.clear()
+        logger.warning(
+            "The endpoint of worker %r refused calls because of a rate limit, also when they were tried again; such rollouts are "
+            "missing. With requests_per_minute=… (or tokens_per_minute=…) calls wait for their turn; num_threads=… or "
+            "Worker(max_concurrency=…) makes fewer at a time. This is said once.",
+            worker,
+        )
+
+    return note
+
+
 def scale_watch() -> Callable[[str, Rollout], None]:
     """Tells once of a score outside of [0, 1]: which runs are good ones and which are failures is said on that scale."""
     told = False

@@ -372,3 +372,23 @@ def test_a_compile_inside_of_a_program_spends_its_own_budget() -> None:
         made.compile(Nested(), trainset=kit.examples(72))
     assert inner_calls
     assert made.result.metric_calls > 60, made.result.stopped
+
+
+@pytest.mark.parametrize(
+    ("error", "options", "told"),
+    [
+        (dspy.lm15.RateLimitError, {}, 1),
+        (dspy.lm15.RateLimitError, {"requests_per_minute": 1e6}, 0),
+        (dspy.lm15.ServerError, {}, 0),
+    ],
+)
+def test_who_is_refused_for_too_many_calls_is_told_what_holds_them_back(
+    error: type[Exception], options: dict[str, Any], told: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    lm = kit.make_lm(failing(error, lambda number: number in (4, 5)))
+    optimizer, student = magic(budget=Budget(metric_calls=40), **options)
+    with dspy.context(lm=lm), caplog.at_level(logging.WARNING):
+        optimizer.compile(student, trainset=TRAIN)
+    assert sum(one.missing for one in optimizer.result.workers) == 2
+    said = [one.getMessage() for one in caplog.records if "requests_per_minute=…" in one.getMessage()]
+    assert len(said) == told
