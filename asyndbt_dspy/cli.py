@@ -86,7 +86,9 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
 
 def _status(options: argparse.Namespace) -> int:
     found = read_status(options.run_dir, options.run)
-    print(json.dumps(found.to_dict()) if options.json else found)
+    text = json.dumps(found.to_dict()) if options.json else str(found)
+    encoding = sys.stdout.encoding or "utf-8"  # errors quote what a terminal may not know
+    print(text.encode(encoding, "replace").decode(encoding))
     return 0
 
 

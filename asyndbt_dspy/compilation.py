@@ -99,14 +99,14 @@ async def prepare(
         dealt_to={one.name for one in workers} - own_data,
         is_fixed="minibatch" in optimizer.overridden,
     )
-    surrounding = dspy.settings.lm
+    surrounding = None if getattr(student, "asks_own_models", False) else dspy.settings.lm
     lms = {worker.name: metering.worker_lm(worker, surrounding) for worker in workers}
     for program in (student, teacher):
         if program is not None:
             checks.check_lms(program, lms)
     called = _Metered(
         lms,
-        metering.program(student),
+        metering.program(student, is_student=True),
         None if teacher is None else metering.program(teacher),
         metering.lm(optimizer.options.proposer, PROPOSER),
     )
@@ -129,7 +129,9 @@ async def prepare(
                 metering,
                 plans,
             )
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, Exception):
+            book.ended(error)
         try:
             await metering.ledger.aclose()
         finally:
@@ -218,10 +220,12 @@ async def _arrange(
         gate=stop.gate,
         on_refused=metering.note_refused,
     )
+    evaluator.note_recorded(book.recorded())
     may_begin = _setup_goes_on(optimizer, config, metering, started)
     try:
         setup = SetupRollouts(evaluator, book)
         probes = await _probe(optimizer, setup, shards)
+        metering.check_seen(evaluator.uses)
         plans = measured_plans(
             plans, evaluator.uses, optimizer.budget, demo_tokens=_demo_tokens(optimizer, student)
         )
@@ -395,6 +399,10 @@ class Run:
         try:
             with dspy.context(**self.metering.surroundings()):
                 await engine.run(self.server, self.workers, self.later.watched(self.evaluator), observers)
+        except Exception as error:
+            if self.recorder is not None:
+                self.recorder.ended(error)
+            raise
         finally:
             stopping.cancel()
             if isinstance(engine, ListeningEngine):

@@ -6,7 +6,7 @@ AsynDBTError
 ├── ExportError (ValueError)          a prompt or chain that cannot be carried over exactly; says why
 ├── ProtocolError                     a message or event that the state machine refuses (wrong order, wrong shape)
 ├── MetricError                       a metric that returned None, NaN or something that is no number
-├── ProgramFailedError                program or metric raised on every example so far: no program can be told from another
+├── ProgramFailedError                program or metric raised again and again, and no rollout has run to its end
 ├── WorkerFailedError                 one worker cannot go on; it is set aside and the run goes on
 ├── NoLiveWorkersError                every worker was set aside; carries the best program so far
 ├── JournalError                      a run_dir or journal that cannot be written, read or continued; says why
@@ -36,7 +36,7 @@ class MetricError(AsynDBTError):
 
 
 class ProgramFailedError(AsynDBTError):
-    """The program or the metric raised in every rollout so far, so that nothing can be compared. The message has the errors."""
+    """Program or metric raised again and again, and no rollout has run to its end. The message has the errors."""
 
 
 class NoLiveWorkersError(AsynDBTError):

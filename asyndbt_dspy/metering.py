@@ -19,7 +19,7 @@ from asyndbt_dspy.lms.ledger import Ledger
 from asyndbt_dspy.lms.limits import RateLimits
 from asyndbt_dspy.lms.metered import metered
 from asyndbt_dspy.lms.prices import Price, Tariff
-from asyndbt_dspy.programs.copies import copy_program, shared_parts
+from asyndbt_dspy.programs.copies import with_other_lms
 from asyndbt_dspy.programs.evaluator import WorkerUse
 from asyndbt_dspy.sharding import Shard
 from asyndbt_dspy.workers import Worker
@@ -30,6 +30,7 @@ WIRE_CAPS = ("lm_calls", "tokens", "dollars")
 """Caps on what goes over the wire."""
 PROPOSER = "proposer"
 """The proposer's line in the ledger."""
+_NO_LIMITS = RateLimits()
 _TURNS = ("max_iters", "max_iterations")
 """What DSPy's modules that loop call the most turns that they take."""
 _COMPLETION_TOKENS = 60
@@ -61,6 +62,7 @@ class Metering:
         self.refused: BudgetExceededError | None = None
         self._is_open = not self.has_wire_caps
         self._metered: dict[int, tuple[Any, Any]] = {}
+        self._limits = _shared_limits(workers)
 
     def note_refused(self, error: BudgetExceededError) -> None:
         """A call was refused before there was a search to end."""
@@ -83,14 +85,22 @@ class Metering:
             self._is_open = True
             self.ledger.open_kept_back()
 
-    def lm(self, lm: Any, name: str | None = None) -> Any:
+    def lm(self, lm: Any, name: str | None = None, limits: RateLimits = _NO_LIMITS) -> Any:
         """``lm`` metered; its attempts are written to the line of ``name``, or of whichever worker calls."""
         if lm is None or not self._can_meter(lm):
             return lm
         known = self._metered.get(id(lm))
         if name is None and known is not None:
             return known[1]
-        found = metered(lm, ledger=self.ledger, worker=name, prices=self._price(lm))
+        found = metered(
+            lm,
+            ledger=self.ledger,
+            worker=name,
+            prices=self._price(lm),
+            requests_per_minute=limits.requests_per_minute,
+            tokens_per_minute=limits.tokens_per_minute,
+            limiter=limits.limiter,
+        )
         if name is None:
             self._metered[id(lm)] = (lm, found)  # with the LM, so that its id stays its own
         return found
@@ -127,25 +137,60 @@ class Metering:
             return members[0]
         return fallback(members, hedge_after_s=worker.hedge_after_s)
 
-    def program(self, program: dspy.Module) -> dspy.Module:
-        """A copy of ``program`` whose predictors' own LMs are metered; the program itself where it has none."""
-        if all(predictor.lm is None for _, predictor in program.named_predictors()):
+    def program(self, program: dspy.Module, *, is_student: bool = False) -> dspy.Module:
+        """A copy of ``program`` whose own LMs are metered, wherever it keeps them; the program itself where it has none.
+
+        Args:
+            is_student: Where nobody else's LM answers for it, what workers without an LM are limited to holds for its own.
+        """
+        if not self.is_on:
             return program
-        copied = copy_program(program, shared_parts(program))
-        for _, predictor in copied.named_predictors():
-            predictor.lm = self.lm(predictor.lm)
-        return copied
+        limits = self._limits if is_student and answers_itself(program) else _NO_LIMITS
+        return with_other_lms(program, lambda lm: self.lm(lm, limits=limits))
+
+    def restored(self, program: dspy.Module) -> dspy.Module:
+        """``program`` with the user's LMs in the places of the metered ones."""
+        if not self._metered:
+            return program
+        own = {id(found): lm for lm, found in self._metered.values()}
+        return with_other_lms(program, lambda lm: own.get(id(lm), lm))
+
+    def check_seen(self, uses: Mapping[str, WorkerUse]) -> None:
+        """The first rollouts are in: a cap on the wire is kept by calls that are seen.
+
+        Raises:
+            ConfigurationError: none was, and nothing else would end the run.
+        """
+        live = sum(use.calls - use.reused for use in uses.values())
+        lines = self.ledger.lines().values()
+        if not self.has_wire_caps or live <= 0 or any(line.attempts or line.cache_hits for line in lines):
+            return
+        caps = ", ".join(name for name in WIRE_CAPS if getattr(self.budget, name) is not None)
+        told = (
+            f"the budget caps {caps}, but of the first rollouts no LM call was seen: the program calls LMs that are neither its "
+            "predictors' nor kept by its modules nor the surrounding one, and these calls are not counted"
+        )
+        if self.budget.metric_calls is None and self.budget.seconds is None:
+            raise ConfigurationError(
+                f"{told}. Give its predictors their LM (set_lm), or cap metric_calls as well"
+            )
+        logger.warning("%s; only the other caps are kept.", told)
 
     def surroundings(self) -> dict[str, Any]:
-        """The surrounding LM and adapter for ``dspy.context``, metered: the adapter's own LMs too (``dspy.TwoStepAdapter``)."""
-        adapter = dspy.settings.adapter
+        """What of ``dspy.context`` has to be metered: the surrounding LM, whatever else names it, and the adapter with its own LMs
+        (``dspy.TwoStepAdapter``)."""
+        adapter, surrounding = dspy.settings.adapter, dspy.settings.lm
         own = {
             name: lm for name, lm in getattr(adapter, "__dict__", {}).items() if isinstance(lm, dspy.BaseLM)
         }
         if own:
             adapter = copy.copy(adapter)
             vars(adapter).update({name: self.lm(lm) for name, lm in own.items()})
-        return {"lm": self.surrounding_lm(dspy.settings.lm), "adapter": adapter}
+        lm = self.surrounding_lm(surrounding)
+        named = (
+            [] if lm is None else [name for name, one in dspy.settings.config.items() if one is surrounding]
+        )
+        return {**dict.fromkeys(named, lm), "lm": lm, "adapter": adapter}
 
     def _price(self, lm: Any) -> Price | None:
         given = self.prices.get(str(lm.model))
@@ -167,6 +212,24 @@ class Metering:
 
 
 _FREE = Price(0.0, 0.0)
+
+
+def answers_itself(program: dspy.Module) -> bool:
+    """Whether the program's own LMs answer for it, and neither a worker's nor the surrounding one does."""
+    if getattr(program, "asks_own_models", False) or dspy.settings.lm is None:
+        return True
+    return all(predictor.lm is not None for _, predictor in program.named_predictors())
+
+
+def _shared_limits(workers: Sequence[Worker]) -> RateLimits:
+    """The tightest that workers without an LM of their own were given: their calls go to the same endpoint."""
+    found = _NO_LIMITS
+    for worker in workers:
+        if not worker.lms:
+            found = RateLimits(worker.requests_per_minute, worker.tokens_per_minute, worker.limiter).tighter(
+                found
+            )
+    return found
 
 
 def _asks_for_metering(worker: Worker) -> bool:

@@ -82,8 +82,8 @@ class AsynDBT(Teleprompter):
             two thirds of its unit are in: it counts as missing and as paid for, and its answer is there the next
             time. > 1; ``None``, and under ``deterministic``: every rollout is waited for.
         max_failures: Missing rollouts in a row, of more than one example, after which a worker is set aside.
-        max_errors: Rollouts in which program or metric raised, from the first on and with none between that ran to its end, after
-            which the compile ends with an error; answers that the adapter cannot read do not count. ``None``: it never does.
+        max_errors: Rollouts in which program or metric raised, before any has run to its end, after which the compile ends with an
+            error; answers that the adapter cannot read and missing ones do not count. ``None``: it never does.
         noisy: Scores of one candidate on one example differ from time to time (an LM judge in the metric, a sampling LM): asking
             again is new evidence for the search, and the race asks again while it is undecided. Needs LMs without
             DSPy's response cache (``cache=False``).
@@ -250,7 +250,7 @@ class AsynDBT(Teleprompter):
             ResumeError: ``run_dir`` holds a run of something else.
             KeyboardInterrupt: at the second Ctrl-C; the first one is ``stop``.
             MetricError: the metric returned something that is no number.
-            ProgramFailedError: program or metric raised in each of the first ``max_errors`` rollouts.
+            ProgramFailedError: program or metric raised ``max_errors`` times before any rollout has run to its end.
             NoLiveWorkersError: every worker's LM failed; carries the best program so far.
         """
 
@@ -327,7 +327,9 @@ class AsynDBT(Teleprompter):
             if isinstance(self.engine, RemoteRollouts):
                 self.engine.stop()
         self.result = run.result()
-        program = with_lms_of(student, run.programs.build(run.server.winner, fresh=True))
+        program = with_lms_of(
+            student, run.metering.restored(run.programs.build(run.server.winner, fresh=True))
+        )
         if not run.server.live.any():
             raise NoLiveWorkersError(
                 f"all {len(run.shards)} workers were set aside: {run.reasons()}; the best program so far is in "

@@ -103,18 +103,18 @@ def _with_shards(
     if not workers:
         raise ConfigurationError("workers is an empty list; give at least one Worker, or a number")
     without = [worker.name for worker in workers if worker.trainset is None]
-    if trainset and not without:
+    examples = list(trainset or ())  # a generator is never empty by its truth
+    if examples and not without:
         raise ConfigurationError(
-            f"trainset with {len(trainset)} examples was given besides {len(workers)} workers that bring their own "
+            f"trainset with {len(examples)} examples was given besides {len(workers)} workers that bring their own "
             "shards; pass workers=<number> or workers without a trainset to have it split, or leave it out"
         )
     if not without:
         return list(workers)
-    if not trainset:
+    if not examples:
         raise ConfigurationError(
             f"the workers {without} have no shard of their own, and compile was given no trainset to deal out to them"
         )
-    examples = list(trainset)
     checks.check_examples(student, examples)
     strata = None if shard_key is not None else example_labels(student, examples)
     parts = iter(checks.shards(examples, len(without), key=shard_key, strata=strata, seed=seed))

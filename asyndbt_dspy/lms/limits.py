@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -52,7 +53,8 @@ class RateLimits:
     def __post_init__(self) -> None:
         for name in ("requests_per_minute", "tokens_per_minute"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not 0 < value < math.inf):
+            is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if value is not None and not (is_number and 0 < value < math.inf):
                 raise ConfigurationError(f"{name}={value!r} must be > 0; leave it out for no limit")
         if self.limiter not in ("aiolimiter", "asyncio-throttle"):
             raise ConfigurationError(

@@ -7,7 +7,7 @@ import contextlib
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -356,6 +356,7 @@ class ProgramEvaluator:
                 self.book.keep(worker, name, program, PaidRollout(rollout, usage))
             self._count_usage(worker, usage)
             self._count(worker, example, rollout)
+            self.errors.note(rollout, self._told(worker, rollout))
             self.stragglers.note(worker, rollout.seconds)
             if rollout.score is not None and asyncio.current_task() in self._left_tasks:
                 self._late[worker] += 1
@@ -405,6 +406,8 @@ class ProgramEvaluator:
         self._count_usage(worker, paid.usage)
         self._count(worker, example, paid.rollout)
         self.use(worker).reused += paid.is_shared
+        if not paid.is_recorded:  # an earlier run's; what is recorded in this one was noted at its start
+            self.errors.note(paid.rollout, self._told(worker, paid.rollout))
         if not paid.is_recorded and self.book is not None and name is not None:
             self.book.keep(worker, name, program, paid)
         self._note_twin(worker, name, paid.rollout)
@@ -437,11 +440,7 @@ class ProgramEvaluator:
     def _count(self, worker: str, example: dspy.Example, rollout: Rollout) -> None:
         use = self.use(worker)
         use.busy_s += rollout.seconds
-        if rollout.error:
-            # An error may quote the prompt; of a private worker's only the kind is told.
-            private = self.parts[worker].private
-            use.last_error = rollout.error.split(":", 1)[0] if private else rollout.error
-        self.errors.note(rollout, use.last_error)
+        use.last_error = self._told(worker, rollout) or use.last_error
         if rollout.score is not None:
             use.calls += 1
             use.failed += rollout.failure is FailureKind.PROGRAM
@@ -449,6 +448,16 @@ class ProgramEvaluator:
             return
         use.missing += 1
         self._health[worker].note(example, rollout.failure)
+
+    def _told(self, worker: str, rollout: Rollout) -> str:
+        """Its error; it may quote the prompt, so of a private worker's only the kind is told."""
+        error = rollout.error or ""
+        return error.split(":", 1)[0] if self.parts[worker].private else error
+
+    def note_recorded(self, rollouts: Iterable[tuple[str, Rollout]]) -> None:
+        """What earlier processes of the run recorded, by worker: where all of it are errors, nothing more is paid for."""
+        for worker, rollout in rollouts:
+            self.errors.note(rollout, self._told(worker, rollout))
 
     def _count_usage(self, worker: str, usage: tuple[int, int, int]) -> None:
         use = self.use(worker)

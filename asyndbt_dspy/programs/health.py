@@ -56,7 +56,6 @@ class Health:
             )
 
 
-_UNREAD = "AdapterParseError"
 _TOLD = 3
 """Different errors that the message names."""
 _TOLD_CHARACTERS = 300
@@ -64,7 +63,7 @@ _TOLD_CHARACTERS = 300
 
 @dataclass
 class OnlyErrors:
-    """Rollouts that program or metric ended by an exception, up to the first that neither did.
+    """Rollouts that program or metric ended by an exception, until one runs to its end.
 
     A mistake in either shows on every example, and no demo mends it: what is asked for after that is paid for nothing. Answers
     that the adapter cannot read, and calls that get none, are not counted: those are the LM's, and other demos or a second try may
@@ -81,7 +80,7 @@ class OnlyErrors:
     def note(self, rollout: Rollout, error: str) -> None:
         """``error``: what may be told of it."""
         if rollout.failure is FailureKind.PROGRAM:
-            if _UNREAD not in (rollout.error or ""):
+            if not rollout.is_unread:
                 self.errors[error[:_TOLD_CHARACTERS]] += 1
         elif rollout.score is not None:
             self.is_over = True
@@ -93,6 +92,6 @@ class OnlyErrors:
             return
         told = "; ".join(f"{number} times {error}" for error, number in self.errors.most_common(_TOLD))
         raise ProgramFailedError(
-            f"the program or the metric raised in all of the first {count} rollouts, so no program can be told from another: "
-            f"{told}. Mend what raises; where other instructions or demos may, set max_errors higher, or to None"
+            f"the program or the metric raised in {count} rollouts and none has run to its end, so no program can be told from "
+            f"another: {told}. Mend what raises; where other instructions or demos may, set max_errors higher, or to None"
         )

@@ -55,6 +55,7 @@ class Rollout:
             labels; else ``None``.
         margin: ln P(right label) - ln P(best other label), in [-10, 10], likewise.
         failure: Why it failed, ``None`` for a run that was scored by the metric.
+        is_unread: ``True`` where it failed because an answer could not be read, else ``None``.
         error: The failure in words.
         feedback: What the metric said beside the score.
         seconds: Duration of program and metric by the runner's clock.
@@ -66,6 +67,7 @@ class Rollout:
     cross_entropy: float | None = None
     margin: float | None = None
     failure: FailureKind | None = None
+    is_unread: bool | None = None
     error: str | None = None
     feedback: str | None = None
     seconds: float = 0.0
@@ -295,24 +297,25 @@ class RolloutRunner:
             # What fails after it went on without an answer (dspy.Parallel leaves None in its place) does so for want of it.
             kind = kind_of(calls.lost)
             said = f"{type(calls.lost).__name__}: {calls.lost}; then {said}"
+        is_unread = any(isinstance(one, AdapterParseError) for one in causes(error))
         if kind is FailureKind.PROGRAM:
-            self._warn_of(error, is_metrics)
+            self._warn_of(error, is_metrics, is_unread)
         return Rollout(
             score=self.failure_score if kind is FailureKind.PROGRAM else None,
             failure=kind,
+            is_unread=(kind is FailureKind.PROGRAM and is_unread) or None,
             error=said[:ERROR_CHARACTERS],
             seconds=self._clock() - start,
             trace=trace,
             prediction=prediction,
         )
 
-    def _warn_of(self, error: Exception, is_metrics: bool) -> None:
+    def _warn_of(self, error: Exception, is_metrics: bool, is_unread: bool) -> None:
         """An answer that does not parse is every small LM's; anything else is more likely a mistake in program or metric."""
         if is_metrics and not self._metric_has_raised:
             self._metric_has_raised = True
             self._warn(f"The metric {metric_name(self.metric)!r}", error)
-        is_unparsed = any(isinstance(one, AdapterParseError) for one in causes(error))
-        if not (is_metrics or is_unparsed or self._program_has_raised):
+        if not (is_metrics or is_unread or self._program_has_raised):
             self._program_has_raised = True
             self._warn("The program", error)
 

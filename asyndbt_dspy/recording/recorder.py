@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -66,6 +67,13 @@ class KeysOnly:
 
     def keep_failure(self, worker: str, task: int, reason: str) -> None:
         pass
+
+    def recorded(self) -> Iterator[tuple[str, Rollout]]:
+        """What earlier processes of this run recorded, by worker."""
+        return iter(())
+
+    def ended(self, error: Exception) -> None:
+        """The process goes no further because of ``error``; its kind is kept, and no text of it."""
 
     def texts(self, predictor: str) -> list[str] | None:
         """Instructions that were proposed for ``predictor`` by an earlier process."""
@@ -221,6 +229,16 @@ class RunRecorder(KeysOnly):
         if saved is not None:
             ledger.restore(saved)
         record_spending(ledger, self._write)
+
+    def recorded(self) -> Iterator[tuple[str, Rollout]]:
+        for worker, known in self._read.paid.items():
+            for waiting in known.values():
+                for one in waiting:
+                    yield worker, one.rollout
+
+    def ended(self, error: Exception) -> None:
+        with contextlib.suppress(JournalError):  # it may be what ended the run
+            self._write_server({"kind": "ended", "error": type(error).__name__})
 
     def outcomes(self, worker: str, task: int) -> tuple[tuple[Outcome, ...], ...] | None:
         return self._outcomes.get((worker, task))

@@ -76,6 +76,11 @@ class SpentSoFar:
         """What has been spent, by worker (the empty name: by none); what is in flight counts as attempts alone."""
         return self._lines
 
+    @property
+    def held(self) -> list[Charge]:
+        """The most that each attempt may cost that is neither over nor known to be lost."""
+        return [charge for _, charge in self._held.values()]
+
     def saved(self) -> dict[str, Any] | None:
         """What ``Ledger.restore`` takes; ``None`` where nothing was spent."""
         for journal in {journal for journal, _ in self._held}:

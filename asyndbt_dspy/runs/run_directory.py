@@ -120,7 +120,7 @@ class RunDirectory:
             self._lock.acquire(timeout=0)
         except filelock.Timeout as error:
             raise JournalError(
-                f"run_dir {str(self.path)!r} is in use by {holder_of(self.path)}; wait until it ends, or choose "
+                f"run_dir {str(self.path)!r} is in use by {_described_holder(self.path)}; wait until it ends, or choose "
                 "another run_dir"
             ) from error
         except OSError as error:
@@ -132,7 +132,7 @@ class RunDirectory:
 
     def _sign(self) -> None:
         """Say who holds the lock."""
-        me = {"pid": os.getpid(), "host": socket.gethostname()}
+        me = {"pid": os.getpid(), "host": this_host()}
         try:
             self._holder.write_text(json.dumps(me), encoding="utf-8")
         except OSError as error:
@@ -283,10 +283,20 @@ def _unwritable(path: Path, error: OSError) -> ConfigurationError:
     return ConfigurationError(f"run_dir={str(path)!r} cannot be written: {error}; choose a folder that can")
 
 
-def holder_of(run_dir: Path) -> str:
-    """The process that ran in it last, in words."""
+def holder_of(run_dir: Path) -> tuple[int, str]:
+    """Process and host of who locked it last; ``(0, "")`` where nobody can tell."""
     try:
         holder = json.loads((run_dir / _HOLDER).read_text(encoding="utf-8"))
-        return f"process {holder['pid']} on {holder['host']}"
+        return int(holder["pid"]), str(holder["host"])
     except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
+        return 0, ""
+
+
+def this_host() -> str:
+    """As ``holder_of`` names it."""
+    return socket.gethostname()
+
+
+def _described_holder(run_dir: Path) -> str:
+    pid, host = holder_of(run_dir)
+    return f"process {pid} on {host}" if pid else "another process"

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from dataclasses import replace as replace_fields
 from typing import Any, Literal
 
 import dspy
@@ -75,7 +76,17 @@ class ChainPlan:
     output_keys: tuple[str | None, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ChainPlan:
-        return self
+        """Itself; with other LMs where the copy is to have some in the places of its own."""
+        found = {
+            name: replace_fields(one, lms=tuple(memo.get(id(lm), lm) for lm in one.lms))
+            for name, one in self.predictors.items()
+        }
+        is_same = all(
+            new is lm
+            for name, one in self.predictors.items()
+            for new, lm in zip(found[name].lms, one.lms, strict=True)
+        )
+        return self if is_same else replace_fields(self, predictors=found)
 
 
 class ChainProgram(dspy.Module):
@@ -83,7 +94,12 @@ class ChainProgram(dspy.Module):
 
     Its predictors are attributes, one per prompt of the chain. Without an LM of their own (and none in
     ``dspy.settings``) they ask the chain's own models.
+
+    Attributes:
+        asks_own_models: Told to AsynDBT: the surrounding LM does not answer for it.
     """
+
+    asks_own_models = True
 
     def __init__(self, plan: ChainPlan) -> None:
         super().__init__()
@@ -189,7 +205,7 @@ class PredictorCall(Runnable[Any, Any]):
             )
         predict = getattr(program, self._predictor.name)
         fields = self._fields(value)
-        own = self._predictor.lms[self._number]
+        own = program.plan.predictors[self._predictor.name].lms[self._number]  # metered in a compile, perhaps
         ambient = dspy.settings.get(AMBIENT_SETTING, None)
         lm = predict.lm or (dspy.settings.lm if dspy.settings.lm is not ambient else None) or own
         if lm.model != own.model:

@@ -114,6 +114,11 @@ def test_a_run_with_dealt_shards_goes_on(tmp_path: Path) -> None:
             kit.examples(60),
             ["'a' is private", "no trainset", "its own"],
         ),
+        (
+            lambda: [Worker("a", kit.examples(30))],
+            (one for one in kit.examples(9)),
+            ["trainset with 9 examples", "workers without a trainset"],
+        ),
         (lambda: [Worker("a"), Worker("b"), Worker("c")], kit.examples(2), ["2 examples", "3 workers"]),
     ],
 )
@@ -168,6 +173,7 @@ def test_a_rate_is_kept_where_there_is_only_a_number_of_workers() -> None:
             ["'requests_per_minute': 60", "Worker(", "requests_per_minute=…"],
         ),
         ({"requests_per_minute": 0}, ["requests_per_minute=0", "> 0"]),
+        ({"tokens_per_minute": "60"}, ["tokens_per_minute='60'", "> 0"]),
     ],
 )
 def test_limits_that_cannot_be(options: dict[str, Any], parts: list[str]) -> None:

@@ -253,6 +253,25 @@ def test_workers_without_examples_get_a_part_of_the_trainset() -> None:
     assert all(one.asked for one in models)
 
 
+@pytest.mark.parametrize("is_surrounded", [False, True])
+def test_a_cap_on_calls_holds_for_the_chains_own_model(is_surrounded: bool) -> None:
+    own, ambient = Copycat(asked=[]), Copycat(asked=[])
+    around = langchain_lm(ambient, model="langchain/ambient") if is_surrounded else None
+    with dspy.context(lm=around):
+        optimized = optimize_chain(
+            chain_of(own),
+            metric=dspy_metric,
+            trainset=DATA,
+            budget=Budget(lm_calls=150),
+            progress=False,
+        )
+        assert 60 < len(own.asked) <= 150
+        assert ambient.asked == []
+        before = len(own.asked)
+        assert score(optimized) == 1.0  # its calls are not counted any more
+        assert len(own.asked) > before
+
+
 def test_an_lm_configured_around_it_is_not_asked_instead_of_the_chains_model() -> None:
     ambient, own = Copycat(asked=[]), Copycat(asked=[])
     with dspy.context(lm=langchain_lm(ambient, model="langchain/ambient")):

@@ -51,7 +51,7 @@ def test_refused_examples_between_them_change_nothing() -> None:
 
 
 BUG = Rollout(0.0, failure=FailureKind.PROGRAM, error="KeyError: 'lable'")
-UNREAD = Rollout(0.0, failure=FailureKind.PROGRAM, error="AdapterParseError: no field `label` in: red")
+UNREAD = Rollout(0.0, failure=FailureKind.PROGRAM, is_unread=True, error="ValueError: could not sort")
 LATE = Rollout(None, failure=FailureKind.TRANSIENT, error="TimeoutError")
 WRONG = Rollout(0.0)
 
@@ -66,7 +66,7 @@ def noted(most: int | None, *rollouts: Rollout) -> OnlyErrors:
 def test_nothing_but_errors_ends_a_run() -> None:
     noted(3, BUG, BUG).check()
     with pytest.raises(
-        ProgramFailedError, match=r"all of the first 3 rollouts.*3 times KeyError: 'lable'.*max_errors"
+        ProgramFailedError, match=r"raised in 3 rollouts.*3 times KeyError: 'lable'.*max_errors"
     ):
         noted(3, BUG, BUG, BUG).check()
 
