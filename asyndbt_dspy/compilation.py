@@ -99,7 +99,7 @@ async def prepare(
         dealt_to={one.name for one in workers} - own_data,
         is_fixed="minibatch" in optimizer.overridden,
     )
-    surrounding = None if getattr(student, "asks_own_models", False) else dspy.settings.lm
+    surrounding = metering.answering_lm()
     lms = {worker.name: metering.worker_lm(worker, surrounding) for worker in workers}
     for program in (student, teacher):
         if program is not None:
@@ -219,13 +219,13 @@ async def _arrange(
         book=book,
         gate=stop.gate,
         on_refused=metering.note_refused,
+        on_calls=metering.note_calls,
     )
     evaluator.note_recorded(book.recorded())
     may_begin = _setup_goes_on(optimizer, config, metering, started)
     try:
         setup = SetupRollouts(evaluator, book)
         probes = await _probe(optimizer, setup, shards)
-        metering.check_seen(evaluator.uses)
         plans = measured_plans(
             plans, evaluator.uses, optimizer.budget, demo_tokens=_demo_tokens(optimizer, student)
         )

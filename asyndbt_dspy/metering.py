@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ import dspy
 
 from asyndbt_dspy.core.budget import Budget
 from asyndbt_dspy.errors import BudgetExceededError, ConfigurationError
+from asyndbt_dspy.lms.call_watch import CallWatch
 from asyndbt_dspy.lms.endpoints import endpoint_key
 from asyndbt_dspy.lms.estimates import Estimate, WorkerPlan, estimate_run, rough_tokens
 from asyndbt_dspy.lms.fallback import fallback
@@ -19,8 +21,9 @@ from asyndbt_dspy.lms.ledger import Ledger
 from asyndbt_dspy.lms.limits import RateLimits
 from asyndbt_dspy.lms.metered import metered
 from asyndbt_dspy.lms.prices import Price, Tariff
-from asyndbt_dspy.programs.copies import with_other_lms
+from asyndbt_dspy.programs.copies import copy_program, shared_parts
 from asyndbt_dspy.programs.evaluator import WorkerUse
+from asyndbt_dspy.programs.rollout import Rollout
 from asyndbt_dspy.sharding import Shard
 from asyndbt_dspy.workers import Worker
 
@@ -30,6 +33,13 @@ WIRE_CAPS = ("lm_calls", "tokens", "dollars")
 """Caps on what goes over the wire."""
 PROPOSER = "proposer"
 """The proposer's line in the ledger."""
+METER_SETTING = "asyndbt_meter"
+"""Key in ``dspy.settings`` within a compile whose calls are metered: ``lm -> lm`` for models that a program asks past its
+predictors."""
+AMBIENT_SETTING = "langchain_ambient_lm"
+"""Key in ``dspy.settings``: the surrounding LM where it does not answer for the program (``langchain_asyndbt`` sets it)."""
+_UNCOUNTED = 30
+"""Rollouts without any call that counts, after which a cap on calls is not believed to end the run."""
 _NO_LIMITS = RateLimits()
 _TURNS = ("max_iters", "max_iterations")
 """What DSPy's modules that loop call the most turns that they take."""
@@ -62,7 +72,15 @@ class Metering:
         self.refused: BudgetExceededError | None = None
         self._is_open = not self.has_wire_caps
         self._metered: dict[int, tuple[Any, Any]] = {}
-        self._limits = _shared_limits(workers)
+        self._lock = threading.Lock()
+        # Workers without an LM of their own ask the LMs of others: what was said of these is theirs.
+        lending = [worker for worker in workers if not worker.lms]
+        self._limits = _tightest(lending)
+        self._lent_price = next((worker.price for worker in lending if worker.price is not None), None)
+        self._is_counting = False
+        self._uncounted = 0
+        self._told_of_uncounted = False
+        self._refusal: ConfigurationError | None = None
 
     def note_refused(self, error: BudgetExceededError) -> None:
         """A call was refused before there was a search to end."""
@@ -96,7 +114,7 @@ class Metering:
             lm,
             ledger=self.ledger,
             worker=name,
-            prices=self._price(lm),
+            prices=self._price(lm) if limits is _NO_LIMITS else self._price(lm) or self._lent_price,
             requests_per_minute=limits.requests_per_minute,
             tokens_per_minute=limits.tokens_per_minute,
             limiter=limits.limiter,
@@ -138,47 +156,77 @@ class Metering:
         return fallback(members, hedge_after_s=worker.hedge_after_s)
 
     def program(self, program: dspy.Module, *, is_student: bool = False) -> dspy.Module:
-        """A copy of ``program`` whose own LMs are metered, wherever it keeps them; the program itself where it has none.
+        """A copy of ``program`` whose predictors' own LMs are metered; the program itself where it has none.
 
         Args:
-            is_student: Where nobody else's LM answers for it, what workers without an LM are limited to holds for its own.
+            is_student: Where all its predictors have an LM, what workers without one are limited to holds for these.
         """
-        if not self.is_on:
+        own = [predictor.lm for _, predictor in program.named_predictors()]
+        if all(lm is None for lm in own):
             return program
-        limits = self._limits if is_student and answers_itself(program) else _NO_LIMITS
-        return with_other_lms(program, lambda lm: self.lm(lm, limits=limits))
+        limits = self._limits if is_student and all(lm is not None for lm in own) else _NO_LIMITS
+        copied = copy_program(program, shared_parts(program))
+        for _, predictor in copied.named_predictors():
+            predictor.lm = self.lm(predictor.lm, limits=limits)
+        return copied
 
-    def restored(self, program: dspy.Module) -> dspy.Module:
-        """``program`` with the user's LMs in the places of the metered ones."""
-        if not self._metered:
-            return program
-        own = {id(found): lm for lm, found in self._metered.values()}
-        return with_other_lms(program, lambda lm: own.get(id(lm), lm))
-
-    def check_seen(self, uses: Mapping[str, WorkerUse]) -> None:
-        """The first rollouts are in: a cap on the wire is kept by calls that are seen.
+    def own_model(self, lm: Any) -> Any:
+        """``lm`` metered, of a program that asks it past its predictors and says so (a LangChain chain), when it does.
 
         Raises:
-            ConfigurationError: none was, and nothing else would end the run.
+            ConfigurationError: a cap that cannot be kept with it; ``note_calls`` ends the run with the same.
         """
-        live = sum(use.calls - use.reused for use in uses.values())
-        lines = self.ledger.lines().values()
-        if not self.has_wire_caps or live <= 0 or any(line.attempts or line.cache_hits for line in lines):
+        with self._lock:
+            try:
+                return self.lm(lm, limits=self._limits)
+            except ConfigurationError as error:
+                self._refusal = ConfigurationError(
+                    f"{error}. It is the program's own model: ask it through a worker, Worker(…, lm=langchain_lm(model, "
+                    "max_tokens=…)), or cap metric_calls or lm_calls instead"
+                )
+                raise
+
+    def note_calls(self, calls: CallWatch, rollout: Rollout) -> None:
+        """A rollout is over: a cap on the wire is kept by calls that are counted.
+
+        Raises:
+            ConfigurationError: an LM that cannot be metered was asked; or nothing was counted in many rollouts, and nothing else
+                would end the run.
+        """
+        if not self.has_wire_caps:
             return
+        if self._refusal is not None:
+            raise self._refusal
         caps = ", ".join(name for name in WIRE_CAPS if getattr(self.budget, name) is not None)
-        told = (
-            f"the budget caps {caps}, but of the first rollouts no LM call was seen: the program calls LMs that are neither its "
-            "predictors' nor kept by its modules nor the surrounding one, and these calls are not counted"
-        )
-        if self.budget.metric_calls is None and self.budget.seconds is None:
-            raise ConfigurationError(
-                f"{told}. Give its predictors their LM (set_lm), or cap metric_calls as well"
+        if calls.unmetered and not self._told_of_uncounted:
+            self._told_of_uncounted = True
+            logger.warning(
+                "The program or the metric calls %s past the program's predictors, and not as the surrounding LM: these calls "
+                "do not count against the budget's caps on %s. This is said once.",
+                calls.unmetered,
+                caps,
             )
-        logger.warning("%s; only the other caps are kept.", told)
+        if self._is_counting:
+            return
+        lines = self.ledger.lines().values()
+        self._is_counting = calls.has_metered or any(line.attempts or line.cache_hits for line in lines)
+        self._uncounted += not self._is_counting and rollout.score is not None and rollout.failure is None
+        if self._uncounted >= _UNCOUNTED and self.budget.metric_calls is None and self.budget.seconds is None:
+            raise ConfigurationError(
+                f"the budget caps {caps} alone, and in {self._uncounted} rollouts no LM call was counted, so nothing would end "
+                "the run. Give the program's predictors their LM (set_lm) or a surrounding one (dspy.configure), or cap "
+                "metric_calls as well"
+            )
+
+    @staticmethod
+    def answering_lm() -> Any:
+        """The surrounding LM; ``None`` where it is there for others than the program, which asks its own models then."""
+        lm = dspy.settings.lm
+        return None if lm is dspy.settings.get(AMBIENT_SETTING, None) else lm
 
     def surroundings(self) -> dict[str, Any]:
-        """What of ``dspy.context`` has to be metered: the surrounding LM, whatever else names it, and the adapter with its own LMs
-        (``dspy.TwoStepAdapter``)."""
+        """What of ``dspy.context`` is to be metered: the surrounding LM, under whatever names, the adapter with its own LMs
+        (``dspy.TwoStepAdapter``), and what programs pass models through that they ask past their predictors."""
         adapter, surrounding = dspy.settings.adapter, dspy.settings.lm
         own = {
             name: lm for name, lm in getattr(adapter, "__dict__", {}).items() if isinstance(lm, dspy.BaseLM)
@@ -190,7 +238,8 @@ class Metering:
         named = (
             [] if lm is None else [name for name, one in dspy.settings.config.items() if one is surrounding]
         )
-        return {**dict.fromkeys(named, lm), "lm": lm, "adapter": adapter}
+        own = {METER_SETTING: self.own_model} if self.is_on else {}
+        return {**dict.fromkeys(named, lm), "lm": lm, "adapter": adapter, **own}
 
     def _price(self, lm: Any) -> Price | None:
         given = self.prices.get(str(lm.model))
@@ -214,21 +263,11 @@ class Metering:
 _FREE = Price(0.0, 0.0)
 
 
-def answers_itself(program: dspy.Module) -> bool:
-    """Whether the program's own LMs answer for it, and neither a worker's nor the surrounding one does."""
-    if getattr(program, "asks_own_models", False) or dspy.settings.lm is None:
-        return True
-    return all(predictor.lm is not None for _, predictor in program.named_predictors())
-
-
-def _shared_limits(workers: Sequence[Worker]) -> RateLimits:
-    """The tightest that workers without an LM of their own were given: their calls go to the same endpoint."""
+def _tightest(workers: Sequence[Worker]) -> RateLimits:
     found = _NO_LIMITS
     for worker in workers:
-        if not worker.lms:
-            found = RateLimits(worker.requests_per_minute, worker.tokens_per_minute, worker.limiter).tighter(
-                found
-            )
+        own = RateLimits(worker.requests_per_minute, worker.tokens_per_minute, worker.limiter)
+        found = own.tighter(found)
     return found
 
 

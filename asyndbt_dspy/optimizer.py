@@ -245,7 +245,7 @@ class AsynDBT(Teleprompter):
             A new program with the student's LMs; the student's own form if nothing beat it.
 
         Raises:
-            ConfigurationError: input that cannot work; before any LM call.
+            ConfigurationError: input that cannot work; before any LM call (but for a budget that turns out to count none).
             JournalError: ``run_dir`` is in use, or cannot be read or written.
             ResumeError: ``run_dir`` holds a run of something else.
             KeyboardInterrupt: at the second Ctrl-C; the first one is ``stop``.
@@ -327,9 +327,7 @@ class AsynDBT(Teleprompter):
             if isinstance(self.engine, RemoteRollouts):
                 self.engine.stop()
         self.result = run.result()
-        program = with_lms_of(
-            student, run.metering.restored(run.programs.build(run.server.winner, fresh=True))
-        )
+        program = with_lms_of(student, run.programs.build(run.server.winner, fresh=True))
         if not run.server.live.any():
             raise NoLiveWorkersError(
                 f"all {len(run.shards)} workers were set aside: {run.reasons()}; the best program so far is in "

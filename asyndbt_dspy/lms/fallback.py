@@ -253,6 +253,8 @@ class _Team:
 class _Engine(EngineFace):
     """For programs in threads. Hedging needs a call that can be cancelled: then the team runs in its own loop."""
 
+    is_metered = True  # by its members
+
     def __init__(self, team: _Team) -> None:
         super().__init__(team.capabilities)
         self.team = team

@@ -164,6 +164,8 @@ class _Meter:
 
 
 class _Metered(EngineFace):
+    is_metered = True
+
     def __init__(self, meter: _Meter) -> None:
         super().__init__(meter.attempts.capabilities)
         self.meter = meter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import dspy
@@ -24,18 +24,6 @@ def copy_program(program: dspy.Module, shared: Mapping[int, Any] | None = None) 
         shared: ``shared_parts(program)``, found out anew where ``None``.
     """
     return copy.deepcopy(program, dict(shared_parts(program) if shared is None else shared))
-
-
-def with_other_lms(program: dspy.Module, other: Callable[[dspy.BaseLM], Any]) -> dspy.Module:
-    """A copy that has ``other(lm)`` wherever ``program`` keeps an LM (predictors, attributes, containers).
-
-    ``program`` itself where none differs.
-    """
-    shared = shared_parts(program)
-    changed = {key: other(part) if isinstance(part, dspy.BaseLM) else part for key, part in shared.items()}
-    if all(changed[key] is part for key, part in shared.items()):
-        return program
-    return copy_program(program, changed)
 
 
 def shared_parts(program: dspy.Module) -> dict[int, Any]:

@@ -17,7 +17,7 @@ from dspy.utils.usage_tracker import track_usage
 from asyndbt_dspy.core.messages import Evaluate, Outcome, Scored
 from asyndbt_dspy.core.space import Candidate
 from asyndbt_dspy.errors import BudgetExceededError, MetricError, WorkerFailedError
-from asyndbt_dspy.lms.call_watch import watching_calls
+from asyndbt_dspy.lms.call_watch import CallWatch, watching_calls
 from asyndbt_dspy.lms.callers import calling_as
 from asyndbt_dspy.lms.failures import FailureKind
 from asyndbt_dspy.programs.health import Health, OnlyErrors
@@ -119,6 +119,7 @@ class ProgramEvaluator:
     on_rollout: Callable[[str, Rollout], None] | None = None
     on_answer: Callable[[CacheKey, Rollout], None] | None = None
     on_refused: Callable[[BudgetExceededError], None] | None = None
+    on_calls: Callable[[CallWatch, Rollout], None] | None = None
     book: RolloutBook | None = None
     gate: RolloutGate = field(default_factory=RolloutGate)
     _twins: dict[tuple[str, bytes], Outcome | asyncio.Future[Outcome]] = field(default_factory=dict)
@@ -424,7 +425,10 @@ class ProgramEvaluator:
         run = self.runner.run(program, example, lm=part.lm, adapter=self.adapter, trace=trace)
         try:
             with watching_calls(asyncio.get_running_loop().time, hand_on=True) as calls:
-                return await self._patience.within(self.rollout_timeout_s, run, calls.held_s)
+                found = await self._patience.within(self.rollout_timeout_s, run, calls.held_s)
+                if self.on_calls is not None:
+                    self.on_calls(calls, found)
+                return found
         except asyncio.TimeoutError:
             late = f"no answer within {self.rollout_timeout_s:g} s"
             return Rollout(None, failure=FailureKind.TRANSIENT, error=late, seconds=self.rollout_timeout_s)

@@ -297,25 +297,26 @@ class RolloutRunner:
             # What fails after it went on without an answer (dspy.Parallel leaves None in its place) does so for want of it.
             kind = kind_of(calls.lost)
             said = f"{type(calls.lost).__name__}: {calls.lost}; then {said}"
-        is_unread = any(isinstance(one, AdapterParseError) for one in causes(error))
         if kind is FailureKind.PROGRAM:
-            self._warn_of(error, is_metrics, is_unread)
+            self._warn_of(error, is_metrics)
+        is_unread = kind is FailureKind.PROGRAM and not is_metrics and _is_unread(error)
         return Rollout(
             score=self.failure_score if kind is FailureKind.PROGRAM else None,
             failure=kind,
-            is_unread=(kind is FailureKind.PROGRAM and is_unread) or None,
+            is_unread=is_unread or None,
             error=said[:ERROR_CHARACTERS],
             seconds=self._clock() - start,
             trace=trace,
             prediction=prediction,
         )
 
-    def _warn_of(self, error: Exception, is_metrics: bool, is_unread: bool) -> None:
+    def _warn_of(self, error: Exception, is_metrics: bool) -> None:
         """An answer that does not parse is every small LM's; anything else is more likely a mistake in program or metric."""
         if is_metrics and not self._metric_has_raised:
             self._metric_has_raised = True
             self._warn(f"The metric {metric_name(self.metric)!r}", error)
-        if not (is_metrics or is_unread or self._program_has_raised):
+        is_unparsed = any(isinstance(one, AdapterParseError) for one in causes(error))
+        if not (is_metrics or is_unparsed or self._program_has_raised):
             self._program_has_raised = True
             self._warn("The program", error)
 
@@ -330,6 +331,13 @@ class RolloutRunner:
             where.lineno,
             self.failure_score,
         )
+
+
+def _is_unread(error: BaseException | None) -> bool:
+    """Whether an answer that could not be read is the reason; not so for a mistake in what handles one."""
+    if error is None or isinstance(error, AdapterParseError):
+        return error is not None
+    return _is_unread(error.__cause__) or any(map(_is_unread, getattr(error, "exceptions", ())))
 
 
 def runs_async(program: dspy.Module) -> bool:

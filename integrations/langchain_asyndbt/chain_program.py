@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from dataclasses import replace as replace_fields
 from typing import Any, Literal
 
 import dspy
@@ -29,6 +28,8 @@ PORTABLE = ("stop", "temperature", "max_tokens", "top_p", "seed", "tools", "tool
 
 AMBIENT_SETTING = "langchain_ambient_lm"
 """Key in ``dspy.settings``: the LM that was configured around an optimization, which is not for its chain."""
+METER_SETTING = "asyndbt_meter"
+"""Key in ``dspy.settings``: AsynDBT's ``lm -> lm``, by which the calls of a chain's own models count against its budget."""
 
 AFTER_THE_LAST = "a step after it may change them (a function, a parser that is one, include_raw=True)"
 
@@ -76,17 +77,7 @@ class ChainPlan:
     output_keys: tuple[str | None, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ChainPlan:
-        """Itself; with other LMs where the copy is to have some in the places of its own."""
-        found = {
-            name: replace_fields(one, lms=tuple(memo.get(id(lm), lm) for lm in one.lms))
-            for name, one in self.predictors.items()
-        }
-        is_same = all(
-            new is lm
-            for name, one in self.predictors.items()
-            for new, lm in zip(found[name].lms, one.lms, strict=True)
-        )
-        return self if is_same else replace_fields(self, predictors=found)
+        return self
 
 
 class ChainProgram(dspy.Module):
@@ -94,12 +85,7 @@ class ChainProgram(dspy.Module):
 
     Its predictors are attributes, one per prompt of the chain. Without an LM of their own (and none in
     ``dspy.settings``) they ask the chain's own models.
-
-    Attributes:
-        asks_own_models: Told to AsynDBT: the surrounding LM does not answer for it.
     """
-
-    asks_own_models = True
 
     def __init__(self, plan: ChainPlan) -> None:
         super().__init__()
@@ -205,9 +191,11 @@ class PredictorCall(Runnable[Any, Any]):
             )
         predict = getattr(program, self._predictor.name)
         fields = self._fields(value)
-        own = program.plan.predictors[self._predictor.name].lms[self._number]  # metered in a compile, perhaps
+        meter = dspy.settings.get(METER_SETTING, None)  # an optimizer counts the chain's own calls too
+        own = self._predictor.lms[self._number]
         ambient = dspy.settings.get(AMBIENT_SETTING, None)
-        lm = predict.lm or (dspy.settings.lm if dspy.settings.lm is not ambient else None) or own
+        lm = predict.lm or (dspy.settings.lm if dspy.settings.lm is not ambient else None)
+        lm = lm or (own if meter is None else meter(own))
         if lm.model != own.model:
             fields["config"] = bound_settings(self._predictor.models[self._number].model)
         return predict, fields, {"adapter": self._predictor.adapters[self._number], "lm": lm}

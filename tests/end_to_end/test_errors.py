@@ -174,6 +174,23 @@ def test_an_answer_that_the_program_itself_could_not_read_is_none_of_its_errors(
         assert kit.score(better, kit.examples(30, start=100)) == 1.0
 
 
+def test_a_mistake_in_what_handles_such_an_answer_is_one() -> None:
+    class Falls(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sort = dspy.Predict(kit.Sort)
+
+        def forward(self, message: str) -> dspy.Prediction:
+            try:
+                return self.sort(message=message)
+            except Exception:  # noqa: BLE001 - as users write it
+                return self.fallbak(message)
+
+    lm = kit.make_lm(lambda messages: "red, I would say")
+    with dspy.context(lm=lm), pytest.raises(ProgramFailedError, match="fallbak"):
+        kit.optimizer().compile(Falls(), trainset=kit.examples(60))
+
+
 def test_a_metric_is_not_excused_by_what_its_error_says() -> None:
     def quoting(gold: Any, prediction: Any) -> bool:
         raise KeyError("AdapterParseError")

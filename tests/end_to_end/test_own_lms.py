@@ -1,4 +1,4 @@
-"""Caps and rates hold for the LMs that a program keeps, wherever it keeps them; where no call is seen, that is said."""
+"""Caps and rates hold for the predictors' own LMs; calls that no cap counts are told of, and do not go on without end."""
 
 from __future__ import annotations
 
@@ -58,22 +58,28 @@ def compiled(program: dspy.Module, budget: Budget, **options: Any) -> tuple[Asyn
     return optimizer, optimizer.compile(program, trainset=kit.examples(60))
 
 
-@pytest.mark.parametrize("keep", ["attribute", "containers"])
-def test_a_cap_is_kept_by_lms_that_modules_hold_and_the_user_gets_them_back(keep: str) -> None:
+@pytest.mark.parametrize("keep", ["attribute", "containers", "closure"])
+def test_caps_that_no_call_counts_against_end_the_compile(keep: str) -> None:
     lm = kit.color_lm()
-    optimizer, better = compiled(Keeps(lm, keep), Budget(lm_calls=60))
-    assert 40 < kit.calls_of(lm) <= 60
-    assert sum(line["attempts"] for line in optimizer.result.spending.values()) == kit.calls_of(lm)
-    kept = better.judge if keep == "attribute" else better.box["all"][0]
-    assert kept is lm
-    assert better(message="item 4").label is not None  # by an LM whose budget is not over
+    with pytest.raises(
+        ConfigurationError, match=r"caps lm_calls, tokens alone.*no LM call was counted.*set_lm"
+    ):
+        compiled(Keeps(lm, keep), Budget(lm_calls=60, tokens=10**9))
+    assert 30 <= kit.calls_of(lm) <= 30 + 3 * 8
 
 
-def test_a_cap_that_no_call_counts_against_is_refused_after_the_first_rollouts() -> None:
-    lm = kit.color_lm()
-    with pytest.raises(ConfigurationError, match=r"caps lm_calls, tokens, .*no LM call was seen.*set_lm"):
-        compiled(Keeps(lm, "closure"), Budget(lm_calls=60, tokens=10**9))
-    assert kit.calls_of(lm) == 3
+def test_a_first_call_that_comes_to_nothing_changes_nothing_of_that() -> None:
+    numbers = iter(range(10**9))
+
+    def script(messages: list[dict[str, str]]) -> Any:
+        if next(numbers) < 3:
+            raise dspy.lm15.ServerError("down")
+        return kit.stairs(1)(messages)
+
+    lm = kit.make_lm(script)
+    with pytest.raises(ConfigurationError, match="no LM call was counted"):
+        compiled(Keeps(lm, "closure"), Budget(lm_calls=60))
+    assert kit.calls_of(lm) <= 3 + 30 + 3 * 8
 
 
 def test_where_another_cap_ends_the_run_it_is_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -81,8 +87,63 @@ def test_where_another_cap_ends_the_run_it_is_told(caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.WARNING):
         compiled(Keeps(lm, "closure"), Budget(lm_calls=60, metric_calls=40))
     assert 30 < kit.calls_of(lm) <= 40
-    told = [one.getMessage() for one in caplog.records if "no LM call was seen" in one.getMessage()]
+    told = [one.getMessage() for one in caplog.records if "do not count against" in one.getMessage()]
     assert len(told) == 1
+    assert "scripted/colors" in told[0]
+
+
+class Judge(dspy.BaseLM):
+    """An LM of the user's own class, with a method of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(model="mine/judge", cache=False)
+
+    def forward(self, prompt: Any = None, messages: Any = None, **options: Any) -> Any:
+        raise AssertionError("nobody calls it so")
+
+    def rate(self, label: str) -> bool:
+        return bool(label)
+
+
+class Judges(dspy.Module):
+    """Its predictor's calls count; it keeps an LM beside, calls another one, and is sure of some items without any."""
+
+    def __init__(self, beside: Any) -> None:
+        super().__init__()
+        self.sort = dspy.Predict(kit.Sort)
+        self.judge = Judge()
+        self.beside = [beside]
+
+    def forward(self, message: str) -> dspy.Prediction:
+        number = kit.number_in([{"content": message}])
+        if number % 5 == 0:
+            return dspy.Prediction(label=kit.right_label(number))
+        if number % 5 == 1:
+            raise ValueError("a bad row")
+        found = self.sort(message=message)
+        assert self.judge.rate(found.label)
+        with dspy.context(lm=self.beside[0]):
+            dspy.Predict(kit.Sort)(message=message)
+        return found
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_what_counts_is_capped_and_what_does_not_is_told_and_left_as_it_is(
+    deterministic: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    lm, beside = kit.color_lm("own"), kit.color_lm("beside")
+    program = Judges(beside)
+    program.sort.lm = lm
+    calls = {"metric_calls": 400} if deterministic else {}
+    with caplog.at_level(logging.WARNING):
+        optimizer, better = compiled(program, Budget(lm_calls=60, **calls), deterministic=deterministic)
+    assert 30 < kit.calls_of(lm) <= 60
+    assert sum(line["attempts"] for line in optimizer.result.spending.values()) == kit.calls_of(lm)
+    told = [one.getMessage() for one in caplog.records if "do not count against" in one.getMessage()]
+    assert len(told) == 1
+    assert "scripted/beside" in told[0]
+    assert better.sort.lm is lm
+    assert better.beside[0] is beside
 
 
 def test_rollouts_that_an_earlier_run_paid_for_are_no_sign_of_unseen_calls(tmp_path: Path) -> None:

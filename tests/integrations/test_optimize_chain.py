@@ -30,7 +30,7 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import Runnable, RunnableLambda, RunnableParallel, RunnablePassthrough
 from pydantic import BaseModel, Field
 
-from asyndbt_dspy import Budget, Worker
+from asyndbt_dspy import AsynDBT, Budget, Price, Worker
 from asyndbt_dspy.deploy import load_artifact, read_artifact, save_artifact
 from asyndbt_dspy.errors import ArtifactError, ConfigurationError
 from asyndbt_dspy.programs.demos import labelled_demos
@@ -270,6 +270,47 @@ def test_a_cap_on_calls_holds_for_the_chains_own_model(is_surrounded: bool) -> N
         before = len(own.asked)
         assert score(optimized) == 1.0  # its calls are not counted any more
         assert len(own.asked) > before
+
+
+def test_a_cap_that_cannot_be_kept_by_the_chains_own_model_is_refused_before_it_is_asked() -> None:
+    own = Copycat(asked=[])
+    with pytest.raises(ConfigurationError, match=r"has no max_tokens.*own model.*Worker\(…, lm=langchain_lm"):
+        optimize_chain(
+            chain_of(own), metric=dspy_metric, trainset=DATA, budget=Budget(tokens=10_000), progress=False
+        )
+    assert own.asked == []
+
+
+def test_where_workers_ask_other_models_the_chains_own_one_may_have_no_bound() -> None:
+    own, other = Copycat(asked=[]), Copycat(asked=[])
+    worker = Worker(
+        "w", lm=langchain_lm(other, model="langchain/other", max_tokens=50), price=Price(1.0, 1.0)
+    )
+    optimize_chain(
+        chain_of(own),
+        metric=dspy_metric,
+        trainset=DATA,
+        workers=[worker],
+        budget=Budget(metric_calls=60, dollars=1.0),
+        progress=False,
+    )
+    assert own.asked == []
+    assert len(other.asked) > 40
+
+
+def test_a_chain_as_a_program_is_answered_and_limited_by_the_lm_around_it() -> None:
+    own, around = Copycat(asked=[]), Copycat(asked=[])
+    optimizer = AsynDBT(
+        lambda gold, pred, trace=None: pred.output == gold.label,
+        budget=Budget(metric_calls=40),
+        requests_per_minute=1e6,
+        progress=False,
+    )
+    data = [dspy.Example(**one).with_inputs("text") for one in DATA]
+    with dspy.context(lm=langchain_lm(around, model="langchain/around")):
+        optimizer.compile(to_program(chain_of(own), labels=["calm", "cold", "warm"]), trainset=data)
+    assert own.asked == []
+    assert sum(line["attempts"] for line in optimizer.result.spending.values()) == len(around.asked) > 30
 
 
 def test_an_lm_configured_around_it_is_not_asked_instead_of_the_chains_model() -> None:
