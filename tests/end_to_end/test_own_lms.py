@@ -10,7 +10,7 @@ import dspy
 import kit
 import pytest
 
-from asyndbt_dspy import AsynDBT, Budget, ConfigurationError, Worker
+from asyndbt_dspy import AsynDBT, Budget, ConfigurationError, Price, Worker
 from asyndbt_dspy.lms.scripted import AsyncScriptedEngine, ScriptedEngine
 from asyndbt_dspy.testing.provider import Provider
 
@@ -186,3 +186,13 @@ def test_a_rate_is_the_surrounding_lms_where_that_answers_too() -> None:
             compiled(student, Budget(metric_calls=40), requests_per_minute=720)
         assert around.most_in_window(1.0) <= 2 * 12
         assert beside.most_in_window(1.0) >= 24
+
+
+def test_a_workers_price_is_that_of_the_predictors_lms_where_these_answer_for_it() -> None:
+    student = dspy.Predict(kit.Sort)
+    student.set_lm(kit.color_lm(max_tokens=50))
+    budget = Budget(metric_calls=40, dollars=10.0)
+    with pytest.raises(ConfigurationError, match="price"):
+        compiled(student, budget, workers=[Worker("w")])
+    optimizer, _ = compiled(student, budget, workers=[Worker("w", price=Price(1.0, 2.0))])
+    assert float(optimizer.result.spending["w"]["dollars"]) > 0
