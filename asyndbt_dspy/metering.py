@@ -209,7 +209,7 @@ class Metering:
         if self._is_counting:
             return
         lines = self.ledger.lines().values()
-        self._is_counting = calls.has_metered or any(line.attempts or line.cache_hits for line in lines)
+        self._is_counting = any(line.attempts or line.cache_hits for line in lines)
         self._uncounted += not self._is_counting and rollout.score is not None and rollout.failure is None
         if self._uncounted >= _UNCOUNTED and self.budget.metric_calls is None and self.budget.seconds is None:
             raise ConfigurationError(

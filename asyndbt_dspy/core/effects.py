@@ -135,6 +135,20 @@ def _sequence_features(predictor: str, shown: Sequence[str | None], ending: int 
     return found
 
 
+def _square_root(covariance: FloatArray) -> FloatArray:
+    """A matrix whose product with its transpose is ``covariance``, up to rounding.
+
+    After thousands of answers that are all alike the inverse of the precision is not quite positive definite: what rounding made
+    negative is none.
+    """
+    jitter = 1e-10 * np.eye(len(covariance)) * max(1e-12, float(np.trace(covariance)))
+    try:
+        return np.asarray(np.linalg.cholesky(covariance + jitter))
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(covariance)
+        return np.asarray(vectors * np.sqrt(np.clip(values, 0.0, None)))
+
+
 @dataclass
 class EffectModel:
     """The posterior of one worker. Mutable part of a ``WorkerState``; pure (no clock, no global random numbers).
@@ -271,8 +285,7 @@ class EffectModel:
         if not len(self.mean):
             return self.mean
         drawn = self.mean + spread * np.sqrt(self.variance) * rng.standard_normal(len(self.mean))
-        jitter = 1e-10 * np.eye(len(self.own)) * max(1e-12, float(np.trace(self.covariance)))
-        factor = np.linalg.cholesky(self.covariance + jitter)
+        factor = _square_root(self.covariance)
         drawn[self.own] = self.mean[self.own] + spread * (factor @ rng.standard_normal(len(self.own)))
         return np.asarray(drawn)
 

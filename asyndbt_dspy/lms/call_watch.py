@@ -28,15 +28,13 @@ class CallWatch(BaseCallback):
 
     Attributes:
         refused: The first one that the budget refused.
-        has_metered: Whether an LM was asked whose calls are metered.
-        unmetered: The first LM that was asked and is not; empty where there was none.
+        unmetered: The first LM that was asked and whose calls are not metered; empty where there was none.
         lost: The newest one that the provider is to blame for: busy, unreachable, no such key. A program that asks the same
             again and is answered has lost nothing.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.refused: BudgetExceededError | None = None
-        self.has_metered = False
         self.unmetered = ""
         self._lost: dict[str, Exception] = {}
         self._asked: dict[str, Mapping[str, Any]] = {}
@@ -67,9 +65,7 @@ class CallWatch(BaseCallback):
 
     def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         self._asked[call_id] = inputs
-        if getattr(getattr(instance, "engine", None), "is_metered", False):
-            self.has_metered = True
-        else:
+        if not getattr(getattr(instance, "engine", None), "is_metered", False):
             self.unmetered = self.unmetered or str(getattr(instance, "model", type(instance).__name__))
 
     def on_lm_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:

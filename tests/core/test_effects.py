@@ -412,3 +412,18 @@ def test_requests_that_go_out_together_tell_each_worker_what_the_others_know() -
     for name, request in found.items():
         assert isinstance(request, StepRequest)
         np.testing.assert_array_equal(request.effects, sum(known.values()) - known[name])
+
+
+def test_a_posterior_that_rounding_made_indefinite_is_drawn_from_all_the_same() -> None:
+    """Thousands of equal losses leave nothing to tell apart: the inverse is then exact to no more digits than it has."""
+    model = observed(count=40)
+    model.covariance = model.covariance.copy()
+    values, vectors = np.linalg.eigh(model.covariance)
+    values[0] = -1e-6 * values[-1]
+    model.covariance = (vectors * values) @ vectors.T
+    rng = np.random.default_rng(0)
+    draws = np.array([model.sample(rng)[model.own] for _ in range(4000)]) - model.mean[model.own]
+    found = draws.T @ draws / len(draws)
+    assert np.max(np.abs(found - model.covariance)) < 0.1 * values[-1]
+    along = draws @ vectors[:, 0]
+    assert np.max(np.abs(along)) < 1e-9  # what cannot vary does not
