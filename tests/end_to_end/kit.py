@@ -285,3 +285,17 @@ def shuffled_lm(seed: int, name: str = "colors", most: int = 40) -> dspy.LM:
     """The color LM, its answers in an order that depends on ``seed``."""
     recorder = Recorder(stairs(1))
     return lm_over(recorder, TurnsEngine(AsyncScriptedEngine(recorder, True), seed, most), name)
+
+
+class Greedy(ScriptedEngine):
+    greedy_by_default = True
+
+
+class AsyncGreedy(AsyncScriptedEngine):
+    greedy_by_default = True
+
+
+def greedy_lm(script: Any, **options: Any) -> dspy.LM:
+    """An LM that answers a repeated request as before, which the rollout cache may know."""
+    engines = {"engine": Greedy(script, True), "async_engine": AsyncGreedy(script, True)}
+    return dspy.LM("scripted/greedy", cache=False, num_retries=0, **engines, **options)

@@ -10,6 +10,7 @@ from typing import Any
 import dspy
 import kit
 import pytest
+from dspy.utils.exceptions import AdapterParseError
 
 from asyndbt_dspy import Budget, ProgramFailedError, ResumeError, Worker
 
@@ -153,47 +154,47 @@ def test_what_was_paid_for_is_kept_where_the_search_goes_on_after_all(
     assert paid + rest <= 120
 
 
+class Handles(dspy.Module):
+    """Does something about answers that cannot be read: says so in its own words, or makes a mistake."""
+
+    def __init__(self, is_wrong: bool) -> None:
+        super().__init__()
+        self.sort = dspy.Predict(kit.Sort)
+        self.is_wrong = is_wrong
+
+    def forward(self, message: str) -> dspy.Prediction:
+        try:
+            return self.sort(message=message)
+        except Exception as error:
+            if self.is_wrong:
+                return self.fallbak(message)
+            raise ValueError("could not sort") from error
+
+
+def told_how(messages: list[dict[str, str]]) -> str:
+    """Can be read once the LM is told how to answer."""
+    return kit.stairs(1)(messages) if kit.MAGIC in messages[0]["content"] else "red, I would say"
+
+
 def test_an_answer_that_the_program_itself_could_not_read_is_none_of_its_errors() -> None:
-    class Wraps(dspy.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.sort = dspy.Predict(kit.Sort)
-
-        def forward(self, message: str) -> dspy.Prediction:
-            try:
-                return self.sort(message=message)
-            except Exception as error:
-                raise ValueError("could not sort") from error
-
-    def script(messages: list[dict[str, str]]) -> str:
-        return kit.stairs(1)(messages) if kit.MAGIC in messages[0]["content"] else "red, I would say"
-
-    student = Wraps()
-    with dspy.context(lm=kit.make_lm(script)):
+    student = Handles(is_wrong=False)
+    with dspy.context(lm=kit.make_lm(told_how)):
         better = with_magic(student, max_errors=1).compile(student, trainset=kit.examples(60))
         assert kit.score(better, kit.examples(30, start=100)) == 1.0
 
 
 def test_a_mistake_in_what_handles_such_an_answer_is_one() -> None:
-    class Falls(dspy.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.sort = dspy.Predict(kit.Sort)
-
-        def forward(self, message: str) -> dspy.Prediction:
-            try:
-                return self.sort(message=message)
-            except Exception:  # noqa: BLE001 - as users write it
-                return self.fallbak(message)
-
     lm = kit.make_lm(lambda messages: "red, I would say")
     with dspy.context(lm=lm), pytest.raises(ProgramFailedError, match="fallbak"):
-        kit.optimizer().compile(Falls(), trainset=kit.examples(60))
+        kit.optimizer().compile(Handles(is_wrong=True), trainset=kit.examples(60))
 
 
-def test_a_metric_is_not_excused_by_what_its_error_says() -> None:
+@pytest.mark.parametrize(
+    "error", [KeyError("AdapterParseError"), AdapterParseError("JSONAdapter", kit.Sort, "red, I would say")]
+)
+def test_a_metric_is_excused_neither_by_what_its_error_says_nor_by_its_judge(error: Exception) -> None:
     def quoting(gold: Any, prediction: Any) -> bool:
-        raise KeyError("AdapterParseError")
+        raise error
 
     optimizer = kit.optimizer(metric=quoting)
     with dspy.context(lm=kit.color_lm()), pytest.raises(ProgramFailedError):

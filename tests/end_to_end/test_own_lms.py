@@ -11,7 +11,6 @@ import kit
 import pytest
 
 from asyndbt_dspy import AsynDBT, Budget, ConfigurationError, Price, Worker
-from asyndbt_dspy.lms.scripted import AsyncScriptedEngine, ScriptedEngine
 from asyndbt_dspy.testing.provider import Provider
 
 
@@ -19,14 +18,6 @@ from asyndbt_dspy.testing.provider import Provider
 def nothing_around() -> Any:
     with dspy.context(adapter=dspy.JSONAdapter(), lm=None):
         yield
-
-
-class Greedy(ScriptedEngine):
-    greedy_by_default = True
-
-
-class AsyncGreedy(AsyncScriptedEngine):
-    greedy_by_default = True
 
 
 class Keeps(dspy.Module):
@@ -149,14 +140,7 @@ def test_what_counts_is_capped_and_what_does_not_is_told_and_left_as_it_is(
 def test_rollouts_that_an_earlier_run_paid_for_are_no_sign_of_unseen_calls(tmp_path: Path) -> None:
     for _ in range(2):
         student = dspy.Predict(kit.Sort)
-        student.set_lm(
-            dspy.LM(
-                "scripted/greedy",
-                engine=Greedy(kit.stairs(1), True),
-                async_engine=AsyncGreedy(kit.stairs(1), True),
-                cache=False,
-            )
-        )
+        student.set_lm(kit.greedy_lm(kit.stairs(1)))
         optimizer, _ = compiled(student, Budget(lm_calls=60), run_dir=tmp_path)
     assert sum(one.reused for one in optimizer.result.workers) >= 3  # all of the first ones
 
@@ -196,3 +180,14 @@ def test_a_workers_price_is_that_of_the_predictors_lms_where_these_answer_for_it
         compiled(student, budget, workers=[Worker("w")])
     optimizer, _ = compiled(student, budget, workers=[Worker("w", price=Price(1.0, 2.0))])
     assert float(optimizer.result.spending["w"]["dollars"]) > 0
+
+
+@pytest.mark.parametrize("workers", [None, 2])
+def test_nothing_is_told_where_every_call_counts(workers: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Also not of what stands in front of several LMs, which is no LM of anybody's."""
+    lms = [kit.color_lm("first"), kit.color_lm("second")]
+    own = workers and [Worker(name, lm=list(lms), hedge_after_s=60.0) for name in "ab"]
+    with dspy.context(lm=None if own else lms[0]), caplog.at_level(logging.WARNING):
+        compiled(dspy.Predict(kit.Sort), Budget(lm_calls=60), workers=own)
+    assert kit.calls_of(lms[0]) > 30
+    assert [one.getMessage() for one in caplog.records if "do not count" in one.getMessage()] == []

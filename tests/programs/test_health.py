@@ -79,8 +79,12 @@ def test_what_is_the_lms_neither_counts_nor_says_that_all_is_well(other: Rollout
 
 
 def test_one_rollout_that_runs_to_its_end_is_enough_however_wrong_its_answer() -> None:
-    noted(3, BUG, WRONG, *[BUG] * 9).check()
+    errors = noted(3, BUG, WRONG, *[BUG] * 9)
+    errors.check()
+    assert errors.is_over
 
 
 def test_without_a_bound_nothing_ends_it() -> None:
-    noted(None, *[BUG] * 99).check()
+    errors = noted(None, *[BUG] * 99)
+    errors.check()
+    assert sum(errors.errors.values()) == 99

@@ -18,7 +18,6 @@ from asyndbt_dspy.lms.fallback import fallback
 from asyndbt_dspy.lms.identity import is_deterministic, lm_identity
 from asyndbt_dspy.lms.ledger import Ledger
 from asyndbt_dspy.lms.metered import metered
-from asyndbt_dspy.lms.scripted import AsyncScriptedEngine, ScriptedEngine
 from asyndbt_dspy.recording.identities import code_identity, digest
 from asyndbt_dspy.recording.rollout_keys import RolloutKeys
 
@@ -29,51 +28,42 @@ def json_prompts() -> Any:
         yield
 
 
-class Greedy(ScriptedEngine):
-    greedy_by_default = True
-
-
-class AsyncGreedy(AsyncScriptedEngine):
-    greedy_by_default = True
-
-
-def greedy_lm(script: Any, **options: Any) -> dspy.LM:
-    engines = {"engine": Greedy(script, True), "async_engine": AsyncGreedy(script, True)}
-    return dspy.LM("scripted/greedy", cache=False, num_retries=0, **engines, **options)
-
-
 def test_a_second_run_pays_for_nothing_and_decides_the_same(tmp_path: Path) -> None:
     asked = Asked(kit.stairs(1))
-    first, program = compiled(tmp_path, None, lm=greedy_lm(asked), resume=False)
+    first, program = compiled(tmp_path, None, lm=kit.greedy_lm(asked), resume=False)
     count = len(asked.prompts)
-    second, same = compiled(tmp_path, None, lm=greedy_lm(asked), resume=False)
+    second, same = compiled(tmp_path, None, lm=kit.greedy_lm(asked), resume=False)
     assert len(asked.prompts) == count > 80 and len(set(asked.prompts)) == count
     assert kit.state_of(same) == kit.state_of(program)
     assert first.result is not None and second.result is not None
     assert second.result.metric_calls == first.result.metric_calls, "the cache changes no decision"
     assert sum(row.lm_calls for row in second.result.workers) == 0
     assert len(entries(tmp_path, "rollout", run=2)) == len(entries(tmp_path, "rollout", run=1))
-    again, _ = compiled(tmp_path, None, lm=greedy_lm(asked))
+    again, _ = compiled(tmp_path, None, lm=kit.greedy_lm(asked))
     assert len(asked.prompts) == count and steady(again.result) == steady(second.result)
 
 
 def test_a_sampling_lm_is_asked_anew_by_another_run(tmp_path: Path) -> None:
     asked = Asked(kit.stairs(1))
     for _ in range(2):
-        compiled(tmp_path, None, lm=greedy_lm(asked, temperature=0.7), resume=False)
+        compiled(tmp_path, None, lm=kit.greedy_lm(asked, temperature=0.7), resume=False)
     assert len(asked.prompts) == 2 * len(set(asked.prompts))
 
 
 def test_another_lm_metric_or_setting_shares_nothing(tmp_path: Path) -> None:
     asked = Asked(kit.stairs(1))
-    compiled(tmp_path, None, lm=greedy_lm(asked), resume=False)
+    compiled(tmp_path, None, lm=kit.greedy_lm(asked), resume=False)
     count = len(asked.prompts)
-    compiled(tmp_path, None, lm=greedy_lm(asked, max_tokens=77), resume=False)
+    compiled(tmp_path, None, lm=kit.greedy_lm(asked, max_tokens=77), resume=False)
     assert len(asked.prompts) == 2 * count
-    compiled(tmp_path, None, lm=greedy_lm(asked), resume=False, failure_score=-1.0)
+    compiled(tmp_path, None, lm=kit.greedy_lm(asked), resume=False, failure_score=-1.0)
     assert len(asked.prompts) == 3 * count
     compiled(
-        tmp_path, None, lm=greedy_lm(asked), resume=False, metric=lambda gold, said: gold.label == said.label
+        tmp_path,
+        None,
+        lm=kit.greedy_lm(asked),
+        resume=False,
+        metric=lambda gold, said: gold.label == said.label,
     )
     assert len(asked.prompts) == 4 * count
 
@@ -82,7 +72,7 @@ def test_a_damaged_journal_of_an_earlier_run_is_left_out_and_the_others_serve(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked = Asked(kit.stairs(1))
-    compiled(tmp_path, None, lm=greedy_lm(asked), resume=False)
+    compiled(tmp_path, None, lm=kit.greedy_lm(asked), resume=False)
     count = len(asked.prompts)
     for name in ("worker-1", "worker-2"):
         path = tmp_path / "runs" / "0001" / "workers" / f"{name}.jsonl"
@@ -90,7 +80,7 @@ def test_a_damaged_journal_of_an_earlier_run_is_left_out_and_the_others_serve(
         path.write_bytes(b"".join([*lines[:3], b"x" + lines[3], *lines[4:]]))
         asked.prompts.clear()
         caplog.clear()
-        _, program = compiled(tmp_path, None, lm=greedy_lm(asked), resume=False)
+        _, program = compiled(tmp_path, None, lm=kit.greedy_lm(asked), resume=False)
         assert program is not None
         warned = [one.getMessage() for one in caplog.records if "of an earlier run" in one.getMessage()]
         assert len(warned) == 1 and "line 4 is damaged" in warned[0]
@@ -103,7 +93,7 @@ def test_a_damaged_journal_of_an_earlier_run_is_left_out_and_the_others_serve(
 def test_two_candidates_that_are_one_program_are_paid_for_once() -> None:
     """The order of demos is a choice, and without demos all orders are the same program."""
     asked = Asked(kit.stairs(1))
-    compiled(None, None, lm=greedy_lm(asked), budget=Budget(metric_calls=150), preset="paper")
+    compiled(None, None, lm=kit.greedy_lm(asked), budget=Budget(metric_calls=150), preset="paper")
     assert len(set(asked.prompts)) == len(asked.prompts)
 
 
@@ -118,7 +108,7 @@ def test_a_private_workers_rollouts_serve_nobody_else(tmp_path: Path) -> None:
             Worker(names[1], data[20:], share_demos=True),
         ]
         optimizer = kit.optimizer(workers=workers, instructions=kit.texts_for(student), run_dir=tmp_path)
-        with dspy.context(lm=greedy_lm(asked)):
+        with dspy.context(lm=kit.greedy_lm(asked)):
             optimizer.compile(student)
         return len(asked.prompts) - before
 
@@ -155,7 +145,7 @@ def test_texts_of_a_private_workers_traces_stay_in_its_own_journal(tmp_path: Pat
 
 def test_keys_tell_apart_what_matters_and_nothing_else() -> None:
     keys = RolloutKeys("scope")
-    lm, example = greedy_lm(kit.stairs(1)), kit.example(1)
+    lm, example = kit.greedy_lm(kit.stairs(1)), kit.example(1)
 
     def key(program: Any, *, lm: Any = lm, example: Any = example, keys: RolloutKeys = keys) -> bytes:
         return keys.key(lm, program, example).digest
@@ -177,12 +167,12 @@ def test_keys_tell_apart_what_matters_and_nothing_else() -> None:
         key(student(temperature=1.0)),
         key(dspy.ChainOfThought(kit.Sort)),
         key(student(), example=kit.example(2)),
-        key(student(), lm=greedy_lm(kit.stairs(1), max_tokens=5)),
+        key(student(), lm=kit.greedy_lm(kit.stairs(1), max_tokens=5)),
         key(student(), keys=RolloutKeys("another scope")),
     ]
     assert len({base, *other}) == 1 + len(other)
     assert base == key(
-        student(), lm=greedy_lm(kit.stairs(1)), example=kit.example(1), keys=RolloutKeys("scope")
+        student(), lm=kit.greedy_lm(kit.stairs(1)), example=kit.example(1), keys=RolloutKeys("scope")
     )
 
 
@@ -228,9 +218,9 @@ def test_which_lms_repeat_themselves() -> None:
     assert not is_deterministic(dspy.LM("openai/m", temperature=0.3, seed=1)), (
         "a hosted seed is a best effort"
     )
-    assert is_deterministic(greedy_lm(kit.stairs(1)))
-    assert is_deterministic(greedy_lm(kit.stairs(1), temperature=0.5, seed=1))
-    assert not is_deterministic(greedy_lm(kit.stairs(1), temperature=0.5))
+    assert is_deterministic(kit.greedy_lm(kit.stairs(1)))
+    assert is_deterministic(kit.greedy_lm(kit.stairs(1), temperature=0.5, seed=1))
+    assert not is_deterministic(kit.greedy_lm(kit.stairs(1), temperature=0.5))
     assert not is_deterministic(kit.scripted_lm(kit.stairs(1), temperature=0.0)), (
         "nobody knows a foreign engine"
     )
