@@ -20,7 +20,6 @@ from asyndbt_dspy.core.server import ServerState
 from asyndbt_dspy.core.worker import WorkerState
 from asyndbt_dspy.engines.meter import RunMeter
 from asyndbt_dspy.engines.protocols import Engine, ListeningEngine, Recorded, RemoteRollouts, ResumableEngine
-from asyndbt_dspy.errors import BudgetExceededError
 from asyndbt_dspy.later_instructions import ASKED_AFTER, LaterInstructions
 from asyndbt_dspy.lms.estimates import WorkerPlan
 from asyndbt_dspy.lms.identity import is_deterministic
@@ -30,6 +29,7 @@ from asyndbt_dspy.programs.evaluator import ProgramEvaluator
 from asyndbt_dspy.programs.health import OnlyErrors
 from asyndbt_dspy.programs.rollout import Rollout, RolloutRunner, Runner
 from asyndbt_dspy.programs.slots import ProgramSpace, demo_slots
+from asyndbt_dspy.race_share import RaceShare
 from asyndbt_dspy.recording.opening import open_book, space_digest
 from asyndbt_dspy.recording.recorder import KeysOnly, RunRecorder
 from asyndbt_dspy.recording.rollout_cap import hold_cap
@@ -382,12 +382,13 @@ class Run:
         if self.recorder is not None:
             spent_s -= self.recorder.search_elapsed_s  # the engine counts these by itself when it resumes
         engine = self.optimizer.make_engine(spent_s)
-        observers += [self._open_what_was_kept, self.later.observe]
+        share = RaceShare(self.metering, self.server, self.evaluator.uses)
+        observers += [share.observe, self.later.observe]
         if isinstance(engine, ListeningEngine):
             engine.between = self.later.between
-        self.evaluator.on_refused = lambda error: self._end_of_budget(engine, error)
+        self.evaluator.on_refused = lambda error: share.end_search(engine, error)
         if self.metering.refused is not None:  # the setup took it all
-            self._end_of_budget(engine, self.metering.refused)
+            share.end_search(engine, self.metering.refused)
         if self.recorder is not None:
             self.recorder.begin_search(*space_digest(self.programs))
             observers.append(self.recorder.events)
@@ -412,19 +413,6 @@ class Run:
             self.server.finish_reason = self.stop.reason
         if self.recorder is not None and not self.stop.was_asked:
             self.recorder.finish(self.server.finish_reason, self.server.winner)
-
-    def _open_what_was_kept(self, _: Recorded) -> None:
-        if self.server.phase == "race":
-            self.metering.open_kept_back()
-
-    def _end_of_budget(self, engine: Engine, error: BudgetExceededError) -> None:
-        """A call was refused: on to the race with what was kept for it.
-
-        In the race nothing need be done: what is refused there is missing at no cost, and it ends with what is known.
-        """
-        if self.server.phase in ("search", "rounds"):
-            cap = error.cap.replace("_", " ") or "budget"
-            engine.stop_search(f"the search's share of the cap on {cap} is spent", race=True)
 
     def _resume(self, engine: Engine, recorder: RunRecorder) -> None:
         """An engine that can repeats the recorded events in their order; any other runs again on recorded rollouts."""

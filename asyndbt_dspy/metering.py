@@ -101,7 +101,7 @@ class Metering:
         """The final race begins: from now on all of every cap may be spent."""
         if not self._is_open:
             self._is_open = True
-            self.ledger.open_kept_back()
+            self.ledger.keep_back(0.0)
 
     def lm(self, lm: Any, name: str | None = None, limits: RateLimits = _NO_LIMITS) -> Any:
         """``lm`` metered; its attempts are written to the line of ``name``, or of whichever worker calls."""

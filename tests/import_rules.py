@@ -90,6 +90,7 @@ PARTS = {
     "asyndbt_dspy.splitting": WHOLE_PACKAGE,
     "asyndbt_dspy.recording": WHOLE_PACKAGE,
     "asyndbt_dspy.reporting": WHOLE_PACKAGE,
+    "asyndbt_dspy.race_share": WHOLE_PACKAGE,
     "asyndbt_dspy.stopping": WHOLE_PACKAGE,
     "asyndbt_dspy.workers": WHOLE_PACKAGE,
     CLI: WHOLE_PACKAGE,

@@ -116,7 +116,7 @@ class BudgetLedger:
 
     Args:
         budget: The caps; ``None``: none, everything is only counted.
-        kept_back: Share of each cap in [0, 1) that is refused until ``open_kept_back`` (for the final race).
+        kept_back: Share of each cap in [0, 1) that is refused until ``keep_back`` says less (for the final race).
 
     Raises:
         ConfigurationError: ``kept_back`` is not in [0, 1).
@@ -205,9 +205,9 @@ class BudgetLedger:
         self._take(number)
         self._lm_calls -= 1
 
-    def open_kept_back(self) -> None:
-        """From now on the whole of every cap may be spent."""
-        self.kept_back = 0.0
+    def keep_back(self, share: float) -> None:
+        """From now on no more than ``share`` of every cap is kept back; 0: the whole of it may be spent."""
+        self.kept_back = min(self.kept_back, share)
 
     def exhausted(self, *, elapsed_s: float = 0.0, metric_calls: int = 0) -> str | None:
         """The name of a cap that leaves nothing, not counting what calls in flight hold; ``None``: none does.

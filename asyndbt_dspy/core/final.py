@@ -44,6 +44,8 @@ def open_race(server: ServerState, challengers: Sequence[Candidate]) -> RaceStat
     handover = Handover(server.members)
     # What a search that ended early did not spend goes to the race.
     calls = server.race_calls + max(0, server.calls_left or 0)
+    if server.race_most is not None:
+        calls = min(calls, server.race_most)
     return RaceState(
         server.space.student,
         challengers,

@@ -27,7 +27,7 @@ from asyndbt_dspy.core.simplex import FloatArray
 from asyndbt_dspy.core.space import Candidate
 from asyndbt_dspy.errors import ProtocolError
 
-FORMAT = 5
+FORMAT = 6
 """Version of the codec. A decoder reads its own and older formats; what an older one can say is still said in it."""
 
 
@@ -166,10 +166,13 @@ class StopSearch:
 
     Attributes:
         race: False ends the run at once, with the best candidate so far.
+        calls: Rollouts that the race can pay for, at most. Then no call of the search is paid for any more: steps under way
+            answer with what they have, and count. ``None``: nobody knows, and nothing under way is waited for.
     """
 
     reason: str
     race: bool = True
+    calls: int | None = field(default=None, metadata={"since": 6})
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ race       StepReply                       only its cost counts; its worker join
 race       RaceReply                       to the race; last heat closed -> Finish
 any        WorkerLost                      the worker's p, theta, a[v], d[v] leave every sum
 any        ArmsJoined                      requests from now on say so; in the race nothing
-search     StopSearch                      -> race (or Finish)
+search     StopSearch                      -> race (or Finish); with ``calls`` once what is under way has answered
 rounds     StopSearch                      the running round ends, then -> race (or Finish at once)
 race       StopSearch                      with ``race=False`` -> Finish, else nothing
 =========  ==============================  ===========================================================
@@ -103,8 +103,7 @@ class ServerState:
         self.z: FloatArray = self.layout.uniform()
         self.duals: FloatArray = np.zeros((count, length))
         self.live: FloatArray = np.ones(count)
-        uppers = [WorkerSpace(space, member.allowed).upper for member in members]
-        self.q_layouts = uppers
+        uppers = self.q_layouts = [WorkerSpace(space, member.allowed).upper for member in members]
         widths = [layout.length if config.hypergradient else 0 for layout in uppers]
         self.q_owner: FloatArray = np.repeat(np.arange(count, dtype=np.float64), widths)
         self.q: FloatArray = np.concatenate(
@@ -137,6 +136,7 @@ class ServerState:
         self._schedule = RefreshSchedule(config)
         self._least_step = min(self.step_calls(number) for number in range(count))
         self._started, self._stop_reason = False, ""
+        self.race_most: int | None = None
 
     # ------------------------------------------------------------------ events
 
@@ -228,7 +228,7 @@ class ServerState:
     def _advance(self) -> list[Instruction]:
         if not self._may_iterate():
             if not self.arrived and self._is_over_but_for_slow_ones():
-                return self._end_search("the budget of the search is spent")
+                return self._end_search()
             return [Wait(f"{len(self.arrived)} of {self.synchrony.active} active workers have answered")]
         active = sorted(self.arrived)
         moved = self._iterate(active)
@@ -236,8 +236,8 @@ class ServerState:
         self.arrived = {}
         self.roster.count_anew()
         self.paces.refresh()
-        oldest = self.version - self.roster.oldest(self.version)
-        self.synchrony.adapt(self.paces.slowest, len(self._alive()), oldest)
+        late = self.version - self.roster.oldest(self.version)
+        self.synchrony.adapt(self.paces.slowest, len(self._alive()), late)
         if self._is_stationary(moved):
             return self._end_search(f"stationary: step norm {moved:.3g} <= {self.config.stationarity:g}")
         if self.version >= self.config.iterations:
@@ -264,7 +264,7 @@ class ServerState:
             return sent
         if not self._is_over_but_for_slow_ones():
             return [Wait("the budget of the search is handed out; the last steps are under way")]
-        return self._end_search("the budget of the search is spent")
+        return self._end_search()
 
     def _iterate(self, active: list[int]) -> float:
         """Store p, q -> z -> lambda -> drop -> theta; returns the squared norm of the scaled step."""
@@ -275,9 +275,8 @@ class ServerState:
                 step = (reply.lower - self.p[number]) / max(self.config.lower_step, 1e-12)
                 moved += float(step @ step)
             self._store(number, reply)
-        rows = np.flatnonzero(self.live)
+        rows, before = np.flatnonzero(self.live), self.z
         push = cuts.consensus_push(self.planes, self.layout)
-        before = self.z
         points = self.distances.points(self.p, self.z, rows, self.roster.answers)
         self.z = update_consensus(self.layout, self.config, self.z, points, self.duals[rows], push)
         moved += float(np.sum((self.z - before) ** 2)) / max(self.config.consensus_step, 1e-12) ** 2
@@ -325,7 +324,7 @@ class ServerState:
 
     def _round_affordable(self) -> bool:
         cost = sum(self.step_calls(number) for number in self._alive()) * self.config.lower_rounds
-        return self.calls_left is None or self.calls_left >= cost
+        return not self._stop_reason and (self.calls_left is None or self.calls_left >= cost)
 
     def _send_round(self, numbers: list[int]) -> list[Instruction]:
         rounds = self._rounds
@@ -365,14 +364,13 @@ class ServerState:
 
     def _send_steps(self, numbers: list[int]) -> list[Instruction]:
         """Requests to these workers, as far as the budget of the search reaches."""
-        if self.calls_left is not None and self.calls_left < self._least_step:
+        if self._stop_reason or (self.calls_left is not None and self.calls_left < self._least_step):
             self.roster.idle.update(numbers)
             return []
         sent: list[Instruction] = []
         effects = self.effects.of_others(rows_of(numbers))
-        for place, number in enumerate(
-            numbers
-        ):  # an index each: to walk an array costs numpy more, for one worker most
+        # An index each: to walk an array costs numpy more, for one worker most.
+        for place, number in enumerate(numbers):
             if self._hand_out(number):
                 sent.append(Send(self._step_request(number, effects[place])))
         return sent
@@ -437,6 +435,9 @@ class ServerState:
     def _stop_search(self, event: StopSearch) -> list[Instruction]:
         if self.race is not None:
             return [Wait("the race runs")] if event.race else self._finish(event.reason)
+        if event.race and event.calls is not None:
+            self._stop_reason, self.race_most = event.reason, event.calls
+            return self._advance() if self._rounds is None else [Wait("the running round ends first")]
         if not self.config.race:
             return self._end_search(event.reason)
         if not event.race:
@@ -451,14 +452,13 @@ class ServerState:
         """Candidates for the race, most promising first, the student not among them."""
         return tuple(one for one in finalists(*learned(self)) if one != self.space.student)
 
-    def _end_search(self, reason: str) -> list[Instruction]:
-        self.finish_reason = reason
+    def _end_search(self, reason: str = "") -> list[Instruction]:
+        self.finish_reason = reason or self._stop_reason or "the budget of the search is spent"
         if not self.config.race:
             self.winner = decode(*learned(self))
-            return self._finish(reason)
-        challengers = self.finalists()
+        challengers = self.finalists() if self.config.race else ()
         if not challengers:
-            return self._finish(reason)
+            return self._finish(self.finish_reason)
         self.phase = "race"
         self.race = open_race(self, challengers)
         return self._race_on()

@@ -38,7 +38,7 @@ class LocalEngine:
         self.answer_timeout_s = answer_timeout_s
         self.deadline_s = deadline_s
         self.clock = clock
-        self._stop: tuple[str, bool] | None = None
+        self._stop: tuple[str, bool, int | None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake: asyncio.Future[None] | None = None
         self._earlier: Iterable[Recorded] = ()
@@ -55,8 +55,8 @@ class LocalEngine:
         """
         self._earlier, self._elapsed_s = earlier, elapsed_s
 
-    def stop_search(self, reason: str, race: bool = True) -> None:
-        self._stop = (reason, race)
+    def stop_search(self, reason: str, race: bool = True, calls: int | None = None) -> None:
+        self._stop = (reason, race, calls)
         loop = self._loop
         if loop is not None:
             loop.call_soon_threadsafe(self._wake_up)
@@ -91,7 +91,7 @@ class LocalEngine:
             while not driver.finished:
                 if self.clock() >= deadline:
                     deadline = math.inf
-                    self._stop = self._stop or ("the time budget is spent", True)
+                    self._stop = self._stop or ("the time budget is spent", True, None)
                 if self._stop is not None:
                     stop, self._stop = self._stop, None
                     begin(driver.stop_search(*stop))
@@ -120,7 +120,7 @@ class LocalEngine:
             driver.clock = lambda time_s=one.time_s: time_s
             event = one.event
             if isinstance(event, StopSearch):
-                begin(driver.stop_search(event.reason, event.race))
+                begin(driver.stop_search(event.reason, event.race, event.calls))
                 continue
             if isinstance(event, ArmsJoined):
                 begin(driver.join_arms(event))

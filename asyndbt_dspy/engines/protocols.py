@@ -73,8 +73,8 @@ class Engine(Protocol):
         """Return once the server has finished. Cancelling the call cancels every evaluation in flight."""
         ...
 
-    def stop_search(self, reason: str, race: bool = True) -> None:
-        """Ask for an early end: with ``race`` the final race still runs. Safe from any thread."""
+    def stop_search(self, reason: str, race: bool = True, calls: int | None = None) -> None:
+        """Ask for an early end (``StopSearch``): with ``race`` the final race still runs. Safe from any thread."""
         ...
 
 

@@ -138,8 +138,8 @@ class RayEngine:
             self._inner = self.engine
         await self._inner.run(server, workers, evaluator, observers)
 
-    def stop_search(self, reason: str, race: bool = True) -> None:
-        self._inner.stop_search(reason, race)
+    def stop_search(self, reason: str, race: bool = True, calls: int | None = None) -> None:
+        self._inner.stop_search(reason, race, calls)
 
     # ------------------------------------------------------------------ the cluster
 

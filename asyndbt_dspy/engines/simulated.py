@@ -71,7 +71,7 @@ class SimulatedEngine:
         self.eager = eager
         self.now_s = 0.0
         self.busy_s: dict[str, float] = {}
-        self._stop: tuple[str, bool] | None = None
+        self._stop: tuple[str, bool, int | None] | None = None
         self._halted: asyncio.Future[None] | None = None
         self._earlier: Iterable[Recorded] = ()
         self.between: Between | None = None
@@ -80,8 +80,8 @@ class SimulatedEngine:
         """As of ``ResumableEngine``. The virtual clock repeats the order of evaluations; the other events are taken over."""
         self._earlier = earlier
 
-    def stop_search(self, reason: str, race: bool = True) -> None:
-        self._stop = (reason, race)
+    def stop_search(self, reason: str, race: bool = True, calls: int | None = None) -> None:
+        self._stop = (reason, race, calls)
         # An end at once does not wait for the evaluation that is next.
         halted = self._halted
         if not race and halted is not None:
@@ -104,10 +104,10 @@ class SimulatedEngine:
             self._earlier = ()
             while not driver.finished:
                 if self._stop is not None:
-                    (reason, race), self._stop = self._stop, None
-                    if not race:
+                    stop, self._stop = self._stop, None
+                    if not stop[1]:
                         self._take_done(schedule, driver)
-                    self._push(schedule, driver.stop_search(reason, race))
+                    self._push(schedule, driver.stop_search(*stop))
                     continue
                 joined = None if self.between is None else await self.between()
                 if joined is not None:
@@ -121,7 +121,7 @@ class SimulatedEngine:
 
     async def _repeat(self, schedule: _Schedule, driver: Driver, event: object) -> None:
         if isinstance(event, StopSearch):
-            self._push(schedule, driver.stop_search(event.reason, event.race))
+            self._push(schedule, driver.stop_search(event.reason, event.race, event.calls))
             return
         if isinstance(event, ArmsJoined):
             self._push(schedule, driver.join_arms(event))

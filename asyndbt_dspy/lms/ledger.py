@@ -110,7 +110,7 @@ class Ledger:
 
     Attributes:
         budget: The caps; ``None``: count only.
-        kept_back: Share of each cap in [0, 1) that stays for the final race; see ``open_kept_back``.
+        kept_back: Share of each cap in [0, 1) that stays for the final race; see ``keep_back``.
         on_attempt: Called after each attempt, in whatever thread it ran (the journal listens here).
         on_reserve: Called with each reservation before its attempt may go out: what a process leaves unsettled when it
             dies is charged in full by the next one.
@@ -296,10 +296,10 @@ class Ledger:
         with self._lock:
             self._add(worker, cache_hits=1)
 
-    def open_kept_back(self) -> None:
-        """The final race begins: from now on the whole of every cap may be spent."""
+    def keep_back(self, share: float) -> None:
+        """See ``BudgetLedger.keep_back``; the final race begins with 0."""
         with self._lock:
-            self._account.open_kept_back()
+            self._account.keep_back(share)
         self._wake()
 
     async def aclose(self) -> None:

@@ -218,6 +218,14 @@ class EngineConformance:
         assert any(isinstance(one.event, RaceReply) for one in run.events)
         assert run.server.finish_reason == "enough"
 
+    def test_a_search_whose_budget_is_gone_is_told_what_is_left_for_the_race(self) -> None:
+        run = self.run(quick(), calls=240, watch=stop_after(7, race=True, calls=30))
+        stops = [one.event for one in run.events if isinstance(one.event, StopSearch)]
+        assert stops == [StopSearch("enough", race=True, calls=30)]
+        raced = sum(one.event.calls for one in run.events if isinstance(one.event, RaceReply))
+        assert 12 <= raced <= 30
+        assert run.server.finish_reason == "enough"
+
     def test_stopping_without_a_race_ends_at_once(self) -> None:
         run = self.run(quick(), watch=stop_after(7, race=False))
         assert run.server.race is None

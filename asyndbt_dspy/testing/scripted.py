@@ -157,7 +157,7 @@ def hang(worker: str, after: int) -> Delays:
     return lambda one: math.inf if one.worker == worker and one.task > after else scripted_delays(one)
 
 
-def stop_after(events: int, race: bool) -> Callable[[Recorded, Engine], None]:
+def stop_after(events: int, race: bool, calls: int | None = None) -> Callable[[Recorded, Engine], None]:
     """Ask the engine to stop once the server has taken so many events."""
     seen = 0
 
@@ -165,6 +165,6 @@ def stop_after(events: int, race: bool) -> Callable[[Recorded, Engine], None]:
         nonlocal seen
         seen += recorded.machine == SERVER
         if seen == events and recorded.machine == SERVER:
-            engine.stop_search("enough", race)
+            engine.stop_search("enough", race, calls)
 
     return watch

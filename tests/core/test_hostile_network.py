@@ -161,7 +161,9 @@ def test_hostile_network(name: str, data: st.DataObject) -> None:
                 late += [one for one in net.in_flight if one.sender == name_lost and one.to == SERVER]
                 net.lose(name_lost)
         elif action == "stop" and data.draw(st.integers(0, 9)) == 0:
-            net.hand_over(Parcel(SERVER, SERVER, StopSearch("interrupted", race=data.draw(st.booleans()))))
+            left = data.draw(st.none() | st.integers(0, 60))
+            stopped = StopSearch("interrupted", race=data.draw(st.booleans()), calls=left)
+            net.hand_over(Parcel(SERVER, SERVER, stopped))
         for parcel in late:
             refuse(net, parcel)
         check_invariants(net)

@@ -117,7 +117,7 @@ def test_the_final_race_has_its_own_share() -> None:
     assert ledger.exhausted() == "lm_calls"
     with pytest.raises(BudgetExceededError, match="20% of the budget is kept back"):
         ledger.reserve(Charge())
-    ledger.open_kept_back()
+    ledger.keep_back(0.0)
     assert ledger.exhausted() is None
     assert ledger.reserve(Charge()) is not None
     with pytest.raises(ConfigurationError, match=r"kept_back=1.0 must be in \[0, 1\)"):

@@ -139,11 +139,11 @@ class WorkerTasksEngine:
     """An engine of somebody's own, with one task per worker for the whole run."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, bool]] = []
+        self.asked: list[tuple[str, bool, int | None]] = []
         self.moved = asyncio.Event()
 
-    def stop_search(self, reason: str, race: bool = True) -> None:
-        self.asked.append((reason, race))
+    def stop_search(self, reason: str, race: bool = True, calls: int | None = None) -> None:
+        self.asked.append((reason, race, calls))
         self.moved.set()
 
     async def run(self, server: Any, workers: Any, evaluator: Any, observers: Any = ()) -> None:
