@@ -15,6 +15,7 @@ import dspy
 from asyndbt_dspy import preparation, sharding
 from asyndbt_dspy.bootstrapping import MOST_OF_SEARCH, make_demos
 from asyndbt_dspy.core.config import AlgorithmConfig, resolve
+from asyndbt_dspy.core.messages import StopSearch
 from asyndbt_dspy.core.policies import WorkerSpace
 from asyndbt_dspy.core.server import ServerState
 from asyndbt_dspy.core.worker import WorkerState
@@ -378,10 +379,7 @@ class Run:
         observers: list[Any] = [self.recorded.append, self.curve, self.meter]
         if self.bar is not None:
             observers.append(self.bar)
-        spent_s = time.perf_counter() - self.started
-        if self.recorder is not None:
-            spent_s -= self.recorder.search_elapsed_s  # the engine counts these by itself when it resumes
-        engine = self.optimizer.make_engine(spent_s)
+        engine = self.optimizer.make_engine()
         share = RaceShare(self.metering, self.server, self.evaluator.uses)
         observers += [share.observe, self.later.observe]
         if isinstance(engine, ListeningEngine):
@@ -396,6 +394,7 @@ class Run:
             self._resume(engine, self.recorder)
             if self.recorder.is_resumed and (cap := self.optimizer.budget.metric_calls) is not None:
                 hold_cap(cap, self.recorder, self.server, self.stop.gate, self.evaluator.on_refused)
+        timer = self._end_search_in_time(engine, share)
         stopping = asyncio.ensure_future(self._stop_when_asked(engine))
         try:
             with dspy.context(**self.metering.surroundings()):
@@ -406,6 +405,8 @@ class Run:
             raise
         finally:
             stopping.cancel()
+            if timer is not None:
+                timer.cancel()
             if isinstance(engine, ListeningEngine):
                 engine.between = None
             await asyncio.gather(stopping, self.later.close(), return_exceptions=True)
@@ -413,6 +414,16 @@ class Run:
             self.server.finish_reason = self.stop.reason
         if self.recorder is not None and not self.stop.was_asked:
             self.recorder.finish(self.server.finish_reason, self.server.winner)
+
+    def _end_search_in_time(self, engine: Engine, share: RaceShare) -> asyncio.TimerHandle | None:
+        """The search ends when only the race's share of the seconds is left; time has no say in a run that is to be repeatable."""
+        seconds = self.optimizer.budget.seconds
+        if seconds is None or self.optimizer.deterministic:
+            return None
+        search_s = _for_search(self.server.config, seconds)
+        return share.end_search_in(
+            engine, search_s - (time.perf_counter() - self.started), seconds - search_s
+        )
 
     def _resume(self, engine: Engine, recorder: RunRecorder) -> None:
         """An engine that can repeats the recorded events in their order; any other runs again on recorded rollouts."""
@@ -439,7 +450,7 @@ class Run:
             self.recorder.events.close()
         if self.server.phase == "race":  # what it has paid for decides
             await self.evaluator.end_units()
-        engine.stop_search(self.stop.reason, race=False)
+        engine.stop_search(StopSearch(self.stop.reason, race=False))
 
     async def _settled(self) -> None:
         """Wait until nothing moves while no rollout may begin.

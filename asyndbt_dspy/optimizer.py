@@ -339,29 +339,15 @@ class AsynDBT(Teleprompter):
     def _end_in(self, stop: StopRequest, spent_s: float) -> asyncio.TimerHandle:
         """When the time of the budget is over, the run ends as at one Ctrl-C."""
         seconds = math.inf if self.budget.seconds is None else self.budget.seconds
-        left_s = min(seconds - spent_s, _LONGEST_TIMER_S)
-        return stop.ask_at(left_s, f"the {seconds:g} s of the budget are over")
+        return stop.ask_at(seconds - spent_s, f"the {seconds:g} s of the budget are over")
 
-    def make_engine(self, spent_s: float = 0.0) -> Engine:
-        """The engine of one run.
-
-        Args:
-            spent_s: Seconds that the setup took; they count against ``Budget.seconds``, and a part of these is kept for
-                the race.
-        """
+    def make_engine(self) -> Engine:
+        """The engine of one run."""
         if self.engine is not None and not isinstance(self.engine, RemoteRollouts):
             return self.engine
         if self.deterministic:
             return SimulatedEngine(work_delays(), eager=True)
-        if self.budget.seconds is None:
-            return LocalEngine()
-        kept_back = self.config.race_fraction if self.config.race else 0.0
-        return LocalEngine(deadline_s=max(_AT_ONCE_S, (1 - kept_back) * self.budget.seconds - spent_s))
-
-
-_LONGEST_TIMER_S = 1e7
-"""About four months: event loops take no infinite delay."""
-_AT_ONCE_S = 1e-6
+        return LocalEngine()
 
 
 def _in_thread(

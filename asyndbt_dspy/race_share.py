@@ -1,27 +1,34 @@
-"""What is kept of the caps on LM calls, tokens and dollars for the final race, and how many rollouts the race can pay for."""
+"""What is kept of the caps on LM calls, tokens, dollars and seconds for the final race, and how many rollouts that comes to."""
 
 from __future__ import annotations
 
+import asyncio
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from asyndbt_dspy.core.messages import StopSearch
 from asyndbt_dspy.core.server import ServerState
 from asyndbt_dspy.engines.protocols import Engine
 from asyndbt_dspy.errors import BudgetExceededError
 from asyndbt_dspy.metering import PROPOSER, WIRE_CAPS, Metering
 from asyndbt_dspy.programs.evaluator import WorkerUse
+from asyndbt_dspy.stopping import LONGEST_TIMER_S
 
 _FITTED_AFTER = 0.5
 """Of the search's share: by then it is known what a rollout takes."""
 _MARGIN = 1.25
 """The race's candidates show more demos than many of the search's do."""
+_SHORTEST_RACE = 12
+"""Rollouts that a race is let try whatever the clock says: of two candidates on six examples."""
 
 
 class RaceShare:
     """Fits what is kept for the race to what the race can use, ends the search at the rest, and opens it in the race.
 
     A cap on metric calls is counted by the server, which keeps what its held-out examples can use. Of the other caps the
-    same share is kept at first; what these come to in rollouts only the run itself shows.
+    same share is kept at first; what these come to in rollouts only the run itself shows. Made in the compile's event loop
+    when the search begins.
 
     Args:
         uses: What the workers did so far, by name.
@@ -33,6 +40,8 @@ class RaceShare:
         self._uses = uses
         self._is_fitted = not metering.has_wire_caps
         self._is_over = False
+        self._loop = asyncio.get_running_loop()
+        self._began_s, self._before = self._loop.time(), self._rollouts
 
     def observe(self, _: Any) -> None:
         """Something happened."""
@@ -55,7 +64,35 @@ class RaceShare:
         cap = error.cap.replace("_", " ") or "budget"
         left = self._payable(is_whole=False)
         calls = None if left is None else int(left)
-        engine.stop_search(f"the search's share of the cap on {cap} is spent", race=True, calls=calls)
+        engine.stop_search(
+            StopSearch(f"the search's share of the cap on {cap} is spent", calls=calls, is_dry=True)
+        )
+
+    def end_search_in(self, engine: Engine, delay_s: float, left_s: float) -> asyncio.TimerHandle:
+        """After ``delay_s`` the race begins, for which ``left_s`` are kept; the handle takes it back."""
+
+        def over() -> None:
+            if self._server.phase in ("search", "rounds"):
+                engine.stop_search(StopSearch("the time budget is spent", calls=self._in_time(left_s)))
+
+        if delay_s <= 0:  # before the engine's first event
+            over()
+        return self._loop.call_later(min(max(0.0, delay_s), LONGEST_TIMER_S), over)
+
+    @property
+    def _rollouts(self) -> int:
+        return sum(use.calls for use in self._uses.values())
+
+    def _in_time(self, left_s: float) -> int | None:
+        """Rollouts that ``left_s`` are enough for at the search's pace; ``None`` where it has none yet.
+
+        Workers end the steps that they have begun first: half of each, as they are anywhere in it.
+        """
+        done, elapsed_s = self._rollouts - self._before, self._loop.time() - self._began_s
+        if not done or elapsed_s <= 0:
+            return None
+        begun = sum(self._server.step_calls(number) for number in self._server.roster.outstanding) / 2
+        return max(_SHORTEST_RACE, math.floor(left_s * done / elapsed_s - begun))
 
     @property
     def _kept_back(self) -> float:
@@ -65,23 +102,24 @@ class RaceShare:
         """Rollouts that every cap on the wire pays for, or what is left of it; ``None`` where nothing tells.
 
         What a rollout takes: LM calls and tokens as the LMs reported them for those that are over, and for every one of these
-        as much more as retries, hedges and calls that were cut came to; a token costs what tokens cost so far.
+        as much more as retries, hedges and calls that were cut came to; a token costs what tokens cost so far. LMs that report
+        no usage leave only what was sent and charged, of unfinished rollouts too.
         """
         uses, lines = self._uses.values(), self._metering.ledger.lines()
-        rollouts, calls = sum(use.calls for use in uses), sum(use.lm_calls for use in uses)
+        rollouts, calls = self._rollouts, sum(use.lm_calls for use in uses)
         tokens = sum(use.prompt_tokens + use.completion_tokens for use in uses)
         workers = [line for name, line in lines.items() if name != PROPOSER]
         attempts = sum(line.attempts - line.in_flight for line in workers)
         answers = sum(line.answers for line in workers)
-        if not (self._metering.has_wire_caps and rollouts and calls and answers):
+        if not (self._metering.has_wire_caps and rollouts and attempts):
             return None
         answered = sum(line.prompt_tokens + line.completion_tokens for line in workers)
         charged = sum(line.tokens for line in workers)
         dollars = sum(float(line.total_dollars) for line in workers)
-        per_rollout = {"lm_calls": calls / rollouts * attempts / answers}
-        if tokens and answered:
-            per_rollout["tokens"] = tokens / rollouts * charged / answered
-            per_rollout["dollars"] = per_rollout["tokens"] * dollars / charged
+        sent = calls * attempts / answers if calls and answers else attempts
+        used = tokens * charged / answered if tokens and answered else charged
+        paid = used * dollars / charged if charged else dollars
+        taken = {"lm_calls": sent / rollouts, "tokens": used / rollouts, "dollars": paid / rollouts}
         spent, budget = self._metering.ledger.spent, self._metering.budget
         under_way = sum(line.in_flight for line in lines.values()) / attempts
         gone = {
@@ -90,8 +128,8 @@ class RaceShare:
             "dollars": float(spent.dollars) + under_way * dollars,
         }
         found = [
-            (cap - (0.0 if is_whole else gone[name])) / per_rollout[name]
+            (cap - (0.0 if is_whole else gone[name])) / taken[name]
             for name in WIRE_CAPS
-            if (cap := getattr(budget, name)) is not None and per_rollout.get(name)
+            if (cap := getattr(budget, name)) is not None and taken[name]
         ]
         return max(0.0, min(found)) if found else None

@@ -16,6 +16,8 @@ from asyndbt_dspy.programs.paid_rollouts import STOP, RolloutGate
 logger = logging.getLogger(__name__)
 
 _Found = TypeVar("_Found")
+LONGEST_TIMER_S = 1e7
+"""About four months: event loops take no infinite delay."""
 
 
 class StopRequest:
@@ -53,7 +55,7 @@ class StopRequest:
                 self.reason = reason
             self._ask()
 
-        return self._loop.call_later(max(0.0, delay_s), ask)
+        return self._loop.call_later(min(max(0.0, delay_s), LONGEST_TIMER_S), ask)
 
     def abort(self) -> None:
         """End at once, with whatever is in flight cancelled. Safe from any thread."""

@@ -166,13 +166,15 @@ class StopSearch:
 
     Attributes:
         race: False ends the run at once, with the best candidate so far.
-        calls: Rollouts that the race can pay for, at most. Then no call of the search is paid for any more: steps under way
-            answer with what they have, and count. ``None``: nobody knows, and nothing under way is waited for.
+        calls: Rollouts that the race can pay for or has time for, at most; ``None``: nobody knows.
+        is_dry: No call of the search is paid for any more: steps under way answer with what they have, and are waited for
+            unless they are slow. Else nothing is waited for.
     """
 
     reason: str
     race: bool = True
     calls: int | None = field(default=None, metadata={"since": 6})
+    is_dry: bool = field(default=False, metadata={"since": 6})
 
 
 @dataclass(frozen=True)

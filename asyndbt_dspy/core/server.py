@@ -10,7 +10,7 @@ race       StepReply                       only its cost counts; its worker join
 race       RaceReply                       to the race; last heat closed -> Finish
 any        WorkerLost                      the worker's p, theta, a[v], d[v] leave every sum
 any        ArmsJoined                      requests from now on say so; in the race nothing
-search     StopSearch                      -> race (or Finish); with ``calls`` once what is under way has answered
+search     StopSearch                      -> race (or Finish); ``is_dry``: when what is under way is over
 rounds     StopSearch                      the running round ends, then -> race (or Finish at once)
 race       StopSearch                      with ``race=False`` -> Finish, else nothing
 =========  ==============================  ===========================================================
@@ -435,17 +435,15 @@ class ServerState:
     def _stop_search(self, event: StopSearch) -> list[Instruction]:
         if self.race is not None:
             return [Wait("the race runs")] if event.race else self._finish(event.reason)
-        if event.race and event.calls is not None:
-            self._stop_reason, self.race_most = event.reason, event.calls
+        self.race_most = self.race_most if event.calls is None else event.calls
+        if event.race and (event.is_dry or (self.config.race and self._rounds is not None)):
+            self._stop_reason = event.reason
             return self._advance() if self._rounds is None else [Wait("the running round ends first")]
         if not self.config.race:
             return self._end_search(event.reason)
         if not event.race:
             self.winner = safest(self.space.student, [self.nominations.get(one, ()) for one in self._alive()])
             return self._finish(event.reason)
-        if self._rounds is not None:
-            self._stop_reason = event.reason
-            return [Wait("the running round ends first")]
         return self._end_search(event.reason)
 
     def finalists(self) -> tuple[Candidate, ...]:

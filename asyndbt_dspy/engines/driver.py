@@ -89,8 +89,8 @@ class Driver:
         self.lost[worker] = reason
         return self.to_server(WorkerLost(worker, reason))
 
-    def stop_search(self, reason: str, race: bool, calls: int | None = None) -> list[Evaluate]:
-        return [] if self.finished else self.to_server(StopSearch(reason, race, calls))
+    def stop_search(self, stop: StopSearch) -> list[Evaluate]:
+        return [] if self.finished else self.to_server(stop)
 
     def join_arms(self, event: ArmsJoined) -> list[Evaluate]:
         return [] if self.finished else self.to_server(event)

@@ -38,7 +38,7 @@ class LocalEngine:
         self.answer_timeout_s = answer_timeout_s
         self.deadline_s = deadline_s
         self.clock = clock
-        self._stop: tuple[str, bool, int | None] | None = None
+        self._stop: StopSearch | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake: asyncio.Future[None] | None = None
         self._earlier: Iterable[Recorded] = ()
@@ -55,8 +55,8 @@ class LocalEngine:
         """
         self._earlier, self._elapsed_s = earlier, elapsed_s
 
-    def stop_search(self, reason: str, race: bool = True, calls: int | None = None) -> None:
-        self._stop = (reason, race, calls)
+    def stop_search(self, stop: StopSearch) -> None:
+        self._stop = stop
         loop = self._loop
         if loop is not None:
             loop.call_soon_threadsafe(self._wake_up)
@@ -91,10 +91,10 @@ class LocalEngine:
             while not driver.finished:
                 if self.clock() >= deadline:
                     deadline = math.inf
-                    self._stop = self._stop or ("the time budget is spent", True, None)
+                    self._stop = self._stop or StopSearch("the time budget is spent")
                 if self._stop is not None:
                     stop, self._stop = self._stop, None
-                    begin(driver.stop_search(*stop))
+                    begin(driver.stop_search(stop))
                     continue
                 joined = None if self.between is None else await self.between()
                 if joined is not None:
@@ -120,7 +120,7 @@ class LocalEngine:
             driver.clock = lambda time_s=one.time_s: time_s
             event = one.event
             if isinstance(event, StopSearch):
-                begin(driver.stop_search(event.reason, event.race, event.calls))
+                begin(driver.stop_search(event))
                 continue
             if isinstance(event, ArmsJoined):
                 begin(driver.join_arms(event))

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from asyndbt_dspy.core.messages import ArmsJoined, Evaluate, Scored, ServerEvent, WorkerEvent
+from asyndbt_dspy.core.messages import ArmsJoined, Evaluate, Scored, ServerEvent, StopSearch, WorkerEvent
 from asyndbt_dspy.core.server import ServerState
 from asyndbt_dspy.core.worker import WorkerState
 from asyndbt_dspy.errors import WorkerFailedError
@@ -73,8 +73,8 @@ class Engine(Protocol):
         """Return once the server has finished. Cancelling the call cancels every evaluation in flight."""
         ...
 
-    def stop_search(self, reason: str, race: bool = True, calls: int | None = None) -> None:
-        """Ask for an early end (``StopSearch``): with ``race`` the final race still runs. Safe from any thread."""
+    def stop_search(self, stop: StopSearch) -> None:
+        """Ask for an early end; the server is told ``stop`` before any other event. Safe from any thread."""
         ...
 
 

@@ -33,6 +33,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from asyndbt_dspy.core.messages import StopSearch
 from asyndbt_dspy.core.server import ServerState
 from asyndbt_dspy.core.worker import WorkerState
 from asyndbt_dspy.engines.local import LocalEngine
@@ -138,8 +139,8 @@ class RayEngine:
             self._inner = self.engine
         await self._inner.run(server, workers, evaluator, observers)
 
-    def stop_search(self, reason: str, race: bool = True, calls: int | None = None) -> None:
-        self._inner.stop_search(reason, race, calls)
+    def stop_search(self, stop: StopSearch) -> None:
+        self._inner.stop_search(stop)
 
     # ------------------------------------------------------------------ the cluster
 

@@ -71,7 +71,7 @@ class SimulatedEngine:
         self.eager = eager
         self.now_s = 0.0
         self.busy_s: dict[str, float] = {}
-        self._stop: tuple[str, bool, int | None] | None = None
+        self._stop: StopSearch | None = None
         self._halted: asyncio.Future[None] | None = None
         self._earlier: Iterable[Recorded] = ()
         self.between: Between | None = None
@@ -80,11 +80,11 @@ class SimulatedEngine:
         """As of ``ResumableEngine``. The virtual clock repeats the order of evaluations; the other events are taken over."""
         self._earlier = earlier
 
-    def stop_search(self, reason: str, race: bool = True, calls: int | None = None) -> None:
-        self._stop = (reason, race, calls)
+    def stop_search(self, stop: StopSearch) -> None:
+        self._stop = stop
         # An end at once does not wait for the evaluation that is next.
         halted = self._halted
-        if not race and halted is not None:
+        if not stop.race and halted is not None:
             halted.get_loop().call_soon_threadsafe(_set, halted)
 
     async def run(
@@ -105,9 +105,9 @@ class SimulatedEngine:
             while not driver.finished:
                 if self._stop is not None:
                     stop, self._stop = self._stop, None
-                    if not stop[1]:
+                    if not stop.race:
                         self._take_done(schedule, driver)
-                    self._push(schedule, driver.stop_search(*stop))
+                    self._push(schedule, driver.stop_search(stop))
                     continue
                 joined = None if self.between is None else await self.between()
                 if joined is not None:
@@ -121,7 +121,7 @@ class SimulatedEngine:
 
     async def _repeat(self, schedule: _Schedule, driver: Driver, event: object) -> None:
         if isinstance(event, StopSearch):
-            self._push(schedule, driver.stop_search(event.reason, event.race, event.calls))
+            self._push(schedule, driver.stop_search(event))
             return
         if isinstance(event, ArmsJoined):
             self._push(schedule, driver.join_arms(event))

@@ -219,9 +219,9 @@ class EngineConformance:
         assert run.server.finish_reason == "enough"
 
     def test_a_search_whose_budget_is_gone_is_told_what_is_left_for_the_race(self) -> None:
-        run = self.run(quick(), calls=240, watch=stop_after(7, race=True, calls=30))
+        run = self.run(quick(), calls=240, watch=stop_after(7, calls=30, is_dry=True))
         stops = [one.event for one in run.events if isinstance(one.event, StopSearch)]
-        assert stops == [StopSearch("enough", race=True, calls=30)]
+        assert stops == [StopSearch("enough", calls=30, is_dry=True)]
         raced = sum(one.event.calls for one in run.events if isinstance(one.event, RaceReply))
         assert 12 <= raced <= 30
         assert run.server.finish_reason == "enough"
@@ -235,7 +235,7 @@ class EngineConformance:
     def test_a_stop_while_rounds_run(self) -> None:
         def watch(recorded: Recorded, engine: Engine) -> None:
             if isinstance(recorded.event, RoundReply):
-                engine.stop_search("enough")
+                engine.stop_search(StopSearch("enough"))
 
         run = self.run(quick("paper", lower_rounds=3), calls=400, watch=watch)
         assert run.server.finish_reason == "enough"
@@ -253,7 +253,7 @@ class EngineConformance:
     def test_a_stop_from_another_thread_does_not_wait_for_an_evaluation_that_hangs(self) -> None:
         async def stopped() -> ServerState:
             server, engine, running = await self._until_one_hangs()
-            thread = threading.Thread(target=engine.stop_search, args=("enough", False))
+            thread = threading.Thread(target=engine.stop_search, args=(StopSearch("enough", race=False),))
             thread.start()
             await asyncio.wait([running], timeout=_AT_ONCE_S)
             thread.join()

@@ -6,8 +6,9 @@ import asyncio
 import heapq
 import math
 from collections.abc import Callable
+from typing import Any
 
-from asyndbt_dspy.core.messages import Evaluate, Scored
+from asyndbt_dspy.core.messages import Evaluate, Scored, StopSearch
 from asyndbt_dspy.engines.protocols import SERVER, Engine, Evaluator, Recorded, WorkerFailedError
 from asyndbt_dspy.testing.toys import TableEvaluator, additive_score
 
@@ -132,7 +133,7 @@ class Stopping:
         if len(self.over) < self._count:
             self.over.append(scored)
             if len(self.over) == self._count:
-                self._engine.stop_search("enough", race=False)
+                self._engine.stop_search(StopSearch("enough", race=False))
         return scored
 
 
@@ -157,7 +158,7 @@ def hang(worker: str, after: int) -> Delays:
     return lambda one: math.inf if one.worker == worker and one.task > after else scripted_delays(one)
 
 
-def stop_after(events: int, race: bool, calls: int | None = None) -> Callable[[Recorded, Engine], None]:
+def stop_after(events: int, **stop: Any) -> Callable[[Recorded, Engine], None]:
     """Ask the engine to stop once the server has taken so many events."""
     seen = 0
 
@@ -165,6 +166,6 @@ def stop_after(events: int, race: bool, calls: int | None = None) -> Callable[[R
         nonlocal seen
         seen += recorded.machine == SERVER
         if seen == events and recorded.machine == SERVER:
-            engine.stop_search("enough", race, calls)
+            engine.stop_search(StopSearch("enough", **stop))
 
     return watch

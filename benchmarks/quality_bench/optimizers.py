@@ -191,8 +191,8 @@ class _WatchedAsynDBT(AsynDBT):
 
     watched: Watched | None = None
 
-    def make_engine(self, spent_s: float = 0.0) -> Any:
-        self.watched = Watched(super().make_engine(spent_s))
+    def make_engine(self) -> Any:
+        self.watched = Watched(super().make_engine())
         return self.watched
 
 
@@ -217,7 +217,7 @@ def asyndbt(**options: Any) -> Callable[[Job], Outcome]:
         }
         optimizer = _WatchedAsynDBT(job.metric, **arguments, config={**config, **of_before})
         if not job.incumbents:
-            optimizer.make_engine = lambda spent_s=0.0: AsynDBT.make_engine(optimizer, spent_s)  # type: ignore[method-assign]
+            optimizer.make_engine = lambda: AsynDBT.make_engine(optimizer)  # type: ignore[method-assign]
         made = optimizer.compile(job.task.build(), trainset=job.examples.train, valset=job.examples.valid)
         assert optimizer.result is not None
         kept = optimizer.watched.incumbents if optimizer.watched is not None else []

@@ -1,4 +1,4 @@
-"""``StopSearch`` with ``calls``: what is under way counts, and the race is as long as is paid for."""
+"""A search whose budget is gone (``StopSearch``): what is under way counts, and the race is as long as is paid for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from asyndbt_dspy.core.messages import RaceRequest, RoundRequest, StepRequest, S
 from asyndbt_dspy.testing.network import SERVER, Network, Parcel
 from asyndbt_dspy.testing.toys import TableEvaluator, additive_score, small_machines
 
-SPENT = StopSearch("spent", calls=30)
+SPENT = StopSearch("spent", calls=30, is_dry=True)
 
 
 def searching(config: AlgorithmConfig = DEFAULT, **machines: Any) -> Network:

@@ -162,8 +162,8 @@ def test_hostile_network(name: str, data: st.DataObject) -> None:
                 net.lose(name_lost)
         elif action == "stop" and data.draw(st.integers(0, 9)) == 0:
             left = data.draw(st.none() | st.integers(0, 60))
-            stopped = StopSearch("interrupted", race=data.draw(st.booleans()), calls=left)
-            net.hand_over(Parcel(SERVER, SERVER, stopped))
+            race, is_dry = data.draw(st.booleans()), data.draw(st.booleans())
+            net.hand_over(Parcel(SERVER, SERVER, StopSearch("interrupted", race, left, is_dry)))
         for parcel in late:
             refuse(net, parcel)
         check_invariants(net)

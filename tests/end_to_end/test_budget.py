@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import dspy
@@ -10,7 +11,7 @@ import kit
 import pytest
 
 from asyndbt_dspy import AsynDBT, Budget, Worker
-from asyndbt_dspy.engines.local import LocalEngine
+from asyndbt_dspy.race_share import RaceShare
 from asyndbt_dspy.recording.recorder import RunRecorder
 
 
@@ -91,20 +92,31 @@ def test_a_fast_worker_with_nothing_left_waits_for_the_others() -> None:
 
 
 def test_seconds_end_the_search_and_the_race_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock that goes on by a second per look."""
-    ticks = iter(range(10**6))
-    monkeypatch.setattr(
-        LocalEngine.__init__,
-        "__kwdefaults__",
-        {
-            **LocalEngine.__init__.__kwdefaults__,
-            "clock": lambda: float(next(ticks)),
-        },
-    )
+    """The search's share of them is over with its fortieth rollout."""
+    timers: list[Any] = []
+    rollouts = 0
+
+    class Loop:
+        def time(self) -> float:
+            return float(rollouts)
+
+        def call_later(self, delay_s: float, call: Any) -> Any:
+            timers.append(call)
+            return SimpleNamespace(cancel=timers.clear)
+
+    def metric(gold: Any, prediction: Any) -> bool:
+        nonlocal rollouts
+        rollouts += 1
+        if rollouts == 40:
+            timers[0]()
+        return kit.metric(gold, prediction)
+
+    monkeypatch.setattr("asyndbt_dspy.race_share.asyncio", SimpleNamespace(get_running_loop=Loop))
     student = dspy.Predict(kit.Sort)
     optimizer = kit.optimizer(
+        metric=metric,
         deterministic=False,
-        budget=Budget(seconds=60),
+        budget=Budget(seconds=600),
         mode="instructions",
         instructions=kit.texts_for(student, kit.MAGIC),
     )
@@ -145,20 +157,22 @@ def test_concurrency_of_a_worker_is_bounded() -> None:
 
 def test_seconds_of_an_earlier_search_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A setup of ten seconds, then ninety of search, in an earlier process: a search that may take six hundred goes on."""
-    spent: list[float] = []
-    make_engine = AsynDBT.make_engine
+    asked: list[tuple[float, float]] = []
+    end_search_in = RaceShare.end_search_in
 
-    def noted(optimizer: AsynDBT, spent_s: float = 0.0) -> Any:
-        spent.append(spent_s)
-        return make_engine(optimizer, spent_s)
+    def noted(share: RaceShare, engine: Any, delay_s: float, left_s: float) -> Any:
+        asked.append((delay_s, left_s))
+        return end_search_in(share, engine, delay_s, left_s)
 
     monkeypatch.setattr(RunRecorder, "elapsed_s", 100.0)
     monkeypatch.setattr(RunRecorder, "search_elapsed_s", 90.0)
-    monkeypatch.setattr(AsynDBT, "make_engine", noted)
+    monkeypatch.setattr(RaceShare, "end_search_in", noted)
     made = kit.optimizer(budget=Budget(seconds=1_000, metric_calls=60), run_dir=tmp_path, deterministic=False)
     with dspy.context(lm=kit.color_lm(), adapter=dspy.JSONAdapter()):
         made.compile(dspy.Predict(kit.Sort), trainset=kit.examples(60))
-    assert 10.0 <= spent[0] < 60.0
+    ((delay_s, left_s),) = asked
+    assert 450.0 < delay_s <= 500.0
+    assert left_s == 400.0
 
 
 def test_a_program_that_makes_its_own_history_is_estimated_and_compiled() -> None:

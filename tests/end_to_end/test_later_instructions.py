@@ -13,6 +13,7 @@ import kit
 import pytest
 
 from asyndbt_dspy import Budget, ConfigurationError, Worker
+from asyndbt_dspy.core.messages import StopSearch
 from asyndbt_dspy.engines.local import LocalEngine
 from asyndbt_dspy.programs.slots import build_space
 
@@ -311,7 +312,7 @@ def test_settings_that_cannot_work_are_refused() -> None:
     class Plain:
         async def run(self, *_: Any) -> None: ...
 
-        def stop_search(self, reason: str, race: bool = True, calls: int | None = None) -> None: ...
+        def stop_search(self, stop: StopSearch) -> None: ...
 
     with pytest.raises(ConfigurationError, match="Plain has none"):
         optimizer(Proposer(), engine=Plain(), deterministic=False)

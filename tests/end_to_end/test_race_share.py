@@ -1,4 +1,4 @@
-"""Caps on LM calls, tokens and dollars leave the race what it can use, and it knows how far that goes."""
+"""Caps on LM calls, tokens, dollars and seconds leave the race what it can use, and it knows how far that goes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import dspy
 import kit
 import pytest
 
-from asyndbt_dspy import AsynDBT, Budget, Price
+from asyndbt_dspy import AsynDBT, Budget, Price, Worker
 from asyndbt_dspy.core.budget import Charge
+from asyndbt_dspy.core.messages import StopSearch
 from asyndbt_dspy.errors import BudgetExceededError
 from asyndbt_dspy.lms.failures import Fate
 from asyndbt_dspy.lms.ledger import Ledger
@@ -72,14 +73,40 @@ class Told:
     """An engine that only listens."""
 
     def __init__(self) -> None:
-        self.stops: list[tuple[str, bool, int | None]] = []
+        self.stops: list[StopSearch] = []
 
-    def stop_search(self, reason: str, race: bool = True, calls: int | None = None) -> None:
-        self.stops.append((reason, race, calls))
+    def stop_search(self, stop: StopSearch) -> None:
+        self.stops.append(stop)
+
+
+class Clock:
+    """An event loop's time and timers."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+        self.timers: list[tuple[float, Any]] = []
+
+    def time(self) -> float:
+        return self.now_s
+
+    def call_later(self, delay_s: float, call: Any) -> None:
+        self.timers.append((delay_s, call))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr("asyndbt_dspy.race_share.asyncio", SimpleNamespace(get_running_loop=lambda: found))
+    return found
 
 
 def share(budget: Budget, use: WorkerUse, race_calls: int = 100) -> tuple[RaceShare, Ledger, Any]:
-    server = SimpleNamespace(phase="search", race_calls=race_calls)
+    server = SimpleNamespace(
+        phase="search",
+        race_calls=race_calls,
+        step_calls=lambda number: 10 * (number + 1),
+        roster=SimpleNamespace(outstanding={0: 5, 1: 6}),
+    )
     metering = Metering(budget, 0.4, {})
     return RaceShare(metering, server, {"w": use}), metering.ledger, server  # type: ignore[arg-type]
 
@@ -90,6 +117,7 @@ def attempt(ledger: Ledger, fate: Fate | None = None, worker: str = "w") -> None
     ledger.settle(held, "m", fate, Charge(15, 5, Decimal("0.0002")) if fate is None else None)
 
 
+@pytest.mark.usefixtures("clock")
 def test_what_is_left_in_rollouts() -> None:
     """Ten rollouts of two calls each; two more calls failed, one was cut and one is under way, a proposer took four."""
     engine = Told()
@@ -106,10 +134,11 @@ def test_what_is_left_in_rollouts() -> None:
         race.end_search(engine, refused)  # type: ignore[arg-type]
         server.phase = "race"
         race.end_search(engine, refused)  # type: ignore[arg-type]
-        reason, is_race, calls = engine.stops.pop()
+        stop = engine.stops.pop()
         assert not engine.stops
-        assert (reason, is_race) == ("the search's share of the cap on tokens is spent", True)
-        return calls
+        reason = "the search's share of the cap on tokens is spent"
+        assert stop == StopSearch(reason, calls=stop.calls, is_dry=True)
+        return stop.calls
 
     # Of 100 calls 28 are gone; a rollout takes 2 * 23/20.
     assert told(Budget(lm_calls=100)) == int((100 - 28) / 2.3)
@@ -119,14 +148,32 @@ def test_what_is_left_in_rollouts() -> None:
     assert told(Budget(dollars=0.02, lm_calls=60)) == int((60 - 28) / 2.3), "the tightest of the caps"
 
 
+@pytest.mark.usefixtures("clock")
+def test_without_reported_usage_what_was_sent_and_charged_tells() -> None:
+    """Two calls a rollout, of fifty tokens and $0.0005 each; twenty are over."""
+    engine = Told()
+    found = []
+    for budget in (Budget(lm_calls=61), Budget(tokens=2050), Budget(dollars=0.0505)):
+        race, ledger, _ = share(budget, WorkerUse(calls=10))
+        for _ in range(20):
+            held = ledger.reserve("w", Charge(40, 10, Decimal("0.0005")), lambda: None)
+            assert held is not None
+            ledger.settle(held, "m", None)
+        race.end_search(engine, BudgetExceededError("no", cap="tokens"))  # type: ignore[arg-type]
+        found.append(engine.stops.pop().calls)
+    assert found == [20, 10, 40]
+
+
+@pytest.mark.usefixtures("clock")
 def test_where_nothing_is_known_nothing_is_said() -> None:
     engine = Told()
     race, _, _ = share(Budget(lm_calls=100), WorkerUse())
     race.end_search(engine, BudgetExceededError("no", cap="lm_calls"))  # type: ignore[arg-type]
     race.end_search(engine, BudgetExceededError("no", cap="lm_calls"))  # type: ignore[arg-type]
-    assert engine.stops == [("the search's share of the cap on lm calls is spent", True, None)]
+    assert engine.stops == [StopSearch("the search's share of the cap on lm calls is spent", is_dry=True)]
 
 
+@pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize(("race_calls", "kept"), [(20, 0.125), (1000, 0.4)])
 def test_what_is_kept_is_fitted_once_half_of_the_searchs_share_is_gone(race_calls: int, kept: float) -> None:
     """200 rollouts in all, of which the race can use ``race_calls``, and a quarter more is kept; never more than before."""
@@ -145,3 +192,41 @@ def test_what_is_kept_is_fitted_once_half_of_the_searchs_share_is_gone(race_call
     server.phase = "race"
     race.observe(None)
     assert ledger.exhausted() is None
+
+
+@pytest.mark.parametrize(("left_s", "calls"), [(6.0, 3 * 6 - 15), (20.0, 3 * 20 - 15), (1.0, 12)])
+def test_the_race_is_as_long_as_the_search_was_fast(clock: Clock, left_s: float, calls: int) -> None:
+    """Thirty rollouts in ten seconds, and half of thirty more are begun; four of the setup do not count."""
+    engine, use = Told(), WorkerUse(calls=4)
+    race, _, server = share(Budget(seconds=20), use)
+    race.end_search_in(engine, 10.0, left_s)  # type: ignore[arg-type]
+    ((delay_s, over),) = clock.timers
+    assert delay_s == 10.0
+    use.calls += 30
+    clock.now_s += delay_s
+    over()
+    assert engine.stops == [StopSearch("the time budget is spent", calls=max(12, calls))]
+    server.phase = "race"
+    over()
+    assert len(engine.stops) == 1
+
+
+def test_time_that_is_over_already_is_told_before_the_first_event(clock: Clock) -> None:
+    engine = Told()
+    race, _, _ = share(Budget(seconds=20), WorkerUse())
+    race.end_search_in(engine, -3.0, 8.0)  # type: ignore[arg-type]
+    assert engine.stops == [StopSearch("the time budget is spent")], (
+        "and nobody knows how fast it would have been"
+    )
+
+
+def test_what_little_time_is_left_is_spent_on_few_candidates() -> None:
+    """Twenty rollouts a second, two seconds for the race: of eight candidates each would meet five examples, if that."""
+    with Provider(answer=kit.stairs(1), latency_s=0.2) as provider:
+        lm = dspy.LM("openai/m", api_base=provider.url, api_key="k", cache=False)
+        workers = [Worker("w", kit.examples(60), lm=lm, max_concurrency=4)]
+        optimizer = AsynDBT(kit.metric, workers=workers, budget=Budget(seconds=5.0), progress=False)
+        optimizer.compile(dspy.Predict(kit.Sort))
+    student, *challengers = optimizer.result.candidates
+    assert 1 <= len(challengers) <= 2
+    assert student.examples >= 6

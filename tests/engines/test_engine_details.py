@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from asyndbt_dspy.core.config import DEFAULT
-from asyndbt_dspy.core.messages import Evaluate, Scored, Send, StepReply
+from asyndbt_dspy.core.messages import Evaluate, Scored, Send, StepReply, StopSearch
 from asyndbt_dspy.core.server import ServerState
 from asyndbt_dspy.core.worker import WorkerState
 from asyndbt_dspy.engines.driver import Driver
@@ -101,7 +101,7 @@ def test_stopping_from_another_thread_wakes_an_engine_that_waits() -> None:
     async def play() -> None:
         running = asyncio.ensure_future(engine.run(server, workers, gate))
         await gate.settle()
-        thread = threading.Thread(target=engine.stop_search, args=("interrupted", False))
+        thread = threading.Thread(target=engine.stop_search, args=(StopSearch("interrupted", race=False),))
         thread.start()
         await running
         thread.join()
@@ -113,10 +113,10 @@ def test_stopping_from_another_thread_wakes_an_engine_that_waits() -> None:
 def test_a_stop_before_the_run_is_obeyed() -> None:
     for engine in (LocalEngine(), SimulatedEngine(work_delays())):
         server, workers = machines()
-        engine.stop_search("never mind", race=False)
+        engine.stop_search(StopSearch("never mind", race=False))
         asyncio.run(engine.run(server, workers, TableEvaluator(additive_score)))
         assert server.finish_reason == "never mind"
-        engine.stop_search("too late")  # of no consequence
+        engine.stop_search(StopSearch("too late"))  # of no consequence
 
 
 def test_a_late_worker_that_ignores_its_cancellation_is_still_set_aside() -> None:

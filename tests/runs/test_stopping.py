@@ -15,7 +15,7 @@ import pytest
 from crashes import Asked, compiled, entries, steady
 
 from asyndbt_dspy import AsynDBT
-from asyndbt_dspy.core.messages import Evaluate
+from asyndbt_dspy.core.messages import Evaluate, StopSearch
 from asyndbt_dspy.engines.driver import Driver
 from asyndbt_dspy.lms.scripted import AsyncScriptedEngine, ScriptedEngine
 from asyndbt_dspy.recording.events import EventLog
@@ -93,9 +93,9 @@ def test_an_end_during_the_replay_comes_after_it_and_gives_what_is_paid_for(
     optimizers: list[AsynDBT] = []
     outside, make_engine = EventLog.outside, AsynDBT.make_engine
 
-    def noted(optimizer: AsynDBT, *arguments: Any) -> Any:
+    def noted(optimizer: AsynDBT) -> Any:
         optimizers.append(optimizer)
-        return make_engine(optimizer, *arguments)
+        return make_engine(optimizer)
 
     def interrupted(log: EventLog) -> Any:
         for number, one in enumerate(outside(log)):
@@ -125,9 +125,9 @@ def test_the_end_waits_for_the_replay_however_long_it_stands_still(
     monkeypatch.setattr("asyndbt_dspy.compilation._STILL_TURNS", 0)
     make_engine = AsynDBT.make_engine
 
-    def stopped(optimizer: AsynDBT, *arguments: Any) -> Any:
+    def stopped(optimizer: AsynDBT) -> Any:
         optimizer.stop()
-        return make_engine(optimizer, *arguments)
+        return make_engine(optimizer)
 
     monkeypatch.setattr(AsynDBT, "make_engine", stopped)
     again, _ = compiled(tmp_path, script, deterministic=deterministic)
@@ -139,11 +139,11 @@ class WorkerTasksEngine:
     """An engine of somebody's own, with one task per worker for the whole run."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, bool, int | None]] = []
+        self.asked: list[StopSearch] = []
         self.moved = asyncio.Event()
 
-    def stop_search(self, reason: str, race: bool = True, calls: int | None = None) -> None:
-        self.asked.append((reason, race, calls))
+    def stop_search(self, stop: StopSearch) -> None:
+        self.asked.append(stop)
         self.moved.set()
 
     async def run(self, server: Any, workers: Any, evaluator: Any, observers: Any = ()) -> None:
@@ -165,7 +165,7 @@ class WorkerTasksEngine:
                 await self.moved.wait()
                 self.moved.clear()
                 while self.asked:
-                    send(driver.stop_search(*self.asked.pop()))
+                    send(driver.stop_search(self.asked.pop()))
 
         tasks = [asyncio.ensure_future(one) for one in (lead(), *map(work, inboxes.values()))]
         try:
