@@ -75,8 +75,6 @@ class RaceShare:
             if self._server.phase in ("search", "rounds"):
                 engine.stop_search(StopSearch("the time budget is spent", calls=self._in_time(left_s)))
 
-        if delay_s <= 0:  # before the engine's first event
-            over()
         return self._loop.call_later(min(max(0.0, delay_s), LONGEST_TIMER_S), over)
 
     @property

@@ -13,14 +13,12 @@ was raced, and how often the program is more than two paired standard errors bel
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
 import pathlib
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
@@ -28,9 +26,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import dspy
-from quality_bench import cells, lms, tasks
+from quality_bench import cells, compiles, lms, tasks
 from quality_bench.counting import CountedMetric
-from quality_bench.statistics import mean, verdict
+from quality_bench.statistics import mean
 
 from asyndbt_dspy import AsynDBT, Budget, Price
 
@@ -62,7 +60,7 @@ def run(key: Key, loaded: lms.Lms, folder: pathlib.Path, cap: float) -> Row:
         )
         program = optimizer.compile(task.build(), trainset=data.train, valset=data.valid)
         seconds = round(time.perf_counter() - started, 1)
-        own, others = (cells.correct(one, data.test) for one in (program, task.build()))
+        found = compiles.scored(optimizer, program, task.build(), data.test)
     result = optimizer.result
     assert result is not None
     lines = result.spending.values()
@@ -78,12 +76,8 @@ def run(key: Key, loaded: lms.Lms, folder: pathlib.Path, cap: float) -> Row:
         "tokens": sum(line["prompt_tokens"] + line["completion_tokens"] for line in lines),
         "raced_on": result.candidates[0].examples,
         "challengers": len(result.candidates) - 1,
-        "is_student": result.winner == "student",
-        "test": cells.percent(own),
-        "student": cells.percent(others),
-        "verdict": verdict(list(map(float, own)), list(map(float, others))),
         "seconds": seconds,
-        "versions": cells.versions(),
+        **found,
     }
 
 
@@ -105,40 +99,29 @@ def summary(rows: Sequence[Row]) -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--data",
-        type=pathlib.Path,
-        default=os.environ.get("ASYNDBT_DATA"),
-        required="ASYNDBT_DATA" not in os.environ,
-    )
-    parser.add_argument("--tasks", default="sst2,trec,ag_news")
-    parser.add_argument("--lms", default="smollm2-135m")
-    parser.add_argument("--arms", default=",".join(ARMS))
-    parser.add_argument("--calls", type=int, default=100)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--label", default="shipped")
-    parser.add_argument("--out", type=pathlib.Path, default=OUT)
-    options = parser.parse_args()
-    known = {key_of(row): row for row in cells.read(options.out)}
-    names, models, arms = (str(one).split(",") for one in (options.tasks, options.lms, options.arms))
-    loaded: lms.Lms | None = None
-    for lm, seed, task, arm in itertools.product(models, range(options.seeds), names, arms):
-        key = (options.label, arm, task, lm, options.calls, seed)
-        if key in known:
-            continue
-        if loaded is None or loaded.name != lm:
-            loaded = lms.load(lm)
-        cap = float(options.calls)
+    options = compiles.parser(
+        __doc__ or "",
+        OUT,
+        tasks="sst2,trec,ag_news",
+        lms="smollm2-135m",
+        arms=",".join(ARMS),
+        calls=100,
+        seeds=2,
+        label="shipped",
+    ).parse_args()
+    names, models, arms = (one.split(",") for one in (options.tasks, options.lms, options.arms))
+    wanted = [
+        (lm, (options.label, arm, task, lm, options.calls, seed))
+        for lm, seed, task, arm in itertools.product(models, range(options.seeds), names, arms)
+    ]
+
+    def one(key: Key, loaded: lms.Lms, known: dict[Hashable, Row]) -> Row:
+        arm, cap = key[1], float(options.calls)
         if arm in ("tokens", "seconds"):
-            cap = known[("shipped", "metric_calls", task, lm, options.calls, seed)][arm]
-        row = run(key, loaded, pathlib.Path(options.data), cap)
-        known[key] = row
-        cells.append(options.out, row)
-        print(json.dumps(row), file=sys.stderr, flush=True)
-    print(json.dumps(summary(cells.read(options.out))))
+            cap = known[("shipped", "metric_calls", *key[2:])][arm]
+        return run(key, loaded, options.data, cap)
+
+    print(json.dumps(summary(compiles.fill(options.out, wanted, key_of, one))))
 
 
 if __name__ == "__main__":

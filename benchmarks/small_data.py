@@ -13,14 +13,12 @@ is more than two paired standard errors below the student.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
 import pathlib
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
@@ -28,9 +26,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import dspy
-from quality_bench import cells, lms, tasks
+from quality_bench import cells, compiles, lms, tasks
 from quality_bench.counting import CountedMetric
-from quality_bench.statistics import mean, verdict
+from quality_bench.statistics import mean
 
 from asyndbt_dspy import AsynDBT, Budget
 
@@ -64,7 +62,7 @@ def run(key: Key, loaded: lms.Lms, folder: pathlib.Path, calls: int) -> Row:
         )
         program = optimizer.compile(task.build(), trainset=trainset)
         seconds = round(time.perf_counter() - started, 1)
-        own, others = (cells.correct(one, data.test) for one in (program, task.build()))
+        found = compiles.scored(optimizer, program, task.build(), data.test)
     result = optimizer.result
     assert result is not None
     return {
@@ -76,12 +74,8 @@ def run(key: Key, loaded: lms.Lms, folder: pathlib.Path, calls: int) -> Row:
         "calls": calls,
         "workers": len(result.workers),
         "held_out": result.candidates[0].examples,
-        "is_student": result.winner == "student",
-        "test": cells.percent(own),
-        "student": cells.percent(others),
-        "verdict": verdict(list(map(float, own)), list(map(float, others))),
         "seconds": seconds,
-        "versions": cells.versions(),
+        **found,
     }
 
 
@@ -109,38 +103,25 @@ def summary(rows: Sequence[Row]) -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--data",
-        type=pathlib.Path,
-        default=os.environ.get("ASYNDBT_DATA"),
-        required="ASYNDBT_DATA" not in os.environ,
-    )
-    parser.add_argument("--tasks", default="sst2,trec,ag_news")
-    parser.add_argument("--lms", default="smollm2-135m,gemma3-270m")
-    parser.add_argument("--examples", default="20,40")
-    parser.add_argument("--calls", type=int, default=300)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--out", type=pathlib.Path, default=OUT)
-    options = parser.parse_args()
-    known = {key_of(row) for row in cells.read(options.out)}
-    names, models, counts = (str(one).split(",") for one in (options.tasks, options.lms, options.examples))
+    options = compiles.parser(
+        __doc__ or "",
+        OUT,
+        tasks="sst2,trec,ag_news",
+        lms="smollm2-135m,gemma3-270m",
+        examples="20,40",
+        calls=300,
+        seeds=1,
+    ).parse_args()
+    names, models, counts = (one.split(",") for one in (options.tasks, options.lms, options.examples))
     wanted = [
-        (task, lm, int(count), arm, seed)
+        (lm, (task, lm, int(count), arm, seed))
         for seed, lm, count, task, arm in itertools.product(range(options.seeds), models, counts, names, ARMS)
     ]
-    loaded: lms.Lms | None = None
-    for key in wanted:
-        if key in known:
-            continue
-        if loaded is None or loaded.name != key[1]:
-            loaded = lms.load(key[1])
-        row = run(key, loaded, pathlib.Path(options.data), options.calls)
-        cells.append(options.out, row)
-        print(json.dumps(row), file=sys.stderr, flush=True)
-    print(json.dumps(summary(cells.read(options.out))))
+
+    def one(key: Key, loaded: lms.Lms, _: dict[Hashable, Row]) -> Row:
+        return run(key, loaded, options.data, options.calls)
+
+    print(json.dumps(summary(compiles.fill(options.out, wanted, key_of, one))))
 
 
 if __name__ == "__main__":

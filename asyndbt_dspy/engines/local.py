@@ -21,7 +21,6 @@ class LocalEngine:
 
     Args:
         answer_timeout_s: Seconds after which a worker that has not answered a request is set aside.
-        deadline_s: Seconds after which the search ends and the race begins.
         clock: Seconds that only go forward.
     """
 
@@ -29,14 +28,11 @@ class LocalEngine:
         self,
         *,
         answer_timeout_s: float = math.inf,
-        deadline_s: float = math.inf,
         clock: Clock = time.monotonic,
     ) -> None:
-        for name, value in (("answer_timeout_s", answer_timeout_s), ("deadline_s", deadline_s)):
-            if not value > 0:
-                raise ConfigurationError(f"{name}={value!r} must be > 0 seconds")
+        if not answer_timeout_s > 0:
+            raise ConfigurationError(f"answer_timeout_s={answer_timeout_s!r} must be > 0 seconds")
         self.answer_timeout_s = answer_timeout_s
-        self.deadline_s = deadline_s
         self.clock = clock
         self._stop: StopSearch | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -77,7 +73,6 @@ class LocalEngine:
         driver = Driver(server, workers, observers, lambda: 0.0)  # a resumed run begins again when it began
         tasks: _Tasks = {}
         abandoned: list[asyncio.Task[Scored]] = []
-        deadline = started + self.deadline_s
 
         def begin(requests: list[Evaluate]) -> None:
             for request in requests:
@@ -89,9 +84,6 @@ class LocalEngine:
             driver.clock = lambda: self.clock() - started
             await self._repeat(driver, tasks, begin)
             while not driver.finished:
-                if self.clock() >= deadline:
-                    deadline = math.inf
-                    self._stop = self._stop or StopSearch("the time budget is spent")
                 if self._stop is not None:
                     stop, self._stop = self._stop, None
                     begin(driver.stop_search(stop))
@@ -100,7 +92,7 @@ class LocalEngine:
                 if joined is not None:
                     begin(driver.join_arms(joined))
                     continue
-                done = await self._wait(tasks, deadline)
+                done = await self._wait(tasks)
                 # Ties of the clock break by worker index, so that equal timings give equal runs.
                 for task in sorted(done, key=lambda one: driver.workers[tasks[one][0].worker].index):
                     begin(self._take(driver, tasks.pop(task)[0], task))
@@ -142,11 +134,11 @@ class LocalEngine:
         driver.clock = clock
         self._earlier, self._elapsed_s = (), 0.0
 
-    async def _wait(self, tasks: _Tasks, deadline: float) -> list[asyncio.Task[Scored]]:
+    async def _wait(self, tasks: _Tasks) -> list[asyncio.Task[Scored]]:
         """Tasks that are done once something is: an evaluation, a time limit, or ``stop_search``."""
         if not tasks:
             raise ProtocolError("no evaluation is under way and the run is not over; please report this")
-        until = min([deadline, *(limit for _, limit in tasks.values())])
+        until = min(limit for _, limit in tasks.values())
         timeout = None if math.isinf(until) else max(0.0, until - self.clock())
         self._wake = asyncio.get_running_loop().create_future()
         if self._stop is None:  # stop_search may have been called since the last look

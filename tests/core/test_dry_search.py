@@ -77,6 +77,9 @@ def test_time_and_an_interrupt_still_end_it_at_once() -> None:
     stop(net, SPENT)
     stop(net, StopSearch("time"))
     assert (net.server.phase, net.server.finish_reason) == ("race", "time")
+    assert net.server.race is not None and len(net.server.race.candidates) == 2, (
+        "what is left is as known before"
+    )
     net = searching()
     stop(net, SPENT)
     stop(net, StopSearch("interrupt", race=False))

@@ -114,8 +114,15 @@ def test_where_only_time_bounds_the_search_the_proposer_is_asked_a_third_of_it_i
     script, lm = Proposer(), kit.color_lm()
     for module in ("compilation", "optimizer"):
         monkeypatch.setattr(f"asyndbt_dspy.{module}.time", SimpleNamespace(perf_counter=now_s))
-    engine = LocalEngine(clock=now_s, deadline_s=180e3)
-    made = optimizer(script, budget=Budget(seconds=300e3), deterministic=False, engine=engine)
+    engine = LocalEngine(clock=now_s)
+
+    def until_time_is_over(gold: Any, prediction: Any) -> dspy.Prediction:
+        if kit.calls_of(lm) == 180:
+            engine.stop_search(StopSearch("time"))
+        return metric(gold, prediction)
+
+    budget = Budget(seconds=300e3)
+    made = optimizer(script, metric=until_time_is_over, budget=budget, deterministic=False, engine=engine)
     compiled(made, lm)
     assert len(script.asked) == AT_FIRST + 1
     assert 40 <= steps_before_joining(made) <= 110

@@ -211,10 +211,13 @@ def test_the_race_is_as_long_as_the_search_was_fast(clock: Clock, left_s: float,
     assert len(engine.stops) == 1
 
 
-def test_time_that_is_over_already_is_told_before_the_first_event(clock: Clock) -> None:
+def test_time_that_is_over_already_is_told_at_once(clock: Clock) -> None:
     engine = Told()
     race, _, _ = share(Budget(seconds=20), WorkerUse())
     race.end_search_in(engine, -3.0, 8.0)  # type: ignore[arg-type]
+    ((delay_s, over),) = clock.timers
+    assert delay_s == 0.0
+    over()
     assert engine.stops == [StopSearch("the time budget is spent")], (
         "and nobody knows how fast it would have been"
     )
