@@ -286,7 +286,7 @@ def _for_search(config: AlgorithmConfig, amount: float) -> float:
 def _late(optimizer: AsynDBT, config: AlgorithmConfig, started: float, part: float) -> Callable[[], bool]:
     """Whether so much of what is now left of the search's seconds is over."""
     seconds = optimizer.budget.seconds
-    if seconds is None or optimizer.deterministic:  # time has no say in a run that is to be repeatable
+    if seconds is None or optimizer.deterministic:  # a run that ends within its time is to be repeatable
         return lambda: False
     now = time.perf_counter()
     due = now + part * max(0.0, started + _for_search(config, seconds) - now)
@@ -380,7 +380,7 @@ class Run:
         if self.bar is not None:
             observers.append(self.bar)
         engine = self.optimizer.make_engine()
-        share = RaceShare(self.metering, self.server, self.evaluator.uses)
+        share = RaceShare(self.metering, self.server, self.evaluator.uses, self.optimizer.deterministic)
         observers += [share.observe, self.later.observe]
         if isinstance(engine, ListeningEngine):
             engine.between = self.later.between
@@ -416,14 +416,13 @@ class Run:
             self.recorder.finish(self.server.finish_reason, self.server.winner)
 
     def _end_search_in_time(self, engine: Engine, share: RaceShare) -> asyncio.TimerHandle | None:
-        """The search ends when only the race's share of the seconds is left; time has no say in a run that is to be repeatable."""
+        """The search ends when only the race's share of the seconds is left."""
         seconds = self.optimizer.budget.seconds
-        if seconds is None or self.optimizer.deterministic:
+        if seconds is None:
             return None
         search_s = _for_search(self.server.config, seconds)
-        return share.end_search_in(
-            engine, search_s - (time.perf_counter() - self.started), seconds - search_s
-        )
+        spent_s = time.perf_counter() - self.started
+        return share.end_search_in(engine, search_s - spent_s, seconds - search_s)
 
     def _resume(self, engine: Engine, recorder: RunRecorder) -> None:
         """An engine that can repeats the recorded events in their order; any other runs again on recorded rollouts."""

@@ -64,7 +64,8 @@ class AsynDBT(Teleprompter):
             ``deterministic`` half of the workers.
         max_staleness: tau >= 1, bound on lateness in iterations; 1 is synchronous. ``"auto"``: follows the slowest worker,
             up to four times the preset's.
-        deterministic: The order of events does not depend on timing: same seed and same LM answers, same program.
+        deterministic: The order of events does not depend on timing: same seed and same LM answers, same program, unless a
+            cap on tokens, dollars or seconds ends the search (which is told): when it does, timing decides.
         seed: Of every random choice.
         instructions: ``{predictor: [texts]}``: instruction arms of your own.
         proposer: LM that writes instruction arms from the program, the data and observed failures; without one, shipped
@@ -266,7 +267,8 @@ class AsynDBT(Teleprompter):
     def stop(self) -> bool:
         """End the compiles of this optimizer early, as one Ctrl-C does. Safe from any thread.
 
-        No rollout begins any more, those in flight end, and the best program so far is returned.
+        No rollout begins any more, those in flight end (unless they had no answer yet and only wait for their turn), and the
+        best program so far is returned.
 
         Returns:
             Whether there was a compile to stop.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,10 @@ from asyndbt_dspy.metering import PROPOSER, WIRE_CAPS, Metering
 from asyndbt_dspy.programs.evaluator import WorkerUse
 from asyndbt_dspy.stopping import LONGEST_TIMER_S
 
+logger = logging.getLogger(__name__)
+
+_TIMED_CAPS = ("tokens", "dollars")
+"""What calls under way may cost is reserved, so timing decides when such a cap refuses one."""
 _FITTED_AFTER = 0.5
 """Of the search's share: by then it is known what a rollout takes."""
 _MARGIN = 1.25
@@ -32,12 +37,20 @@ class RaceShare:
 
     Args:
         uses: What the workers did so far, by name.
+        is_repeatable: Whether the run is meant to be; it is told where that does not hold.
     """
 
-    def __init__(self, metering: Metering, server: ServerState, uses: Mapping[str, WorkerUse]) -> None:
+    def __init__(
+        self,
+        metering: Metering,
+        server: ServerState,
+        uses: Mapping[str, WorkerUse],
+        is_repeatable: bool = False,
+    ) -> None:
         self._metering = metering
         self._server = server
         self._uses = uses
+        self._is_repeatable = is_repeatable
         self._is_fitted = not metering.has_wire_caps
         self._is_over = False
         self._loop = asyncio.get_running_loop()
@@ -61,6 +74,8 @@ class RaceShare:
         if self._is_over or self._server.phase not in ("search", "rounds"):
             return
         self._is_over = True
+        if error.cap in _TIMED_CAPS:
+            self._tell(f"cap on {error.cap}")
         cap = error.cap.replace("_", " ") or "budget"
         left = self._payable(is_whole=False)
         calls = None if left is None else int(left)
@@ -73,9 +88,18 @@ class RaceShare:
 
         def over() -> None:
             if self._server.phase in ("search", "rounds"):
+                self._tell("time budget")
                 engine.stop_search(StopSearch("the time budget is spent", calls=self._in_time(left_s)))
 
         return self._loop.call_later(min(max(0.0, delay_s), LONGEST_TIMER_S), over)
+
+    def _tell(self, what: str) -> None:
+        if self._is_repeatable:
+            logger.warning(
+                "The %s ended the search of a run with deterministic=True. Where that happens depends on timing, so "
+                "another run may come to another program; only metric_calls and lm_calls end one repeatably",
+                what,
+            )
 
     @property
     def _rollouts(self) -> int:

@@ -23,6 +23,9 @@ LONGEST_TIMER_S = 1e7
 class StopRequest:
     """One compile's wish to end: no rollout begins any more, those in flight end, and then the run does.
 
+    Those that have had no answer and only wait for their turn (a rate limit, a pause that the endpoint asked for) are taken
+    back; where the run's time is over, all that have to wait, and those that take far longer than their like.
+
     Made inside the compile's event loop.
 
     Args:
@@ -53,6 +56,7 @@ class StopRequest:
         def ask() -> None:
             if not self.was_asked:
                 self.reason = reason
+            self.gate.over_since_s = self._loop.time()
             self._ask()
 
         return self._loop.call_later(min(max(0.0, delay_s), LONGEST_TIMER_S), ask)

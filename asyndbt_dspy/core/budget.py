@@ -23,7 +23,8 @@ class Budget:
     Attributes:
         metric_calls: Completed rollouts (program and metric on one example), setup and final race included. >= 1.
         seconds: Wall-clock seconds, > 0, setup and final race included. The search ends when only the race's share of them
-            is left; when all are over, no call begins any more, and the best program so far is returned.
+            is left; when all are over, no rollout begins any more, nothing waits for a rate limit, what is in flight
+            ends (within about ten seconds if it takes far longer than usual), and the best program so far is returned.
         lm_calls: Attempts on the wire, retries and hedges included, > 0.
         tokens: Prompt and completion tokens together, > 0. Needs LMs with ``max_tokens``.
         dollars: US dollars, > 0. Needs LMs with ``max_tokens`` and a known price.

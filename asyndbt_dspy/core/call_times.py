@@ -13,9 +13,11 @@ SHARE = 3
 GIVEN_UP = 3.0
 """Times its limit that a call may go on after it was left behind."""
 _FEWEST = 5
-"""Durations that must be known before one can be called long."""
+"""Durations that must be known for their median to be what is usual."""
 _LEAST_S = 1.0
 """Nothing that takes less is worth leaving behind."""
+_LEAST_OF_FEW_S = 10.0
+"""Nor this while fewer are known: a first call may be slow for a reason, as a model is loaded or a connection made."""
 
 
 def may_leave(calls: int, share: int = SHARE) -> int:
@@ -24,12 +26,16 @@ def may_leave(calls: int, share: int = SHARE) -> int:
 
 
 def limit_s(factor: float | None, newest_s: Sequence[float]) -> float:
-    """Seconds that one call may take; infinite where that is not known.
+    """Seconds that one call may take; infinite where nothing is known.
+
+    Of few calls the longest stands for the usual one.
 
     Args:
         factor: > 1, how many times the median one call may take; ``None``: all are waited for.
         newest_s: What a worker's newest calls took, ``MEMORY`` at most.
     """
-    if factor is None or len(newest_s) < _FEWEST:
+    if factor is None or not newest_s:
         return math.inf
+    if len(newest_s) < _FEWEST:
+        return max(_LEAST_OF_FEW_S, factor * max(newest_s))
     return max(_LEAST_S, factor * statistics.median(newest_s))

@@ -40,7 +40,7 @@ class CallWatch(BaseCallback):
         self._asked: dict[str, Mapping[str, Any]] = {}
         self._clock = clock
         self._lock = threading.Lock()
-        self._held = self._sent = 0
+        self._held = self._sent = self._answered = 0
         self._held_s = self._counted_to = 0.0
 
     @property
@@ -53,8 +53,18 @@ class CallWatch(BaseCallback):
         self.count()
         return self._held_s
 
-    def count(self, *, held: int = 0, sent: int = 0) -> None:
-        """So many more wait here, or are on the wire."""
+    def is_waiting(self, *, even_if_begun: bool = False) -> bool:
+        """Whether a call of an LM is under way and none is on the wire: it stands in a queue of ours, or waits to ask again.
+
+        Args:
+            even_if_begun: Also where an earlier attempt brought an answer; else only where nothing came of it so far.
+        """
+        with self._lock:
+            waits = bool(self._held or self._asked) and not (self._sent or self.unmetered)
+            return waits and (even_if_begun or not self._answered)
+
+    def count(self, *, held: int = 0, sent: int = 0, answered: int = 0) -> None:
+        """So many more wait here, are on the wire, or brought an answer."""
         with self._lock:
             now = self._clock()
             if self._held and not self._sent:
@@ -62,6 +72,7 @@ class CallWatch(BaseCallback):
             self._counted_to = now
             self._held += held
             self._sent += sent
+            self._answered += answered
 
     def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         self._asked[call_id] = inputs
@@ -134,14 +145,16 @@ def held_back() -> Iterator[None]:
 
 @contextmanager
 def on_the_wire() -> Iterator[None]:
-    """Tell those who watch that inside the block an attempt is with its provider."""
+    """Tell those who watch that inside the block an attempt is with its provider, and at its end whether it was answered."""
     with _counted(sent=1):
         yield
+    for watch in _watches():
+        watch.count(answered=1)
 
 
 @contextmanager
 def _counted(**more: int) -> Iterator[None]:
-    watches = [one for one in dspy.settings.callbacks if isinstance(one, CallWatch)]
+    watches = _watches()
     for watch in watches:
         watch.count(**more)
     try:
@@ -149,6 +162,10 @@ def _counted(**more: int) -> Iterator[None]:
     finally:
         for watch in watches:
             watch.count(**{name: -number for name, number in more.items()})
+
+
+def _watches() -> list[CallWatch]:
+    return [one for one in dspy.settings.callbacks if isinstance(one, CallWatch)]
 
 
 def budget_error(error: BaseException) -> BudgetExceededError | None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import dspy
@@ -21,7 +20,14 @@ from asyndbt_dspy.lms.call_watch import CallWatch, watching_calls
 from asyndbt_dspy.lms.callers import calling_as
 from asyndbt_dspy.lms.failures import FailureKind
 from asyndbt_dspy.programs.health import Health, OnlyErrors
-from asyndbt_dspy.programs.paid_rollouts import PaidRollout, RolloutBook, RolloutGate, RolloutKey
+from asyndbt_dspy.programs.outcomes import as_outcome, as_rollout, nowhere, shared
+from asyndbt_dspy.programs.paid_rollouts import (
+    PaidRollout,
+    RolloutBook,
+    RolloutGate,
+    RolloutKey,
+    WithdrawnError,
+)
 from asyndbt_dspy.programs.rollout import Rollout, Runner
 from asyndbt_dspy.programs.slots import ProgramSpace
 from asyndbt_dspy.programs.stragglers import Stragglers, cancelled
@@ -81,10 +87,6 @@ CacheKey = tuple[Candidate, str, bool, int]
 """(candidate, worker, held out, example): a worker has one LM, so this names a rollout within a run."""
 
 
-_SHARED_FIELDS = tuple(one.name for one in fields(Outcome) if one.name != "skipped")
-"""What the algorithm sees of a rollout has the same names there."""
-
-
 @dataclass
 class ProgramEvaluator:
     """The evaluator of an in-process run (see ``engines.protocols.Evaluator``).
@@ -135,7 +137,7 @@ class ProgramEvaluator:
         self._no_units = asyncio.Event()
         self._no_units.set()
         self.stragglers = Stragglers(self.straggler_factor, time.monotonic)
-        self._patience = Patience(lambda: self.gate.is_stopping)
+        self._patience = Patience(self.gate, self.stragglers.longest_s)
 
     async def evaluate(self, request: Evaluate) -> Scored:
         """See ``engines.protocols.Evaluator.evaluate``."""
@@ -161,7 +163,7 @@ class ProgramEvaluator:
         worker, task = request.worker, request.task
         failure = self.book.failure(worker, task) if self.book is not None else None
         known = self.book.outcomes(worker, task) if self.book is not None else None
-        earlier = known if known is not None else _nowhere(request) if failure is not None else None
+        earlier = known if known is not None else nowhere(request) if failure is not None else None
         pairs = [
             (candidate, example, None if earlier is None else earlier[row][column])
             for row, (candidate, examples) in enumerate(
@@ -246,7 +248,7 @@ class ProgramEvaluator:
         under_way = self._left.get(key)
         if under_way is not None:
             self.stragglers.begin(like=under_way)
-            return await _shared(under_way)
+            return await shared(under_way)
         part = self.parts[worker]
         if (
             part.shows_estimates
@@ -261,14 +263,14 @@ class ProgramEvaluator:
             found = await self.rollout(worker, program, example, earlier=earlier)
             self._tell(key, found)
             return (
-                _as_outcome(found) if self.repeats and found.score is not None else self.remember(key, found)
+                as_outcome(found) if self.repeats and found.score is not None else self.remember(key, found)
             )
         # Two candidates may be one program: the same demos from other slots, say.
         twin = self._twins.get((worker, name.digest))
         if twin is not None:
             self.use(worker).reused += 1
             self.stragglers.begin()
-            outcome = twin if isinstance(twin, Outcome) else await _shared(twin)
+            outcome = twin if isinstance(twin, Outcome) else await shared(twin)
             return self._keep_outcome(key, outcome, is_answer=outcome.score is not None)
         with self._as_twin(worker, name) as waiting:
             found = await self.rollout(worker, program, example, earlier=earlier)
@@ -304,7 +306,7 @@ class ProgramEvaluator:
 
     def remember(self, key: CacheKey, rollout: Rollout) -> Outcome:
         """Keep what was paid for, and that an example was refused; what else is missing may be tried again."""
-        outcome = _as_outcome(rollout)
+        outcome = as_outcome(rollout)
         is_answer = rollout.score is not None or rollout.failure is FailureKind.EXAMPLE
         return self._keep_outcome(key, outcome, is_answer=is_answer)
 
@@ -352,20 +354,38 @@ class ProgramEvaluator:
                     raise
                 self.on_refused(error)
                 return Rollout(None)  # no call was made: neither a score nor a failure of the worker
-            usage = usage_of(tracker)
-            if self.book is not None and name is not None:
-                self.book.keep(worker, name, program, PaidRollout(rollout, usage))
-            self._count_usage(worker, usage)
-            self._count(worker, example, rollout)
-            self.errors.note(rollout, self._told(worker, rollout))
-            self.stragglers.note(worker, rollout.seconds)
-            if rollout.score is not None and asyncio.current_task() in self._left_tasks:
-                self._late[worker] += 1
-            self._check_health(worker)
+            except WithdrawnError:
+                was_withdrawn = True
+            else:
+                was_withdrawn = False
+                self._book(part, name, program, example, rollout, usage_of(tracker))
+        if was_withdrawn:  # to the gate, where those wait that have not begun
+            return await self.rollout(worker, program, example, trace=trace)
         self._note_twin(worker, name, rollout)
         if self.on_rollout is not None:
             self.on_rollout(worker, rollout)
         return rollout
+
+    def _book(
+        self,
+        part: WorkerPart,
+        name: RolloutKey | None,
+        program: dspy.Module,
+        example: dspy.Example,
+        rollout: Rollout,
+        usage: tuple[int, int, int],
+    ) -> None:
+        """Record and count a rollout that was made."""
+        worker = part.name
+        if self.book is not None and name is not None:
+            self.book.keep(worker, name, program, PaidRollout(rollout, usage))
+        self._count_usage(worker, usage)
+        self._count(worker, example, rollout)
+        self.errors.note(rollout, self._told(worker, rollout))
+        self.stragglers.note(worker, rollout.seconds)
+        if rollout.score is not None and asyncio.current_task() in self._left_tasks:
+            self._late[worker] += 1
+        self._check_health(worker)
 
     def recall(
         self, worker: str, program: dspy.Module, example: dspy.Example, *, trace: bool = False
@@ -388,7 +408,7 @@ class ProgramEvaluator:
         if paid is None and earlier is not None:
             if earlier.score is None:  # refused by the budget, or cut short: that is in no worker's journal
                 return Rollout(None)
-            paid = PaidRollout(_as_rollout(earlier))
+            paid = PaidRollout(as_rollout(earlier))
         if paid is None:
             return None
         with calling_as(worker):
@@ -416,7 +436,7 @@ class ProgramEvaluator:
 
     def _note_twin(self, worker: str, name: RolloutKey | None, rollout: Rollout) -> None:
         if name is not None and name.is_repeatable and rollout.score is not None:
-            self._twins[worker, name.digest] = _as_outcome(rollout)
+            self._twins[worker, name.digest] = as_outcome(rollout)
 
     async def _timed(
         self, part: WorkerPart, program: dspy.Module, example: dspy.Example, trace: bool
@@ -425,7 +445,7 @@ class ProgramEvaluator:
         run = self.runner.run(program, example, lm=part.lm, adapter=self.adapter, trace=trace)
         try:
             with watching_calls(asyncio.get_running_loop().time, hand_on=True) as calls:
-                found = await self._patience.within(self.rollout_timeout_s, run, calls.held_s)
+                found = await self._patience.within(self.rollout_timeout_s, run, calls, part.name)
                 if self.on_calls is not None:
                     self.on_calls(calls, found)
                 return found
@@ -472,27 +492,3 @@ class ProgramEvaluator:
     def _check_health(self, worker: str) -> None:
         self.errors.check()
         self._health[worker].check(self.max_failures, self.use(worker).last_error)
-
-
-def _nowhere(request: Evaluate) -> tuple[tuple[Outcome, ...], ...]:
-    """Rollouts that were cut short when their worker failed."""
-    return tuple((Outcome(None),) * len(examples) for examples in request.examples)
-
-
-async def _shared(other: asyncio.Future[Outcome]) -> Outcome:
-    """What somebody else's call comes to; missing if that is given up meanwhile."""
-    try:
-        return await asyncio.shield(other)
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if not other.cancelled() or (sys.version_info >= (3, 11) and task is not None and task.cancelling()):
-            raise
-        return Outcome(None)
-
-
-def _as_outcome(rollout: Rollout) -> Outcome:
-    return Outcome(**{name: getattr(rollout, name) for name in _SHARED_FIELDS})
-
-
-def _as_rollout(outcome: Outcome) -> Rollout:
-    return Rollout(**{name: getattr(outcome, name) for name in _SHARED_FIELDS})

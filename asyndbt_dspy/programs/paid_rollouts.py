@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -68,6 +69,12 @@ class RolloutBook(Protocol):
 
 STOP = "stop"
 """Holds a gate where a stop was asked for."""
+_LOOK_S = 0.05
+"""How often a gate that is to stop looks at what is still under way."""
+
+
+class WithdrawnError(Exception):
+    """A rollout that had to wait was taken back, as the run is to stop: it is to begin again, should the run go on."""
 
 
 class RolloutGate:
@@ -78,22 +85,32 @@ class RolloutGate:
     Attributes:
         in_flight: Rollouts that have begun and are not over.
         admits: Asked of each that comes to begin whether it may.
+        over_since_s: When the run's time was over, by the loop's clock; ``None`` before.
     """
 
     def __init__(self) -> None:
         self.in_flight = 0
         self.admits: Callable[[], bool] = lambda: True
+        self.over_since_s: float | None = None
         self._holders: set[str] = set()
         self._is_closed = False
         self._opened = asyncio.Event()
         self._drained = asyncio.Event()
         self._opened.set()
         self._drained.set()
+        self._under_way: dict[asyncio.Task[Any], Callable[[float | None], bool]] = {}
+        self._withdrawn: set[asyncio.Task[Any]] = set()
 
     def hold(self, holder: str) -> None:
-        """No rollout begins until ``holder``, and every other one, has released the gate."""
+        """No rollout begins until ``holder``, and every other one, has released the gate.
+
+        Held by ``STOP``, it also takes back those that only wait for their turn.
+        """
+        is_new = holder not in self._holders
         self._holders.add(holder)
         self._opened.clear()
+        if holder == STOP and is_new:
+            self._withdraw()
 
     def release(self, holder: str) -> None:
         self._holders.discard(holder)
@@ -126,3 +143,35 @@ class RolloutGate:
     async def drained(self) -> None:
         """Wait until nothing is in flight."""
         await self._drained.wait()
+
+    @contextlib.contextmanager
+    def withdrawable(
+        self, rollout: asyncio.Task[Any], may_withdraw: Callable[[float | None], bool]
+    ) -> Iterator[None]:
+        """While the context lasts, ``rollout`` is cancelled where it only waits once the run is to stop; see ``has_withdrawn``.
+
+        Args:
+            may_withdraw: Whether it only waits, asked from time to time, with the seconds since the run's time was over.
+        """
+        self._under_way[rollout] = may_withdraw
+        try:
+            yield
+        finally:
+            del self._under_way[rollout]
+            self._withdrawn.discard(rollout)
+
+    def has_withdrawn(self, rollout: asyncio.Task[Any]) -> bool:
+        """Whether the gate cancelled it."""
+        return rollout in self._withdrawn
+
+    def _withdraw(self) -> None:
+        if STOP not in self._holders:
+            return
+        loop = asyncio.get_running_loop()
+        over_for_s = None if self.over_since_s is None else loop.time() - self.over_since_s
+        for task, may_withdraw in self._under_way.items():
+            if task not in self._withdrawn and may_withdraw(over_for_s):
+                self._withdrawn.add(task)
+                task.cancel()
+        if self.in_flight:
+            loop.call_later(_LOOK_S, self._withdraw)

@@ -115,6 +115,11 @@ class Stragglers:
         """Seconds that one call of this worker may take; infinite where that is not known."""
         return limit_s(self.factor, self._durations.get(worker, ()))
 
+    def longest_s(self, worker: str) -> float:
+        """Seconds that one call of this worker may take, or of any where nothing is known of it; infinite without either."""
+        own_s = self._limit(worker)
+        return own_s if math.isfinite(own_s) else self._limit("")
+
     def has_begun(self, task: Task[object]) -> bool:
         """Whether a task that is not over has made its call."""
         return task in self._begun

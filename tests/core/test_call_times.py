@@ -13,7 +13,9 @@ from asyndbt_dspy.core.call_times import limit_s, may_leave
     ("factor", "newest_s", "limit"),
     [
         (8.0, [1.0, 2.0, 3.0, 4.0, 50.0], 24.0),
-        (8.0, [1.0] * 4, math.inf),
+        (8.0, [], math.inf),
+        (8.0, [0.1, 1.0, 0.1, 0.1], 10.0),
+        (8.0, [5.0], 40.0),
         (None, [1.0] * 64, math.inf),
         (8.0, [0.01] * 5, 1.0),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +15,8 @@ import pytest
 from arrivals import assert_rate
 
 from asyndbt_dspy import AsynDBT, Budget, ConfigurationError, Estimate, Price, Worker
+from asyndbt_dspy.core import call_times
+from asyndbt_dspy.programs import time_limit
 from asyndbt_dspy.testing.provider import Call, Fault, Provider
 
 PRICE = Price(prompt=0.15, completion=0.6)
@@ -221,6 +224,64 @@ def test_seconds_end_a_race_that_would_go_on_and_what_it_has_paid_for_decides(
     winner = next(one for one in challengers if one.won)
     assert winner.score == 1.0, "how many examples each was raced on by then is the machine's business"
     assert kit.state_of(program) != kit.state_of(dspy.Predict(kit.Sort))
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+@pytest.mark.parametrize("ends", ["seconds", "stop"])
+def test_no_call_waits_for_a_rate_limit_once_the_run_is_to_end(ends: str, is_async: bool) -> None:
+    """One call every ten seconds: the second one is due when nobody wants it any more."""
+    with Provider(answer=kit.stairs(1)) as provider:
+        optimizer = AsynDBT(
+            kit.metric,
+            workers=workers_on(provider, requests_per_minute=6),
+            budget=Budget(seconds=2) if ends == "seconds" else Budget(metric_calls=100),
+            progress=False,
+        )
+
+        def answer(messages: Any) -> str:
+            if ends == "stop":
+                optimizer.stop()
+            return kit.stairs(1)(messages)
+
+        provider.answer = answer
+        program = optimizer.compile(dspy.Predict(kit.Sort) if is_async else Plain())
+        assert provider.attempts == 1
+        assert optimizer.result is None or optimizer.result.seconds < 9
+    assert isinstance(program, dspy.Module)
+
+
+class Plain(dspy.Module):
+    """Runs in a thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sort = dspy.Predict(kit.Sort)
+
+    def forward(self, message: str) -> Any:
+        return self.sort(message=message)
+
+
+def test_calls_that_all_hang_end_soon_after_the_time_of_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time_limit, "_LAST_S", 0.5)
+    with Provider(fault=lambda call: Fault("never")) as provider:
+        begun_s = time.monotonic()
+        optimizer = AsynDBT(
+            kit.metric, workers=workers_on(provider), budget=Budget(seconds=1), progress=False
+        )
+        optimizer.compile(dspy.Predict(kit.Sort))
+        assert time.monotonic() - begun_s < 60, "not the 120 s that a rollout may take"
+
+
+def test_the_first_call_that_hangs_does_not_hold_up_the_setup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(call_times, "_LEAST_OF_FEW_S", 0.5)
+
+    def fault(call: Call) -> Fault:
+        return Fault("never") if call.number == 0 else Fault()
+
+    with Provider(answer=kit.stairs(1), fault=fault) as provider:
+        optimizer, program = compiled(workers_on(provider, count=3), Budget(metric_calls=100))
+        assert optimizer.result.seconds < 60, "not the 120 s that a rollout may take"
+    assert_better(optimizer, program)
 
 
 def test_when_time_is_over_in_the_setup_the_student_comes_back() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from decimal import Decimal
 from types import SimpleNamespace
 from typing import Any
@@ -233,3 +234,41 @@ def test_what_little_time_is_left_is_spent_on_few_candidates() -> None:
     student, *challengers = optimizer.result.candidates
     assert 1 <= len(challengers) <= 2
     assert student.examples >= 6
+
+
+def test_time_gives_a_deterministic_run_a_race_too_and_says_what_it_cost(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with Provider(answer=kit.stairs(1), latency_s=0.05) as provider:
+        lm = dspy.LM("openai/m", api_base=provider.url, api_key="k", cache=False)
+        with dspy.context(lm=lm, adapter=dspy.JSONAdapter()), caplog.at_level(logging.WARNING):
+            optimizer = AsynDBT(
+                kit.metric,
+                workers=2,
+                budget=Budget(metric_calls=100_000, seconds=6),
+                deterministic=True,
+                instructions={"self": [kit.MAGIC]},
+                progress=False,
+            )
+            optimizer.compile(dspy.Predict(kit.Sort), trainset=kit.examples(120))
+    student, *challengers = optimizer.result.candidates
+    assert student.examples > 3
+    assert challengers
+    assert "The time budget ended the search of a run with deterministic=True" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("budget", "told"),
+    [
+        (Budget(metric_calls=1000, tokens=9_000), "cap on tokens"),
+        (Budget(metric_calls=1000, lm_calls=60), ""),
+        (Budget(metric_calls=60, tokens=10**9), ""),
+    ],
+)
+def test_what_timing_has_a_say_in_is_told_of_a_deterministic_run(
+    caplog: pytest.LogCaptureFixture, budget: Budget, told: str
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        result_of(budget, workers=2, deterministic=True)
+    said = [one.getMessage() for one in caplog.records if "deterministic=True" in one.getMessage()]
+    assert [one.split(" ended")[0] for one in said] == ([f"The {told}"] if told else [])

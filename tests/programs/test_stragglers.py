@@ -162,7 +162,19 @@ def test_where_more_than_a_third_is_slow_the_endpoint_is_slow(slow: int, waits: 
     assert (seconds >= 30.0) is waits
 
 
-@pytest.mark.parametrize(("factor", "usual"), [(None, USUAL), (8.0, [0.5] * 3)])
+def test_where_little_is_known_a_call_is_left_behind_after_ten_seconds() -> None:
+    """As in a compile's first rollouts, one for each of a few workers."""
+
+    async def go() -> Any:
+        one, _ = evaluator([0.5, 0.5, 60.0], 8.0)
+        return await one.evaluate(asked(1, *range(3)))
+
+    found, seconds = virtually(go())
+    assert [one.score for one in found.outcomes[0]] == [1.0, 1.0, None]
+    assert seconds == pytest.approx(10.0, abs=0.1)
+
+
+@pytest.mark.parametrize(("factor", "usual"), [(None, USUAL), (8.0, [])])
 def test_all_are_waited_for_where_nothing_is_known_or_it_is_turned_off(
     factor: float | None, usual: list[float]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 import dspy
@@ -11,7 +12,7 @@ from test_stragglers import evaluator, virtually
 from virtual_loop import standing_still
 
 from asyndbt_dspy.lms.call_watch import held_back, on_the_wire, watching_calls
-from asyndbt_dspy.programs.paid_rollouts import STOP
+from asyndbt_dspy.programs.paid_rollouts import STOP, RolloutGate, WithdrawnError
 from asyndbt_dspy.programs.rollout import Rollout
 from asyndbt_dspy.programs.time_limit import Patience, within
 
@@ -138,10 +139,7 @@ def test_what_waits_for_its_turn_here_takes_none_of_its_time(call: Any, expected
     assert (found, round(seconds, 2)) == expected
 
 
-@pytest.mark.parametrize(("stops", "score"), [(False, 1.0), (True, None)])
-def test_a_rollout_that_waits_for_a_rate_limit_is_not_missing_unless_the_run_is_to_stop(
-    stops: bool, score: float | None
-) -> None:
+def test_a_rollout_that_waits_for_a_rate_limit_is_not_missing() -> None:
     async def go() -> Any:
         made, runner = evaluator([])
         made.rollout_timeout_s = 60.0
@@ -151,15 +149,9 @@ def test_a_rollout_that_waits_for_a_rate_limit_is_not_missing_unless_the_run_is_
             return Rollout(1.0)
 
         runner.run = five_calls  # type: ignore[method-assign]
-        rollout = asyncio.ensure_future(made.rollout("w", dspy.Predict("question -> answer"), dspy.Example()))
-        await asyncio.sleep(1.0)
-        if stops:
-            made.gate.hold(STOP)
-        return await rollout
+        return await made.rollout("w", dspy.Predict("question -> answer"), dspy.Example())
 
-    rollout, seconds = virtually(go())
-    assert rollout.score == score
-    assert not stops or seconds < 61.0
+    assert virtually(go())[0].score == 1.0
 
 
 def test_a_call_at_its_limit_is_not_looked_at_every_instant_while_it_is_held() -> None:
@@ -181,28 +173,124 @@ def test_a_call_at_its_limit_is_not_looked_at_every_instant_while_it_is_held() -
     assert looks < 10
 
 
-@pytest.mark.parametrize(("stops", "expected"), [(True, 60.0), (False, 300.0)])
-def test_nobody_is_waited_for_in_a_queue_once_the_run_is_to_stop(stops: bool, expected: float) -> None:
-    async def go() -> None:
-        with watching_calls(asyncio.get_running_loop().time) as calls:
-            await Patience(lambda: stops).within(60.0, queued(300.0), calls.held_s)
+def patience(gate: RolloutGate, longest_s: float = math.inf) -> Patience:
+    return Patience(gate, lambda worker: longest_s)
 
-    if stops:
-        with pytest.raises(asyncio.TimeoutError):
-            virtually(go())
-    else:
-        assert round(virtually(go())[1], 2) == expected
+
+async def stopped_at(gate: RolloutGate, seconds: float, *, time_is_over: bool = False) -> None:
+    await asyncio.sleep(seconds)
+    if time_is_over:
+        gate.over_since_s = asyncio.get_running_loop().time()
+    gate.hold(STOP)
+
+
+async def asked(seconds: float, wire: float = 0.0, then: float = 0.0) -> str:
+    """A call that waits so long for its turn, is on the wire, and waits again for the next one."""
+    with held_back():
+        await asyncio.sleep(seconds)
+    if wire:
+        with on_the_wire():
+            await asyncio.sleep(wire)
+    with held_back():
+        await asyncio.sleep(then)
+    return "answer"
+
+
+@pytest.mark.parametrize(
+    ("call", "time_is_over", "expected"),
+    [
+        ((300.0,), False, ("withdrawn", 5.0)),  # stands in a queue
+        ((1.0, 20.0), False, ("answer", 21.0)),  # on the wire: ends
+        ((1.0, 20.0), True, ("answer", 21.0)),
+        ((1.0, 2.0, 30.0), False, ("answer", 33.0)),  # was answered once, which is not lost
+        ((1.0, 2.0, 30.0), True, ("withdrawn", 5.0)),  # nor waited for without end
+        ((1.0, 10.0, 30.0), True, ("withdrawn", 11.0)),
+        ((0.0, 50.0), True, ("withdrawn", 40.0)),  # takes longer than the worker's calls do
+        ((0.0, 50.0), False, ("answer", 50.0)),
+    ],
+)
+def test_what_only_waits_for_its_turn_is_taken_back_once_the_run_is_to_stop(
+    call: tuple[float, ...], time_is_over: bool, expected: tuple[str, float]
+) -> None:
+    async def go() -> str:
+        gate = RolloutGate()
+        stop = asyncio.ensure_future(stopped_at(gate, 5.0, time_is_over=time_is_over))
+        with watching_calls(asyncio.get_running_loop().time) as calls:
+            async with gate:
+                try:
+                    return await patience(gate, 40.0).within(60.0, asked(*call), calls)
+                except WithdrawnError:
+                    return "withdrawn"
+                finally:
+                    await stop
+
+    found, seconds = virtually(go())
+    assert (found, round(seconds)) == expected
+
+
+def test_what_is_in_flight_ends_soon_after_the_time_is_over_where_nothing_tells_what_is_usual() -> None:
+    async def go() -> None:
+        gate = RolloutGate()
+        stop = asyncio.ensure_future(stopped_at(gate, 5.0, time_is_over=True))
+        with watching_calls(asyncio.get_running_loop().time) as calls:
+            async with gate:
+                with pytest.raises(WithdrawnError):
+                    await patience(gate).within(120.0, asked(0.0, 1e6), calls)
+        await stop
+
+    assert virtually(go())[1] == pytest.approx(15.0, abs=0.2)
+
+
+def test_a_rollout_that_is_cancelled_as_it_is_taken_back_is_cancelled() -> None:
+    async def go() -> None:
+        gate = RolloutGate()
+        with watching_calls(asyncio.get_running_loop().time) as calls:
+            async with gate:
+                rollout = asyncio.ensure_future(patience(gate).within(60.0, asked(300.0), calls))
+                await asyncio.sleep(1.0)
+                gate.hold(STOP)
+                rollout.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await rollout
+
+    virtually(go())
+
+
+def test_a_rollout_that_was_taken_back_waits_at_the_gate_and_begins_anew() -> None:
+    async def go() -> tuple[Rollout, list[float]]:
+        made, runner = evaluator([])
+        begun: list[float] = []
+
+        async def slow_at_first(*_: Any, **__: Any) -> Rollout:
+            begun.append(asyncio.get_running_loop().time())
+            await asked(300.0 if len(begun) == 1 else 0.0)
+            return Rollout(1.0)
+
+        runner.run = slow_at_first  # type: ignore[method-assign]
+        rollout = asyncio.ensure_future(made.rollout("w", dspy.Predict("question -> answer"), dspy.Example()))
+        await asyncio.sleep(1.0)
+        made.gate.hold(STOP)
+        await made.gate.drained()
+        await asyncio.sleep(1.0)
+        assert not rollout.done()
+        assert made.use("w").missing == 0, "it is no failure of the worker"
+        made.gate.release(STOP)
+        return await rollout, begun
+
+    (rollout, begun), _ = virtually(go())
+    assert rollout.score == 1.0
+    assert [round(one) for one in begun] == [0, 2]
 
 
 def test_calls_that_never_end_do_not_hold_the_others_for_ever() -> None:
     """Ten limits after the last call that ended by itself, a place in the queue is worth nothing any more."""
 
     async def go() -> list[Any]:
-        patience, late = Patience(lambda: False), []
+        shared, late = patience(RolloutGate()), []
         for first in (1.0, 1e6):
             with watching_calls(asyncio.get_running_loop().time) as calls:
                 try:
-                    await patience.within(60.0, queued(first), calls.held_s)
+                    await shared.within(60.0, queued(first), calls)
                 except asyncio.TimeoutError:
                     late.append(asyncio.get_running_loop().time())
         return late
