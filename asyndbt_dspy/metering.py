@@ -80,6 +80,8 @@ class Metering:
         self._is_counting = False
         self._uncounted = 0
         self._told_of_uncounted = False
+        self._wants_dollars = bool(prices) or any(worker.price is not None for worker in workers)
+        self._told_of_price: set[str] = set()
         self._refusal: ConfigurationError | None = None
 
     def note_refused(self, error: BudgetExceededError) -> None:
@@ -110,11 +112,13 @@ class Metering:
         known = self._metered.get(id(lm))
         if name is None and known is not None:
             return known[1]
+        price = self._price(lm) if limits is _NO_LIMITS else self._price(lm) or self._lent_price
+        self._tell_of_price(lm, price)
         found = metered(
             lm,
             ledger=self.ledger,
             worker=name,
-            prices=self._price(lm) if limits is _NO_LIMITS else self._price(lm) or self._lent_price,
+            prices=price,
             requests_per_minute=limits.requests_per_minute,
             tokens_per_minute=limits.tokens_per_minute,
             limiter=limits.limiter,
@@ -151,6 +155,8 @@ class Metering:
             )
             for one in lms
         ]
+        for one in lms:
+            self._tell_of_price(one, self._price(one) if worker.price is None else worker.price)
         if len(members) == 1 and worker.hedge_after_s is None:
             return members[0]
         return fallback(members, hedge_after_s=worker.hedge_after_s)
@@ -248,6 +254,18 @@ class Metering:
                 _FREE if hasattr(lm.engine, "greedy_by_default") else None
             )  # an engine of ours, in this process
         return given
+
+    def _tell_of_price(self, lm: Any, price: Price | None) -> None:
+        """Once per LM, and only where dollars are asked for: elsewhere the result's "unknown" says it all."""
+        if not self._wants_dollars or not isinstance(getattr(lm, "engine", None), str):
+            return
+        if lm.model not in self._told_of_price and Tariff(lm, price).worst is None:
+            self._told_of_price.add(lm.model)
+            logger.warning(
+                "%s has no known price: its dollars are not counted, only its tokens; give prices={%r: Price(…)}",
+                lm.model,
+                lm.model,
+            )
 
     def _can_meter(self, lm: Any) -> bool:
         if not self.is_on or not isinstance(lm, dspy.BaseLM):

@@ -124,8 +124,8 @@ class RaceShare:
         """Rollouts that every cap on the wire pays for, or what is left of it; ``None`` where nothing tells.
 
         What a rollout takes: LM calls and tokens as the LMs reported them for those that are over, and for every one of these
-        as much more as retries, hedges and calls that were cut came to; a token costs what tokens cost so far. LMs that report
-        no usage leave only what was sent and charged, of unfinished rollouts too.
+        as much more as retries, hedges and calls that were cut came to; a token costs what tokens cost so far. Where
+        no tokens are reported, those that were charged say it, of unfinished rollouts too.
         """
         uses, lines = self._uses.values(), self._metering.ledger.lines()
         rollouts, calls = self._rollouts, sum(use.lm_calls for use in uses)

@@ -19,7 +19,6 @@ from typing import Any
 
 import dspy
 from dspy.adapters.utils import serialize_for_json
-from dspy.utils.usage_tracker import track_usage
 
 from asyndbt_dspy.core.budget import Budget
 from asyndbt_dspy.deploy.fingerprints import signature_record
@@ -31,7 +30,7 @@ from asyndbt_dspy.lms.identity import is_deterministic, lm_identity
 from asyndbt_dspy.programs.copies import copy_program
 from asyndbt_dspy.programs.metrics import Metric
 from asyndbt_dspy.programs.rollout import Rollout, RolloutRunner
-from asyndbt_dspy.programs.usage import usage_of
+from asyndbt_dspy.programs.usage import tracking_usage, usage_of
 from asyndbt_dspy.recording.identities import code_identity, example_digest, structure_identity, versions
 from asyndbt_dspy.recording.rollout_codec import (
     UnrecordableError,
@@ -140,7 +139,7 @@ class RolloutHost:
         runner = self._runners.setdefault(
             failure_score, RolloutRunner(self.metric, failure_score=failure_score)
         )
-        with calling_as(request["worker"]), track_usage() as tracker:
+        with calling_as(request["worker"]), tracking_usage() as tracker:
             try:
                 found = await runner.run(
                     program, example, lm=self.lm, adapter=self.adapter, trace=request["trace"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,6 +55,11 @@ _UNSEEN_CALLS = {
 }
 """With them LiteLLM makes further calls within one attempt, which nobody would count."""
 
+Each = Callable[[Callable[[], Response], int], Response]
+"""``(send, number)`` makes one attempt: calls ``send``, once, and gives or raises what that does, or refuses to. ``number``, from
+0, says which of an engine's models is asked: what pause one of them asks for is not the others'."""
+AsyncEach = Callable[[Callable[[], Awaitable[Response]], int], Awaitable[Response]]
+
 
 @dataclass(frozen=True)
 class Capabilities:
@@ -86,6 +91,10 @@ class Capabilities:
 
 class Attempts:
     """One attempt per call through an LM, in a thread or in a task.
+
+    An engine of the user's that may ask more than once per call (a model with retries or fallbacks of its own) has
+    ``complete_each(request, each)`` beside ``complete``, in both its sync and its async form, and makes every attempt through
+    ``each``; ``check_attempts()`` raises where it cannot tell its attempts apart.
 
     Args:
         lm: Any LM; never changed.
@@ -121,12 +130,30 @@ class Attempts:
         """How the LM asks where a call says nothing of it: temperature, ``max_tokens`` and the like."""
         return request_from_openai_chat(_body_of(self.lm)[0]).config
 
-    def complete(self, request: Request) -> Response:
-        """One attempt in this thread."""
-        return self._sync.complete(self._own(request))  # type: ignore[no-any-return]
+    def check_attempts(self) -> None:
+        """Raise what the engine has against its attempts being told apart (``ConfigurationError``)."""
+        check = getattr(self._sync, "check_attempts", None)
+        if check is not None:
+            check()
 
-    async def acomplete(self, request: Request) -> Response:
+    def complete(self, request: Request, each: Each | None = None) -> Response:
+        """One attempt in this thread.
+
+        Args:
+            each: Makes the attempt, or every one of them where the engine retries or falls back by itself.
+        """
+        own = self._own(request)
+        if each is None:
+            return self._sync.complete(own)  # type: ignore[no-any-return]
+        if hasattr(self._sync, "complete_each"):
+            return self._sync.complete_each(own, each)  # type: ignore[no-any-return]
+        return each(lambda: self._sync.complete(own), 0)
+
+    async def acomplete(self, request: Request, each: AsyncEach | None = None) -> Response:
         """One attempt in this task.
+
+        Args:
+            each: As of ``complete``.
 
         Raises:
             UnsupportedFeatureError: the LM, or its own engine, has no async side.
@@ -136,7 +163,12 @@ class Attempts:
                 f"the LM {self.model!r} has no async side; give async_engine= to its dspy.LM or aforward to its class, or "
                 "run a program without aforward"
             )
-        return await self._async.complete(self._own(request))  # type: ignore[no-any-return]
+        engine, own = self._async, self._own(request)
+        if each is None:
+            return await engine.complete(own)  # type: ignore[no-any-return]
+        if hasattr(engine, "complete_each"):
+            return await engine.complete_each(own, each)  # type: ignore[no-any-return]
+        return await each(lambda: engine.complete(own), 0)
 
     def _own(self, request: Request) -> Request:
         return request if request.model == self.model else replace(request, model=self.model)

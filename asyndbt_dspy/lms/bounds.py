@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from dspy.lm15 import Request
+from dspy.lm15 import Request, Response
 
 MEDIA_TOKENS = 65_536
 """Taken for an image, a sound or a document: more than any provider bills for one today."""
@@ -15,6 +15,8 @@ _MESSAGE_TOKENS = 16
 _REQUEST_TOKENS = 128
 """Marks of the chat template, and the system prompt that some templates add of their own."""
 _BYTES_PER_TOKEN = 4
+_GUESSED_MESSAGE_TOKENS = 4
+_GUESSED_MEDIA_TOKENS = MEDIA_TOKENS // 64
 
 
 def worst_prompt_tokens(request: Request) -> int:
@@ -36,8 +38,24 @@ def worst_completion_tokens(request: Request) -> int:
 def likely_tokens(request: Request) -> int:
     """What a provider counts against a limit per minute when the request comes in: a guess, made good afterwards."""
     texts, media, messages = _parts_of(request)
-    prompt = sum(len(text.encode()) for text in texts) // _BYTES_PER_TOKEN + 4 * messages
-    return prompt + MEDIA_TOKENS // 64 * media + min(request.config.max_tokens or 256, 4096)
+    return _guessed_prompt(texts, media, messages) + min(request.config.max_tokens or 256, 4096)
+
+
+def guessed_tokens(request: Request, response: Response) -> tuple[int, int]:
+    """Prompt and completion of an answer whose provider does not say what it took: four bytes a token. No bound: thinking
+    that is not shown is not in it."""
+    prompt = _guessed_prompt(*_parts_of(request))
+    answer, _ = _read(response.message.parts)
+    completion = min(max(1, _guess(answer)), worst_completion_tokens(request))
+    return min(prompt, worst_prompt_tokens(request)), completion
+
+
+def _guessed_prompt(texts: Iterable[str], media: int, messages: int) -> int:
+    return _guess(texts) + _GUESSED_MEDIA_TOKENS * media + _GUESSED_MESSAGE_TOKENS * messages
+
+
+def _guess(texts: Iterable[str]) -> int:
+    return sum(len(text.encode()) for text in texts) // _BYTES_PER_TOKEN
 
 
 def _parts_of(request: Request) -> tuple[list[str], int, int]:

@@ -131,9 +131,12 @@ def watching_calls(
 @contextmanager
 def unwatched() -> Iterator[None]:
     """For a compile inside a rollout: what its own budget refuses, and what waits for it, is no business of the rollout."""
-    others = [one for one in dspy.settings.callbacks if not isinstance(one, CallWatch)]
-    with dspy.context(callbacks=others):
+    with dspy.context(callbacks=_others()):
         yield
+
+
+def _others() -> list[Any]:
+    return [one for one in dspy.settings.callbacks if not isinstance(one, CallWatch)]
 
 
 @contextmanager
@@ -145,8 +148,12 @@ def held_back() -> Iterator[None]:
 
 @contextmanager
 def on_the_wire() -> Iterator[None]:
-    """Tell those who watch that inside the block an attempt is with its provider, and at its end whether it was answered."""
-    with _counted(sent=1):
+    """Tell those who watch that inside the block an attempt is with its provider, and at its end whether it was answered.
+
+    An LM that is asked in there (of an engine that is a LangChain model around a ``dspy.LM``, say) is this attempt once more:
+    it is neither watched nor are its tokens added to those of the LM outside.
+    """
+    with _counted(sent=1), dspy.context(callbacks=_others(), usage_tracker=None):
         yield
     for watch in _watches():
         watch.count(answered=1)

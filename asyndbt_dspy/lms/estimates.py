@@ -78,7 +78,8 @@ class WorkerPlan:
     def as_measured(
         self, rollouts: int, lm_calls: int, prompt_tokens: int, completion_tokens: int
     ) -> WorkerPlan:
-        """The same plan with the averages of what this worker has done so far; unchanged where that is nothing.
+        """The same plan with the averages of what this worker has done so far; unchanged where that is nothing, its tokens
+        also where none were reported.
 
         Args:
             rollouts: That were made.
@@ -86,9 +87,11 @@ class WorkerPlan:
         """
         if not lm_calls or not rollouts:
             return self
+        measured = replace(self, calls_per_rollout=lm_calls / rollouts)
+        if not prompt_tokens and not completion_tokens:
+            return measured
         return replace(
-            self,
-            calls_per_rollout=lm_calls / rollouts,
+            measured,
             prompt_tokens=prompt_tokens / lm_calls,
             completion_tokens=completion_tokens / lm_calls,
         )

@@ -31,10 +31,13 @@ class LedgerLine:
         answers: Attempts that brought an answer.
         refused: Attempts that the endpoint answered with an error; they cost no tokens.
         cut: Attempts that were cut or cancelled; the reservation was charged.
-        prompt_tokens, completion_tokens: Of answers, as the provider measured them.
+        prompt_tokens, completion_tokens: Of answers, as the provider measured them; of ``unmeasured`` ones, as they were
+            estimated.
         cut_tokens: Charged for cut attempts; at least what the provider bills for them.
         dollars, cut_dollars: Likewise; 0 where the price is unknown (then ``unpriced`` counts).
-        unpriced: Answers whose price is unknown.
+        unpriced: Answers and cut attempts whose price is unknown.
+        unmeasured: Answers without a report of their tokens. Under a cap on tokens or dollars the reservation is charged for
+            them, the most that they can have taken; else a guess by their length.
         cache_hits: Calls answered from DSPy's cache: no attempt, no cost.
         waited_s: Seconds that attempts were held back by rate limits, summed.
     """
@@ -50,6 +53,7 @@ class LedgerLine:
     dollars: Decimal = Decimal(0)
     cut_dollars: Decimal = Decimal(0)
     unpriced: int = 0
+    unmeasured: int = 0
     cache_hits: int = 0
     waited_s: float = 0.0
 
@@ -83,6 +87,7 @@ class Attempt:
         charge: What was charged for it.
         number: Of its reservation.
         is_priced: Whether ``charge.dollars`` is known.
+        is_measured: Whether ``charge`` is what the provider reported; else it is an estimate.
         waited_s: Seconds that rate limits held it back.
     """
 
@@ -91,6 +96,7 @@ class Attempt:
     fate: Fate | None
     charge: Charge
     is_priced: bool = True
+    is_measured: bool = True
     waited_s: float = 0.0
     number: int = 0
 
@@ -245,6 +251,7 @@ class Ledger:
         actual: Charge | None = None,
         *,
         is_priced: bool = True,
+        is_measured: bool = True,
         waited_s: float = 0.0,
     ) -> None:
         """The attempt is over.
@@ -252,43 +259,46 @@ class Ledger:
         Args:
             fate: ``None``: it brought an answer.
             actual: What the answer cost; ``None``: not reported, the reservation is charged.
+            is_priced: Whether its price is known.
+            is_measured: Whether ``actual`` is what the provider reported.
         """
         if fate is Fate.UNSENT:
             self.withdraw(held)
             return
+        is_measured = fate is not None or (is_measured and actual is not None)
         with self._lock:
-            charged = self._settle(held, fate, actual, is_priced, waited_s)
-        self._wake()
-        if self.on_attempt is not None:
-            self.on_attempt(Attempt(held.worker, model, fate, charged, is_priced, waited_s, held.number))
-
-    def _settle(
-        self, held: Reservation, fate: Fate | None, actual: Charge | None, is_priced: bool, waited_s: float
-    ) -> Charge:
-        if fate is Fate.REFUSED:
-            self._account.refuse(held.number)
-            self._add(held.worker, refused=1, waited_s=waited_s)
-            return Charge()
-        if fate is Fate.CUT or actual is None:
-            charged = self._account.charge(held.number)
+            charged = self._settle(held, fate, actual)
             self._add(
                 held.worker,
-                answers=fate is None,
-                cut=fate is not None,
-                cut_tokens=charged.tokens,
-                cut_dollars=charged.dollars,
+                unpriced=fate is not Fate.REFUSED and not is_priced,
+                unmeasured=not is_measured,
                 waited_s=waited_s,
             )
+        self._wake()
+        if self.on_attempt is not None:
+            self.on_attempt(
+                Attempt(held.worker, model, fate, charged, is_priced, is_measured, waited_s, held.number)
+            )
+
+    def _settle(self, held: Reservation, fate: Fate | None, actual: Charge | None) -> Charge:
+        if fate is Fate.REFUSED:
+            self._account.refuse(held.number)
+            self._add(held.worker, refused=1)
+            return Charge()
+        if fate is Fate.CUT:
+            charged = self._account.charge(held.number)
+            self._add(held.worker, cut=1, cut_tokens=charged.tokens, cut_dollars=charged.dollars)
             return charged
-        self._account.settle(held.number, actual)
+        if actual is None:
+            actual = self._account.charge(held.number)
+        else:
+            self._account.settle(held.number, actual)
         self._add(
             held.worker,
             answers=1,
             prompt_tokens=actual.prompt_tokens,
             completion_tokens=actual.completion_tokens,
             dollars=actual.dollars,
-            unpriced=not is_priced,
-            waited_s=waited_s,
         )
         return actual
 

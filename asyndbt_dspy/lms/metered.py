@@ -5,7 +5,7 @@
          └─ one attempt through the wrapped LM: DSPy's native client, LiteLLM, or the LM's own engines
 
 DSPy calls the engines once per attempt, after its cache and inside its retries: nothing else sees every attempt and no
-cache hit.
+cache hit. An engine that retries or falls back by itself (a LangChain model) makes each of its attempts through the meter.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import contextlib
 import contextvars
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,12 @@ from dspy.utils.exceptions import LMError, is_retryable_lm_error
 
 from asyndbt_dspy.errors import ConfigurationError
 from asyndbt_dspy.lms.attempts import Attempts, EngineFace, lm_with_engines
-from asyndbt_dspy.lms.bounds import likely_tokens, worst_completion_tokens, worst_prompt_tokens
+from asyndbt_dspy.lms.bounds import (
+    guessed_tokens,
+    likely_tokens,
+    worst_completion_tokens,
+    worst_prompt_tokens,
+)
 from asyndbt_dspy.lms.call_watch import held_back, on_the_wire
 from asyndbt_dspy.lms.callers import current_caller
 from asyndbt_dspy.lms.endpoints import Endpoint, Pass, Slots, endpoint_key
@@ -71,7 +76,7 @@ def metered(
 
     Raises:
         ConfigurationError: a limit out of range; a cap on dollars and an unknown price; a cap on tokens or dollars and
-            an LM without ``max_tokens``; a text-completion model.
+            an LM without ``max_tokens``; a text-completion model; an engine whose attempts cannot be told apart.
     """
     if isinstance(getattr(lm, "engine", None), _Metered) and lm.engine.meter.ledger is ledger:  # type: ignore[union-attr]
         return lm  # type: ignore[return-value]
@@ -81,6 +86,7 @@ def metered(
     tariff = Tariff(lm, prices)
     _check_caps(lm, ledger, tariff, worker)
     attempts = Attempts(lm)
+    attempts.check_attempts()
     meter = _Meter(
         attempts,
         ledger,
@@ -116,8 +122,22 @@ class _Meter:
         self._worker = worker
 
     @property
+    def is_priced(self) -> bool:
+        return self.tariff.worst is not None
+
+    @property
     def worker(self) -> str:
         return current_caller() if self._worker is None else self._worker
+
+    def endpoint_of(self, number: int) -> Endpoint:
+        """Where the models of one LM are several, each has an endpoint, so that one's 429 does not hold up its fallback.
+
+        Rates that were said hold for all of them together: whether they are one endpoint nobody knows.
+        """
+        limits = self.endpoint.limits
+        if not number or limits != RateLimits(limiter=limits.limiter):
+            return self.endpoint
+        return self.ledger.endpoints.get(f"{self.endpoint.key}/{number}", limits)
 
     def worst_case(self, request: Request) -> Any:
         if self.ledger.needs_bounds() and request.config.max_tokens is None:
@@ -127,9 +147,14 @@ class _Meter:
             )
         return self.tariff.worst_case(worst_prompt_tokens(request), worst_completion_tokens(request))
 
-    def answered(self, held: Reservation, passed: Pass, request: Request, response: Response) -> Response:
+    def answered(
+        self, held: Reservation, endpoint: Endpoint, passed: Pass, request: Request, response: Response
+    ) -> Response:
         """Book an answer, and pass it on."""
-        actual = self.tariff.charge_of(request, response)
+        actual = measured = self.tariff.charge_of(request, response)
+        if measured is None and not self.ledger.needs_bounds():
+            # Under a cap on tokens or dollars only the reservation is sure to be no less than what is billed.
+            actual = self.tariff.worst_case(*guessed_tokens(request, response))
         if actual is not None and actual.tokens > held.worst.tokens:
             logger.warning(
                 "%s billed %d tokens for a call that was taken to need at most %d; caps may be passed by as much",
@@ -137,25 +162,30 @@ class _Meter:
                 actual.tokens,
                 held.worst.tokens,
             )
-        is_priced = self.tariff.worst is not None
-        self.ledger.settle(held, request.model, None, actual, is_priced=is_priced, waited_s=passed.waited_s)
-        tokens = None if actual is None else float(actual.tokens)
-        self.endpoint.leave(passed, tokens=tokens, was_answered=True)
-        if response.finish_reason == "content_filter" and not (response.message.text or "").strip():
-            raise InvalidRequestError(
-                "the provider's content filter left nothing of the answer", provider_code="content_filter"
-            )
+        self.ledger.settle(
+            held,
+            request.model,
+            None,
+            actual,
+            is_priced=self.is_priced,
+            is_measured=measured is not None,
+            waited_s=passed.waited_s,
+        )
+        tokens = None if measured is None else float(measured.tokens)
+        endpoint.leave(passed, tokens=tokens, was_answered=True)
         return response
 
-    def failed(self, held: Reservation, passed: Pass, request: Request, error: BaseException) -> None:
+    def failed(
+        self, held: Reservation, endpoint: Endpoint, passed: Pass, request: Request, error: BaseException
+    ) -> None:
         """Book a failure."""
         fate = fate_of(error)
         asked_s = retry_after_s(error)
-        self.ledger.settle(held, request.model, fate, waited_s=passed.waited_s)
+        self.ledger.settle(held, request.model, fate, is_priced=self.is_priced, waited_s=passed.waited_s)
         is_too_much = classify(error) is FailureKind.TRANSIENT and (
             is_rate_limited(error) or asked_s is not None
         )
-        self.endpoint.leave(
+        endpoint.leave(
             passed,
             tokens=None if fate is Fate.CUT else 0.0,
             is_too_much=is_too_much,
@@ -175,52 +205,67 @@ class _Engine(_Metered):
     """Attempts of programs in threads."""
 
     def complete(self, request: Request) -> Response:
-        """One attempt; see the module."""
+        """One attempt, or as many as the wrapped engine makes of it; see the module."""
         _note_attempt()
+        with _dspys_errors():
+            response = self.meter.attempts.complete(
+                request, lambda send, number: self._attempt(request, send, number)
+            )
+        return _unfiltered(response)
+
+    def _attempt(self, request: Request, send: Callable[[], Response], number: int) -> Response:
         meter = self.meter
+        endpoint = meter.endpoint_of(number)
         with held_back():
             held = meter.ledger.reserve_blocking(meter.worker, meter.worst_case(request))
             try:
-                passed = meter.endpoint.enter_blocking(likely_tokens(request), meter.slots)
+                passed = endpoint.enter_blocking(likely_tokens(request), meter.slots)
             except BaseException:
                 meter.ledger.withdraw(held)
                 raise
         try:
             with on_the_wire():
-                response = meter.attempts.complete(request)
+                response = send()
         except BaseException as error:
-            meter.failed(held, passed, request, error)
-            known = _for_dspy(error)
-            if known is error:
-                raise
-            raise known from error
-        return meter.answered(held, passed, request, response)
+            meter.failed(held, endpoint, passed, request, error)
+            raise
+        return meter.answered(held, endpoint, passed, request, response)
 
 
 class _AsyncEngine(_Metered):
     """Attempts of programs in tasks."""
 
     async def complete(self, request: Request) -> Response:
-        """One attempt; see the module. Cancelled: whatever it had begun is booked before the task ends."""
+        """One attempt, or as many as the wrapped engine makes of it; see the module.
+
+        Cancelled: whatever it had begun is booked before the task ends.
+        """
         _note_attempt()
+        with _dspys_errors():
+            response = await self.meter.attempts.acomplete(
+                request, lambda send, number: self._attempt(request, send, number)
+            )
+        return _unfiltered(response)
+
+    async def _attempt(
+        self, request: Request, send: Callable[[], Awaitable[Response]], number: int
+    ) -> Response:
         meter = self.meter
+        endpoint = meter.endpoint_of(number)
         with held_back():
             held = await meter.ledger.areserve(meter.worker, meter.worst_case(request))
             try:
-                passed = await meter.endpoint.enter(likely_tokens(request), meter.slots)
+                passed = await endpoint.enter(likely_tokens(request), meter.slots)
             except BaseException:
                 meter.ledger.withdraw(held)
                 raise
         try:
             with on_the_wire():
-                response = await _sent(meter.attempts.acomplete(request))
+                response = await _sent(send())
         except BaseException as error:
-            meter.failed(held, passed, request, error)
-            known = _for_dspy(error)
-            if known is error:
-                raise
-            raise known from error
-        return meter.answered(held, passed, request, response)
+            meter.failed(held, endpoint, passed, request, error)
+            raise
+        return meter.answered(held, endpoint, passed, request, response)
 
 
 async def _sent(attempt: Awaitable[Response]) -> Response:
@@ -252,6 +297,25 @@ async def _let_go_out(task: asyncio.Task[Response], end_s: float) -> None:
         turns += 1
 
 
+def _unfiltered(response: Response) -> Response:
+    if response.finish_reason == "content_filter" and not (response.message.text or "").strip():
+        raise InvalidRequestError(
+            "the provider's content filter left nothing of the answer", provider_code="content_filter"
+        )
+    return response
+
+
+@contextlib.contextmanager
+def _dspys_errors() -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        known = _for_dspy(error)
+        if known is error:
+            raise
+        raise known from error
+
+
 def _for_dspy(error: BaseException) -> BaseException:
     """The error as DSPy's retries understand it."""
     if not isinstance(error, Exception):
@@ -280,8 +344,6 @@ def _check_caps(lm: dspy.BaseLM, ledger: Ledger, tariff: Tariff, worker: str | N
             f"{whose} has no known price, so the cap of {ledger.budget.dollars:g} dollars cannot be kept; give "
             "Price(prompt=…, completion=…) in dollars per million tokens (0 for a local model), or cap tokens instead"
         )
-    if isinstance(getattr(lm, "engine", None), str):
-        logger.warning("%s has no known price: its dollars are not counted, only its tokens", whose)
 
 
 class _CacheHits(BaseCallback):

@@ -79,6 +79,8 @@ class Tariff:
         prompt = usage.input_tokens
         if any(name in self._provider for name in _SEPARATE_CACHE_COUNT):
             prompt += (usage.cache_read_tokens or 0) + (usage.cache_write_tokens or 0)
+        if not prompt:
+            return None  # LiteLLM's way to say that nothing was reported: every prompt has a token
         # Some totals have thinking tokens beside the completion's; they are billed.
         completion = max(usage.output_tokens, (usage.total_tokens or 0) - prompt)
         return Charge(prompt, completion, self._dollars(request, response, prompt, completion))

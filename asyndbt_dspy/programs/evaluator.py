@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import dspy
-from dspy.utils.usage_tracker import track_usage
 
 from asyndbt_dspy.core.messages import Evaluate, Outcome, Scored
 from asyndbt_dspy.core.space import Candidate
@@ -32,7 +31,7 @@ from asyndbt_dspy.programs.rollout import Rollout, Runner
 from asyndbt_dspy.programs.slots import ProgramSpace
 from asyndbt_dspy.programs.stragglers import Stragglers, cancelled
 from asyndbt_dspy.programs.time_limit import Patience
-from asyndbt_dspy.programs.usage import usage_of
+from asyndbt_dspy.programs.usage import tracking_usage, usage_of
 
 
 @dataclass
@@ -347,7 +346,7 @@ class ProgramEvaluator:
             self._check_health(worker)
             self.stragglers.begin()
             try:
-                with calling_as(worker), track_usage() as tracker:
+                with calling_as(worker), tracking_usage() as tracker:
                     rollout = await self._timed(part, program, example, trace)
             except BudgetExceededError as error:
                 if self.on_refused is None:

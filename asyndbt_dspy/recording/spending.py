@@ -36,6 +36,7 @@ def record_spending(ledger: Ledger, write: Write) -> None:
                 "charge": _charge(attempt.charge),
                 "priced": attempt.is_priced,
                 "waited_s": round(attempt.waited_s, 6),
+                **({} if attempt.is_measured else {"estimated": True}),
             },
         )
 
@@ -110,11 +111,18 @@ class SpentSoFar:
                 completion_tokens=completion,
                 dollars=Decimal(dollars),
                 unpriced=int(not entry["priced"]),
+                unmeasured=int(entry.get("estimated", False)),
                 waited_s=waited_s,
             )
         else:
-            charged = Decimal(dollars)
-            self._add(worker, cut=1, cut_tokens=prompt + completion, cut_dollars=charged, waited_s=waited_s)
+            self._add(
+                worker,
+                cut=1,
+                cut_tokens=prompt + completion,
+                cut_dollars=Decimal(dollars),
+                unpriced=int(not entry["priced"]),
+                waited_s=waited_s,
+            )
 
     def _add(self, worker: str, **more: Any) -> None:
         line = self._lines.get(worker, LedgerLine(worker))

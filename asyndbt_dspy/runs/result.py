@@ -69,7 +69,8 @@ class WorkerResult:
     """What one worker did: rollouts, failures, seconds, lateness (in iterations), LM calls and tokens.
 
     Attributes:
-        lm_calls, prompt_tokens, completion_tokens: As the worker's LM reported them; answers from a cache are free.
+        lm_calls, prompt_tokens, completion_tokens: Of rollouts that are over, as the worker's LM reported them (no tokens where it
+            reports none); answers from a cache are free. ``Result.spending`` has all attempts.
         set_aside: Why it was set aside, empty if it was not.
     """
 
@@ -166,12 +167,20 @@ class Result:
             "",
             f"{'spent by':<14}{'attempts':>9}{'answers':>9}{'refused':>9}{'cut':>9}{'tokens':>10}{'dollars':>12}",
         ]
+        unmeasured = 0
         for name, one in self.spending.items():
-            tokens = one["prompt_tokens"] + one["completion_tokens"] + one["cut_tokens"]
+            about = "~" if one.get("unmeasured") else ""
+            unmeasured += one.get("unmeasured", 0)
+            tokens = f"{about}{one['prompt_tokens'] + one['completion_tokens'] + one['cut_tokens']}"
             dollars = float(one["dollars"]) + float(one["cut_dollars"])
-            money = "unknown" if one["unpriced"] else f"{dollars:.6f}"
+            money = "unknown" if one["unpriced"] else f"{about}{dollars:.6f}"
             lines.append(
                 f"{name:<14}{one['attempts']:>9}{one['answers']:>9}{one['refused']:>9}{one['cut']:>9}{tokens:>10}{money:>12}"
+            )
+        if unmeasured:
+            lines.append(
+                f"~ {unmeasured} answers came without a count of their tokens: estimated, and taken at their most where tokens "
+                "or dollars are capped"
             )
         return lines
 

@@ -120,14 +120,16 @@ def calibrated(plan: Plan, measured: Measured) -> Plan:
     if hanging:  # no answer came later than that
         answered = (one for found in measured.seconds.values() for one in found)
         timeout_s = max(statistics.median(measured.hung_s), *answered)
+    if measured.prompt_tokens or measured.completion_tokens:  # else the provider reported none
+        plan = dataclasses.replace(
+            plan, prompt_tokens=measured.prompt_tokens, completion_tokens=measured.completion_tokens
+        )
     return dataclasses.replace(
         plan,
         hanging=max(plan.hanging, hanging),
         timeout_s=timeout_s,
         latency=Latency(statistics.median(pooled), measured_s=pooled),
         calls_per_rollout=per_rollout,
-        prompt_tokens=measured.prompt_tokens,
-        completion_tokens=measured.completion_tokens,
         stragglers=len(slow) / len(factors),
         slowdown=statistics.fmean(slow) if slow else 1.0,
     )

@@ -24,6 +24,7 @@ from langchain_asyndbt.messages import (
     to_response,
     tool_choice,
 )
+from langchain_asyndbt.model_attempts import AsyncEach, Each, as_raised, taken_apart, with_attempts
 from langchain_asyndbt.tracing import child_config
 
 SAMPLING_PARAMS = (
@@ -68,7 +69,8 @@ def langchain_lm(
 
     Args:
         chat_model: A chat model, bound or not (``model.bind(…)``, ``model.with_config(…)``). It keeps its own
-            retries: set them to 0 (``max_retries=0``), since DSPy retries what can be retried.
+            retries: set them to 0 (``max_retries=0``), since DSPy retries what can be retried and nobody else sees them.
+            Those of ``with_retry`` and the models of ``with_fallbacks`` count against an optimizer's budget, each attempt.
         model: The LM's model string; default ``langchain/<name of the model>``.
         supports_response_schema: Whether the model takes OpenAI's ``response_format`` with a JSON schema;
             default: what the model's profile says, else no.
@@ -111,7 +113,10 @@ def base_model(runnable: Any) -> BaseLanguageModel[Any] | None:
 
 
 class LangChainEngine:
-    """One attempt per call, as DSPy's engines are; errors are lm15's.
+    """A LangChain model as an engine of DSPy; errors are lm15's.
+
+    One attempt per call, but of a model with retries or fallbacks (``with_retry``, ``with_fallbacks``): who counts attempts
+    calls ``complete_each``, in which each of them is made through its ``each``.
 
     Attributes:
         chat_model: The model that is asked.
@@ -137,15 +142,33 @@ class LangChainEngine:
         return self
 
     def complete(self, request: lm15.Request) -> lm15.Response:
-        """Ask once."""
+        """Ask, with the model's retries and fallbacks."""
         model, messages, options = self._prepared(request)
-        with as_lm15_errors():
+        with as_lm15_errors(), _counted_outside():
             return self._finished(model.invoke(messages, child_config(), **options), request)
 
-    async def acomplete(self, request: lm15.Request) -> lm15.Response:
-        """Ask once, on the event loop."""
+    def check_attempts(self) -> None:
+        """Raise ``ConfigurationError`` where the attempts within a call cannot be told apart."""
+        taken_apart(self.chat_model, lambda model: model)
+
+    def complete_each(self, request: lm15.Request, each: Each) -> lm15.Response:
+        """``complete``, with every attempt made through ``each``."""
         model, messages, options = self._prepared(request)
-        with as_lm15_errors():
+        apart = with_attempts(model, each, lambda answer: to_response(_as_message(answer), request.model))
+        with as_lm15_errors(), _counted_outside(), as_raised():
+            return self._finished(apart.invoke(messages, child_config(), **options), request)
+
+    async def acomplete_each(self, request: lm15.Request, each: AsyncEach) -> lm15.Response:
+        """``complete_each`` on the event loop."""
+        model, messages, options = self._prepared(request)
+        apart = with_attempts(model, each, lambda answer: to_response(_as_message(answer), request.model))
+        with as_lm15_errors(), _counted_outside(), as_raised():
+            return self._finished(await apart.ainvoke(messages, child_config(), **options), request)
+
+    async def acomplete(self, request: lm15.Request) -> lm15.Response:
+        """``complete`` on the event loop."""
+        model, messages, options = self._prepared(request)
+        with as_lm15_errors(), _counted_outside():
             return self._finished(await model.ainvoke(messages, child_config(), **options), request)
 
     def stream(self, request: lm15.Request) -> Iterator[Any]:
@@ -207,8 +230,12 @@ class AsyncLangChainEngine:
         return self
 
     async def complete(self, request: lm15.Request) -> lm15.Response:
-        """Ask once."""
+        """Ask, with the model's retries and fallbacks."""
         return await self._engine.acomplete(request)
+
+    async def complete_each(self, request: lm15.Request, each: AsyncEach) -> lm15.Response:
+        """``complete``, with every attempt made through ``each``."""
+        return await self._engine.acomplete_each(request, each)
 
     async def stream(self, request: lm15.Request) -> AsyncIterator[Any]:
         """The answer as it comes."""
@@ -252,6 +279,11 @@ class _Collected:
                 input=json.dumps(dict(part.input)), part_index=index, id=part.id, name=part.name
             )
             yield lm15.StreamDeltaEvent(delta=delta)
+
+
+def _counted_outside() -> Any:
+    """The LM with this engine counts what an answer used; one within the model (``to_chat_model``) must not do it again."""
+    return dspy.context(usage_tracker=None)
 
 
 def _as_message(answer: Any) -> BaseMessage:

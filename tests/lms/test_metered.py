@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import random
 import threading
 from decimal import Decimal
@@ -393,15 +395,47 @@ def test_what_cannot_be_kept_is_refused(
         metered(lm, ledger=Ledger(budget), worker="a", **more)
 
 
-def test_an_unknown_price_is_warned_of_once_per_lm(caplog: pytest.LogCaptureFixture) -> None:
-    with Provider() as provider:
+def test_an_unknown_price_is_counted_of_answers_and_of_what_was_cut() -> None:
+    fates = [Fault(), Fault(kind="status", status=400), Fault(kind="cut")]
+    with Provider(fault=lambda call: fates[call.number - 1]) as provider:
         ledger = Ledger()
         lm = metered(lm_on(provider, "auto"), ledger=ledger, worker="eu")
-        lm("question")
-    assert [one.message for one in caplog.records if "no known price" in one.message] == [
-        "the LM 'openai/m' of worker 'eu' has no known price: its dollars are not counted, only its tokens"
-    ]
-    assert ledger.line("eu").unpriced == 1
+        for _ in fates:
+            with contextlib.suppress(dspy.LMError):
+                lm("question")
+    line = ledger.line("eu")
+    assert (line.answers, line.refused, line.cut, line.unpriced) == (1, 1, 1, 2)
+
+
+class WithoutUsage(Provider):
+    """Says of no answer what it took."""
+
+    def _reply(self, call: Any, body: dict[str, Any]) -> bytes:
+        found = json.loads(super()._reply(call, body))
+        del found["usage"]
+        return json.dumps(found).encode()
+
+
+@both_engines
+@pytest.mark.parametrize("budget", [None, Budget(lm_calls=5), Budget(tokens=9000), Budget(dollars=0.01)])
+def test_an_answer_without_usage_is_estimated_and_taken_at_its_most_under_a_cap_on_tokens_or_dollars(
+    engine: str, budget: Budget | None
+) -> None:
+    with WithoutUsage(lambda messages: "yes " * 20) as provider:
+        ledger = Ledger(budget)
+        told: list[Attempt] = []
+        ledger.on_attempt = told.append
+        metered(lm_on(provider, engine), ledger=ledger, worker="a", prices=PRICE)("word " * 100)
+    line = ledger.line("a")
+    assert (line.answers, line.unmeasured, line.cut, line.cut_tokens) == (1, 1, 0, 0)
+    assert not told[0].is_measured
+    assert line.dollars == PRICE.dollars(line.prompt_tokens, line.completion_tokens) > 0
+    if ledger.needs_bounds():
+        assert (line.prompt_tokens >= 500, line.completion_tokens) == (True, 50)
+    else:
+        assert (100 <= line.prompt_tokens <= 150, 15 <= line.completion_tokens <= 30) == (True, True)
+    assert ledger.spent.tokens == line.tokens
+    assert ledger.spent.overruns == 0
 
 
 @pytest.mark.parametrize("price", [-1, float("nan"), float("inf"), True, "free"])

@@ -111,13 +111,14 @@ def test_attempts_are_added_up_and_what_was_in_flight_is_charged_in_full() -> No
     ledger = Ledger()
     record_spending(ledger, lambda worker, entry: entries.append((worker, dict(entry))))
     worst = Charge(100, 50, Decimal("0.01"))
-    answered, refused, cut, unsent, lost = (
-        ledger.reserve(name, worst, lambda: None) for name in ("eu", "eu", "us", "us", "us")
+    answered, unreported, refused, cut, unsent, lost = (
+        ledger.reserve(name, worst, lambda: None) for name in ("eu", "eu", "eu", "us", "us", "us")
     )
-    assert answered and refused and cut and unsent and lost
+    assert answered and unreported and refused and cut and unsent and lost
     ledger.settle(answered, "m", None, Charge(10, 5, Decimal("0.001")), waited_s=1.5)
+    ledger.settle(unreported, "m", None, None, is_priced=False)
     ledger.settle(refused, "m", Fate.REFUSED)
-    ledger.settle(cut, "m", Fate.CUT)
+    ledger.settle(cut, "m", Fate.CUT, is_priced=False)
     ledger.settle(unsent, "m", Fate.UNSENT)
     found = SpentSoFar()
     for worker, entry in entries:
@@ -128,6 +129,7 @@ def test_attempts_are_added_up_and_what_was_in_flight_is_charged_in_full() -> No
     again = Ledger()
     again.restore(saved)
     assert again.lines() == ledger.lines()
+    assert [(line.unpriced, line.unmeasured) for line in again.lines().values()] == [(1, 1), (1, 0)]
     before, after = ledger.spent, again.spent
     assert (before.lm_calls, before.tokens, before.dollars) == (after.lm_calls, after.tokens, after.dollars)
     assert SpentSoFar().saved() is None
