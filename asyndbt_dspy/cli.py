@@ -169,7 +169,7 @@ def _duration(value: float) -> str:
 
 def seconds(text: str) -> float:
     """``1.2s``, ``300ms`` or a plain number of seconds."""
-    found = re.fullmatch(r"([0-9.]+)(ms|s|)", text)
+    found = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)(ms|s|)", text)
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is no time; write 1.2s or 300ms")
     return float(found[1]) * _UNITS[found[2]]
@@ -177,13 +177,14 @@ def seconds(text: str) -> float:
 
 def latency(text: str) -> Latency:
     """``lognormal:1.2s,0.8`` or a constant."""
-    if not text.startswith("lognormal:"):
-        return Latency(seconds(text))
-    median, _, sigma = text.removeprefix("lognormal:").partition(",")
+    median, sigma, written = text, "0", "1.2s"
+    if text.startswith("lognormal:"):
+        median, _, sigma = text.removeprefix("lognormal:").partition(",")
+        written = "lognormal:1.2s,0.8"
     try:
         return Latency(seconds(median), float(sigma or 0.5))
-    except (ValueError, AsynDBTError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}; write lognormal:1.2s,0.8") from error
+    except (argparse.ArgumentTypeError, ValueError, AsynDBTError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}; write {written}") from error
 
 
 def share(text: str) -> float:

@@ -14,6 +14,7 @@ import dspy
 
 from asyndbt_dspy import preparation, sharding
 from asyndbt_dspy.bootstrapping import MOST_OF_SEARCH, make_demos
+from asyndbt_dspy.choices import tell_of_no_choice
 from asyndbt_dspy.core.config import AlgorithmConfig, resolve
 from asyndbt_dspy.core.messages import StopSearch
 from asyndbt_dspy.core.policies import WorkerSpace
@@ -105,6 +106,8 @@ async def prepare(
     for program in (student, teacher):
         if program is not None:
             checks.check_lms(program, lms)
+    if None in lms.values():
+        metering.check_own_models(student, teacher)
     called = _Metered(
         lms,
         metering.program(student, is_student=True),
@@ -248,6 +251,7 @@ async def _arrange(
     calls = optimizer.budget.metric_calls
     left = None if calls is None else max(0, calls - spent)
     members = preparation.make_members(programs, shards, config)
+    tell_of_no_choice(programs.space, members, optimizer.options)
     server = ServerState(programs.space, members, config, left)
     states = [
         WorkerState(
@@ -473,14 +477,6 @@ class Run:
             last_first.push_async_callback(self.evaluator.aclose)
             if self.bar is not None:
                 last_first.callback(self.bar.close)
-
-    def reasons(self) -> str:
-        workers: dict[str, list[str]] = {}  # of one endpoint that is down all say the same
-        for name, use in self.evaluator.uses.items():
-            if use.last_error:
-                workers.setdefault(use.last_error, []).append(name)
-        told = (f"{', '.join(names)}: {error}" for error, names in workers.items())
-        return "; ".join(told) or "no answer in time"
 
     def result(self) -> Result:
         settings = {**self.optimizer.get_params(), "algorithm": self.server.config.to_dict()}

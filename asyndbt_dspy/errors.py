@@ -5,7 +5,7 @@ AsynDBTError
 ├── ArtifactError (ValueError)        a saved program that cannot be written or must not be loaded; says what differs
 ├── ExportError (ValueError)          a prompt or chain that cannot be carried over exactly; says why
 ├── ProtocolError                     a message or event that the state machine refuses (wrong order, wrong shape)
-├── MetricError                       a metric that returned None, NaN or something that is no number
+├── MetricError                       a metric that returned None, NaN, something that is no number or too large a one
 ├── ProgramFailedError                program or metric raised again and again, and no rollout has run to its end
 ├── WorkerFailedError                 one worker cannot go on; it is set aside and the run goes on
 ├── NoLiveWorkersError                every worker was set aside; carries the best program so far
@@ -32,7 +32,7 @@ class ProtocolError(AsynDBTError):
 
 
 class MetricError(AsynDBTError):
-    """The metric returned something that is not a finite number."""
+    """The metric returned something that is not a finite number, or one beyond ±1e100."""
 
 
 class ProgramFailedError(AsynDBTError):

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 ASKED_AFTER = 1 / 3
 """Part of the search's rollouts, or seconds, after which the proposer is asked. What is under way then goes on without its texts,
-in a small budget another third."""
+in a small budget another third. Where the student is all there is to try, the proposer is asked after the first answers."""
 _UNBOUNDED = 500
 """Rollouts in place of that part where nothing bounds them."""
 _BEST = 4
@@ -73,6 +73,8 @@ class LaterInstructions:
             one for one in (server.calls_left, affordable if affordable > 0 else None) if one is not None
         ]
         self._after = int(min(bounds) * ASKED_AFTER) if bounds else _UNBOUNDED
+        if not any(server.space.has_choice(member.allowed, late=False) for member in server.members):
+            self._after = 1  # there is nothing else to try, and the search would be over before a third of it
         self._is_late = is_late
         self._blocks = {
             number: block.predictor for number, block in enumerate(programs.space.lower) if block.late

@@ -36,6 +36,8 @@ PROPOSER = "proposer"
 METER_SETTING = "asyndbt_meter"
 """Key in ``dspy.settings`` within a compile whose calls are metered: ``lm -> lm`` for models that a program asks past its
 predictors."""
+OWN_MODELS = "asyndbt_own_models"
+"""Method of modules that ask such models: all LMs that they would ask where none answers in their place."""
 AMBIENT_SETTING = "langchain_ambient_lm"
 """Key in ``dspy.settings``: the surrounding LM where it does not answer for the program (``langchain_asyndbt`` sets it)."""
 _UNCOUNTED = 30
@@ -186,11 +188,26 @@ class Metering:
             try:
                 return self.lm(lm, limits=self._limits)
             except ConfigurationError as error:
+                is_unbounded = self.ledger.needs_bounds() and not lm.kwargs.get("max_tokens")
+                # Nobody made this LM, so nobody could give it one.
+                why = f"{lm.model!r} has no max_tokens, so no cap on tokens or dollars can be kept"
+                why = why if is_unbounded else str(error)
                 self._refusal = ConfigurationError(
-                    f"{error}. It is the program's own model: ask it through a worker, Worker(…, lm=langchain_lm(model, "
-                    "max_tokens=…)), or cap metric_calls or lm_calls instead"
+                    f"{why}. It is the program's own model: ask it through a worker, Worker(…, lm=langchain_lm(model, "
+                    "max_tokens=…), price=Price(…)), or cap metric_calls or lm_calls instead"
                 )
-                raise
+                raise self._refusal from error
+
+    def check_own_models(self, *programs: dspy.Module | None) -> None:
+        """``own_model`` of all that such programs say they would ask, before any is asked.
+
+        Raises:
+            ConfigurationError: a cap that cannot be kept with one of them.
+        """
+        for program in programs:
+            for _, module in [] if program is None else program.named_sub_modules():
+                for lm in getattr(module, OWN_MODELS, tuple)():
+                    self.own_model(lm)
 
     def note_calls(self, calls: CallWatch, rollout: Rollout) -> None:
         """A rollout is over: a cap on the wire is kept by calls that are counted.

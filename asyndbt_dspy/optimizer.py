@@ -30,6 +30,7 @@ from asyndbt_dspy.lms.estimates import Estimate
 from asyndbt_dspy.lms.prices import Price
 from asyndbt_dspy.metering import with_lms_of
 from asyndbt_dspy.programs.copies import copy_program, shared_parts
+from asyndbt_dspy.reporting import why_set_aside
 from asyndbt_dspy.runs.result import Result
 from asyndbt_dspy.settings import check_choice, check_settings, with_overrides
 from asyndbt_dspy.stopping import StopRequest, stopped_by_interrupt
@@ -250,9 +251,9 @@ class AsynDBT(Teleprompter):
             JournalError: ``run_dir`` is in use, or cannot be read or written.
             ResumeError: ``run_dir`` holds a run of something else.
             KeyboardInterrupt: at the second Ctrl-C; the first one is ``stop``.
-            MetricError: the metric returned something that is no number.
+            MetricError: the metric returned something that is no number, or one beyond ±1e100.
             ProgramFailedError: program or metric raised ``max_errors`` times before any rollout has run to its end.
-            NoLiveWorkersError: every worker's LM failed; carries the best program so far.
+            NoLiveWorkersError: every worker was set aside; says why, and carries the best program so far.
         """
 
         def run() -> dspy.Module:
@@ -332,7 +333,7 @@ class AsynDBT(Teleprompter):
         program = with_lms_of(student, run.programs.build(run.server.winner, fresh=True))
         if not run.server.live.any():
             raise NoLiveWorkersError(
-                f"all {len(run.shards)} workers were set aside: {run.reasons()}; the best program so far is in "
+                f"all {len(run.shards)} workers were set aside: {why_set_aside(run.recorded)}; the best program so far is in "
                 "`best_program`",
                 best_program=program,
             )

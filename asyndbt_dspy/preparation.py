@@ -93,23 +93,6 @@ def context_tokens(lm: Any) -> int | None:
     return listed if isinstance(listed, int) else None
 
 
-def check_names(student: dspy.Module, instructions: Mapping[str, Sequence[str]] | None) -> None:
-    """Refuse instruction arms for what is no predictor of the student, or a text in place of a list of texts."""
-    known = [name for name, _ in student.named_predictors()]
-    for name, texts in (instructions or {}).items():
-        if name not in known:
-            raise ConfigurationError(
-                f"instructions for {name!r}: the student has no such predictor; its predictors are {known}"
-            )
-        if isinstance(texts, str):
-            raise ConfigurationError(
-                f"instructions for {name!r} are one text; give a list of texts: {{{name!r}: [{texts[:40]!r}]}}"
-            )
-        for text in texts:
-            if not isinstance(text, str):
-                raise ConfigurationError(f"instructions for {name!r} must be texts, got {text!r}")
-
-
 def labelled_items(
     student: dspy.Module, shards: Sequence[Shard], options: SearchSpaceOptions
 ) -> list[DemoItem]:

@@ -53,6 +53,19 @@ def make_result(
     )
 
 
+def why_set_aside(recorded: Sequence[Recorded]) -> str:
+    """What ended each worker, as the engine said it."""
+    workers: dict[str, list[str]] = {}  # of one endpoint that is down all say the same
+    for name, reason in _lost(recorded).items():
+        workers.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in workers.items())
+
+
+def _lost(recorded: Sequence[Recorded]) -> dict[str, str]:
+    """Why which workers were set aside."""
+    return {one.event.worker: one.event.reason for one in recorded if isinstance(one.event, WorkerLost)}
+
+
 def _candidates(
     programs: ProgramSpace, server: ServerState, standings: Sequence[Standing]
 ) -> tuple[CandidateResult, ...]:
@@ -126,7 +139,7 @@ def _workers(
     curve: CurveRecorder,
     recorded: Sequence[Recorded],
 ) -> tuple[WorkerResult, ...]:
-    lost = {one.event.worker: one.event.reason for one in recorded if isinstance(one.event, WorkerLost)}
+    lost = _lost(recorded)
     rows = []
     for worker in workers:
         use, late = evaluator.use(worker.name), curve.lateness[worker.name]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import dspy
 
 from asyndbt_dspy import preparation
+from asyndbt_dspy.choices import check_choices, check_instructions
 from asyndbt_dspy.core.budget import Budget
 from asyndbt_dspy.core.config import AlgorithmConfig, whole_number
 from asyndbt_dspy.core.validation import check_config
@@ -20,6 +20,7 @@ from asyndbt_dspy.engines.protocols import ListeningEngine
 from asyndbt_dspy.errors import ConfigurationError
 from asyndbt_dspy.lms.limits import RateLimits
 from asyndbt_dspy.programs import checks
+from asyndbt_dspy.programs.metrics import MAX_SCORE
 from asyndbt_dspy.programs.slots import demo_slots
 from asyndbt_dspy.workers import Worker
 
@@ -96,11 +97,12 @@ def check_data(
     Raises:
         ConfigurationError: says which example, how many there are, and what to do.
     """
-    preparation.check_names(student, optimizer.options.instructions)
+    check_instructions(student, optimizer.options.instructions)
     check_config([worker.name for worker in workers], dataclasses.replace(optimizer.config, active_workers=1))
     layout = demo_slots(
         student, demos_per_class=optimizer.options.demos_per_class, demo_slots=optimizer.options.demo_slots
     )
+    check_choices(student, optimizer.options, layout)
     checks.check_overlap_of_others(
         {worker.name: worker.shard for worker in workers},
         {worker.name: worker.valset for worker in workers if worker.valset},
@@ -128,6 +130,10 @@ def _check_run_dir(run_dir: object) -> None:
         raise ConfigurationError(f"run_dir={run_dir!r} must be the path of a folder: a str or a Path")
     if not os.fspath(run_dir).strip():  # an environment variable that is not set, mostly
         raise ConfigurationError(f"run_dir={run_dir!r} names no folder; for the working directory say '.'")
+    if "\0" in os.fspath(run_dir):
+        raise ConfigurationError(
+            f"run_dir={run_dir!r} has a NUL character, which no path may have; leave it out"
+        )
 
 
 def _check_workers(optimizer: AsynDBT) -> None:
@@ -187,8 +193,11 @@ def _check_numbers(optimizer: AsynDBT) -> None:
         if not _is_number(value) or not value > least:
             may_be_none = ", or None" if name == "straggler_factor" else " seconds"
             raise ConfigurationError(f"{name}={value!r} must be > {least}{may_be_none}")
-    if not _is_number(optimizer.failure_score) or not math.isfinite(optimizer.failure_score):
-        raise ConfigurationError(f"failure_score={optimizer.failure_score!r} must be a finite number")
+    score = optimizer.failure_score
+    if not _is_number(score) or not abs(score) <= MAX_SCORE:
+        raise ConfigurationError(
+            f"failure_score={score!r} must be a finite number within ±{MAX_SCORE:g}, best 0 of scores in [0, 1]"
+        )
 
 
 def _check_options(optimizer: AsynDBT) -> None:

@@ -25,6 +25,12 @@ _FEW = (
     "worker %r has %d examples left to estimate on, so its minibatches have %d, not %d. With so few examples hardly any program "
     "can be told from the student; give it more if there are"
 )
+_FEW_OF_MANY = (
+    "%d of %d workers have %s examples left to estimate on, so their minibatches have no more, not %d: %s. With so few examples "
+    "hardly any program can be told from the student; use fewer workers, or give more examples if there are"
+)
+_NAMED = 5
+"""Workers that a message names; of more it says how many."""
 _DEFAULT_WORKERS = 3
 _RACE_PART = (0.25, 0.5)
 """Least and largest part of the examples that is kept back for the race."""
@@ -216,13 +222,26 @@ def split_shards(
                 f"its shard), fewer than the minibatch of {config.minibatch}; give it more examples, use fewer workers, "
                 "or lower config={'minibatch': …}"
             )
-        if len(estimate) < config.minibatch:
-            logger.warning(_FEW, worker.name, len(estimate), len(estimate), config.minibatch)
         scored_on = _mixed(estimate, student, [seed, 17, index])
         raced_on = _mixed(raced[index], student, [seed, 19, index])
         shown = scored_on if pool is estimate else tuple(pool)
         result.append(Shard(worker, scored_on, shown, raced_on, groups[index]))
+    _tell_of_few(result, config.minibatch)
     return result
+
+
+def _tell_of_few(shards: Sequence[Shard], minibatch: int) -> None:
+    """One message, however many workers have less than a minibatch."""
+    small = {one.worker.name: len(one.estimate) for one in shards if len(one.estimate) < minibatch}
+    if not small:
+        return
+    least, most = min(small.values()), max(small.values())
+    if len(small) == 1:
+        logger.warning(_FEW, next(iter(small)), most, most, minibatch)
+        return
+    names = ", ".join([*map(repr, list(small)[:_NAMED]), *(["…"] if len(small) > _NAMED else [])])
+    count = str(most) if least == most else f"{least} to {most}"
+    logger.warning(_FEW_OF_MANY, len(small), len(shards), count, minibatch, names)
 
 
 def _race_parts(

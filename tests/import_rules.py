@@ -79,6 +79,7 @@ PARTS = {
     "asyndbt_dspy.testing": _part(CORE, "asyndbt_dspy.engines.protocols", libraries="numpy"),
     "asyndbt_dspy.optimizer": WHOLE_PACKAGE,
     "asyndbt_dspy.bootstrapping": WHOLE_PACKAGE,
+    "asyndbt_dspy.choices": WHOLE_PACKAGE,
     "asyndbt_dspy.compilation": WHOLE_PACKAGE,
     "asyndbt_dspy.later_instructions": WHOLE_PACKAGE,
     "asyndbt_dspy.metering": WHOLE_PACKAGE,

@@ -141,7 +141,7 @@ class ServerState:
     # ------------------------------------------------------------------ events
 
     def start(self) -> list[Instruction]:
-        """The first requests, or the end of a search that can afford none.
+        """The first requests, or the end of a search that can afford none or has no choice.
 
         Raises:
             ProtocolError: called twice.
@@ -149,6 +149,8 @@ class ServerState:
         if self._started:
             raise ProtocolError("the run was started already; build a new ServerState for another one")
         self._started = True
+        if not any(self.space.has_choice(member.allowed) for member in self.members):
+            return self._finish("there is nothing to search")
         return self._send_steps(self._alive()) or self._end_search("the budget is below one step")
 
     def receive(self, event: ServerEvent) -> list[Instruction]:

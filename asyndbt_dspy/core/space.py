@@ -150,6 +150,19 @@ class Space:
     def _has_private_arms(self) -> bool:
         return not all(arm.shared for block in self.blocks for arm in block.arms)
 
+    def has_choice(self, allowed: Sequence[Sequence[int]], *, late: bool = True) -> bool:
+        """Whether anything but the student can be drawn.
+
+        Args:
+            allowed: Per upper-level block the arms that a worker may draw. Without demos their order and ending change nothing.
+            late: Now, or once late arms have joined.
+        """
+        if any(len(block.arms) - (0 if late else block.late) > 1 for block in self.lower):
+            return True
+        return any(
+            block.kind == "demo" and any(arms) for block, arms in zip(self.upper, allowed, strict=True)
+        )
+
     @property
     def student(self) -> Candidate:
         """The candidate that changes nothing."""

@@ -277,10 +277,10 @@ def mean_interval(scores: Sequence[float]) -> tuple[float, float]:
         shrink = 1 + Z_95**2 / count
         centre = (mean + Z_95**2 / (2 * count)) / shrink
         half = Z_95 / shrink * math.sqrt(mean * (1 - mean) / count + Z_95**2 / (4 * count**2))
-    else:
-        centre = mean
-        half = Z_95 * statistics.stdev(scores) / math.sqrt(count) if count > 1 else math.inf
-    return centre - half, centre + half
+        # It holds the mean and lies within [0, 1], but for rounding.
+        return max(0.0, min(mean, centre - half)), min(1.0, max(mean, centre + half))
+    half = Z_95 * statistics.stdev(scores) / math.sqrt(count) if count > 1 else math.inf
+    return mean - half, mean + half
 
 
 def _durations(seconds: Sequence[float]) -> dict[str, float]:

@@ -18,11 +18,13 @@ Metric = Callable[..., Any]
 
 METRIC_ARGUMENTS = 2
 EXCERPT_CHARACTERS = 300
+MAX_SCORE = 1e100
+"""Largest magnitude of a score: squares of scores are summed, and a number ends at 1e308."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """A metric's verdict: ``score`` is finite, higher is better; ``feedback`` explains it, if given."""
+    """A metric's verdict: ``score`` is within ``MAX_SCORE``, higher is better; ``feedback`` explains it, if given."""
 
     score: float
     feedback: str | None = None
@@ -95,7 +97,7 @@ def read_score(returned: Any, *, metric: Metric, example: Any) -> Score:
         example: For the message.
 
     Raises:
-        MetricError: anything else, ``None``, NaN or an infinity.
+        MetricError: anything else, ``None``, NaN, or a number beyond ``MAX_SCORE``.
     """
     number: float | None
     feedback: Any = None
@@ -104,11 +106,14 @@ def read_score(returned: Any, *, metric: Metric, example: Any) -> Score:
     else:
         number = _number(returned)
     if number is None or not math.isfinite(number):
-        raise MetricError(
-            f"metric {metric_name(metric)!r} returned {excerpt(returned)} for {excerpt(example)}; "
-            f"it must return a finite number, a bool, or dspy.Prediction(score=<number>, feedback=<text>)"
-        )
-    return Score(number, None if feedback is None else str(feedback))
+        wanted = "a finite number, a bool, or dspy.Prediction(score=<number>, feedback=<text>)"
+    elif abs(number) > MAX_SCORE:
+        wanted = f"a number within ±{MAX_SCORE:g}, at best one in [0, 1]"
+    else:
+        return Score(number, None if feedback is None else str(feedback))
+    raise MetricError(
+        f"metric {metric_name(metric)!r} returned {excerpt(returned)} for {excerpt(example)}; it must return {wanted}"
+    )
 
 
 def excerpt(value: Any) -> str:
@@ -149,3 +154,5 @@ def _number(value: Any) -> float | None:
         return float(value)
     except (TypeError, ValueError):
         return None
+    except OverflowError:  # an int beyond all floats
+        return math.inf

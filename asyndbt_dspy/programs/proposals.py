@@ -53,6 +53,8 @@ MAX_INSTRUCTION_CHARACTERS = 4000
 SHOWN_EXAMPLES = 3
 SHOWN_FAILURES = 4
 SHOWN_CHARACTERS = 400
+_NOTHING = frozenset({"none", "null", "n/a"})
+"""How an LM says that it has no text; DSPy too reads a JSON ``null`` as ``None``, and the text of that."""
 
 
 class WriteInstructions(dspy.Signature):
@@ -213,14 +215,14 @@ def _marked(text: str, names: Iterable[str]) -> set[str]:
 
 
 def _cleaned(text: str) -> str:
-    """Without the code fence or the quotation marks that LMs like to put around a text."""
+    """Without the code fence or the quotation marks that LMs like to put around a text; empty where it is none."""
     text = text.strip()
     fenced = re.fullmatch(r"```[a-z]*\n(.*)\n```", text, flags=re.DOTALL)
     if fenced:
         text = fenced.group(1).strip()
     if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" and text[0] not in text[1:-1]:
         text = text[1:-1].strip()
-    return text
+    return "" if text.casefold().rstrip(".") in _NOTHING else text
 
 
 def _first_line(error: Exception) -> str:

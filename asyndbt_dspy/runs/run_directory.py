@@ -269,9 +269,9 @@ def _lowered(known: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[str, .
 
 
 def _make(path: Path) -> None:
-    if path.exists() and not path.is_dir():
-        raise ConfigurationError(f"run_dir={str(path)!r} is a file; give a folder")
     try:
+        if path.exists() and not path.is_dir():  # where its name is too long, nobody can tell
+            raise ConfigurationError(f"run_dir={str(path)!r} is a file; give a folder")
         (path / "runs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(path, error) from error

@@ -18,6 +18,8 @@ from asyndbt_dspy.simulation.machines import CoinEvaluator, light_machines
 from asyndbt_dspy.simulation.provider import Latency, SimulatedProvider
 
 _MILLION = 1_000_000
+_MAX_FAILURES = 8
+"""As of ``AsynDBT``: missing rollouts in a row after which a worker is set aside."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Plan:
         concurrency: Calls that one worker has in flight, >= 1.
         stragglers: Share of the workers, in [0, 1], that are ``slowdown`` times slower; above 0 it is one of them at least.
         requests_per_minute: Limit of all workers together, ``inf`` for none.
-        hanging: Share of calls that never come back, in [0, 1); they end at ``timeout_s``.
+        hanging: Share of calls that never come back, in [0, 1); they end at ``timeout_s``. ``simulate`` refuses so many that a
+            compile would set its workers aside.
         straggler_factor: As of ``AsynDBT``, > 1 or ``None``: rollouts that take so many times the usual are left behind.
         held_out: Examples for the race per worker.
         shared_data: Workers hold each other's examples and call one model, as ``AsynDBT(workers=3)`` does: whoever is done in
@@ -125,7 +128,12 @@ class Forecast:
 
 
 def simulate(plan: Plan) -> Forecast:
-    """Run the shipped server and engine on a virtual clock with workers that only cost time."""
+    """Run the shipped server and engine on a virtual clock with workers that only cost time.
+
+    Raises:
+        ConfigurationError: so many calls hang that a compile would set its workers aside, of which a forecast knows nothing.
+    """
+    _check_hanging(plan)
     config = plan.config()
     server, workers = light_machines(
         plan.workers,
@@ -163,6 +171,20 @@ def simulate(plan: Plan) -> Forecast:
         mean_staleness=meter.mean_staleness,
         utilisation=meter.utilisation,
     )
+
+
+def _check_hanging(plan: Plan) -> None:
+    answered = (1 - plan.hanging) ** plan.calls_per_rollout
+    run = (1 - answered) ** _MAX_FAILURES
+    rollouts = plan.metric_calls / plan.workers
+    # Until so many in a row are missing, rollouts of which each is missing with the same probability, on average.
+    expected = (1 - run) / (answered * run) if answered * run else math.inf if answered else _MAX_FAILURES
+    if expected <= rollouts:
+        raise ConfigurationError(
+            f"hanging={plan.hanging:g} with calls_per_rollout={plan.calls_per_rollout} is no run to forecast: a compile sets "
+            f"a worker aside after {_MAX_FAILURES} missing rollouts in a row (max_failures), here after about {expected:.0f} "
+            f"rollouts of the {rollouts:.0f} that each would make; plan with a smaller share of calls that hang"
+        )
 
 
 def mean_forecast(forecasts: list[Forecast]) -> dict[str, Any]:

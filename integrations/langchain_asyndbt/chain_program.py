@@ -110,6 +110,15 @@ class ChainProgram(dspy.Module):
         finally:
             current_program.reset(token)
 
+    def asyndbt_own_models(self) -> list[dspy.LM]:
+        """The chain's own models that are asked where no other LM answers: AsynDBT looks at them before it asks any."""
+        return [
+            lm
+            for name, predictor in self.plan.predictors.items()
+            if getattr(self, name).lm is None
+            for lm in predictor.lms
+        ]
+
     def to_chain(self) -> Runnable[Any, Any]:
         """The chain with this program's instructions and demos in its prompts.
 

@@ -119,7 +119,10 @@ class ProgramRunnable(Runnable[Any, dict[str, Any]]):
     def _stream(
         self, values: Iterator[Any], run_manager: Any, config: RunnableConfig
     ) -> Iterator[FieldChunk]:
-        inputs = self._inputs(_joined(list(values)))
+        given = list(values)
+        if not given:  # as of LangChain's own runnables: nothing comes of nothing
+            return
+        inputs = self._inputs(_joined(given))
         with self._context(config):
             # The thread of the loop copies this context, so DSPy's settings and LangChain's run go with it.
             chunks = from_own_loop(lambda: streamed(self.program, inputs, is_async=runs_async(self.program)))
@@ -128,7 +131,10 @@ class ProgramRunnable(Runnable[Any, dict[str, Any]]):
     async def _astream(
         self, values: AsyncIterator[Any], run_manager: Any, config: RunnableConfig
     ) -> AsyncIterator[FieldChunk]:
-        inputs = self._inputs(_joined([value async for value in values]))
+        given = [value async for value in values]
+        if not given:
+            return
+        inputs = self._inputs(_joined(given))
         async for chunk in streamed(
             self.program, inputs, is_async=runs_async(self.program), context=lambda: self._context(config)
         ):

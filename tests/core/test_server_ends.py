@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from asyndbt_dspy.core.config import DEFAULT, PAPER, AlgorithmConfig
-from asyndbt_dspy.core.messages import ArmsJoined, StopSearch
-from asyndbt_dspy.core.server import ServerState
-from asyndbt_dspy.core.space import Space
+from asyndbt_dspy.core.messages import ArmsJoined, Finish, Send, StopSearch
+from asyndbt_dspy.core.server import Member, ServerState
+from asyndbt_dspy.core.space import Arm, Block, Space
 from asyndbt_dspy.engines.simulated import SimulatedEngine, work_delays
 from asyndbt_dspy.testing.network import Network
 from asyndbt_dspy.testing.toys import (
@@ -201,3 +201,30 @@ def test_a_policy_without_a_mixed_derivative_has_planes_without_a_q_part() -> No
     assert server.planes
     assert server.q.size
     assert not any(plane.d.any() for plane in server.planes)
+
+
+def _demos(allowed: tuple[int, ...]) -> tuple[Space, list[Member]]:
+    """One demo slot, with an order that nothing is put into; ``allowed``: the demos open to the first of two workers."""
+    arms = (Arm(""), Arm("d:1", "b", shared=False))
+    blocks = (
+        Block("p/instructions", "p", "instructions", (Arm(""),)),
+        Block("p/demos/0", "p", "demo", arms),
+        Block("p/order", "p", "order", (Arm(""), Arm("o:1", order=(0,)))),
+    )
+    return Space(blocks), [Member("a", (allowed, (0, 1)), 5), Member("b", ((0,), (0, 1)), 5)]
+
+
+def test_where_the_student_is_the_only_program_nothing_is_asked() -> None:
+    space, members = _demos(allowed=(0,))
+    server = ServerState(space, members, DEFAULT, 100)
+    instructions = server.start()
+    assert [type(one) for one in instructions] == [Send, Send, Finish]
+    assert (server.finish_reason, server.winner) == ("there is nothing to search", space.student)
+    server = ServerState(*_demos(allowed=(0, 1)), DEFAULT, 100)
+    server.start()
+    assert server.phase == "search"
+    late = dataclasses.replace(space.blocks[0], arms=(Arm(""), Arm("i:1")), late=1)
+    server = ServerState(Space((late, *space.blocks[1:])), members, DEFAULT, 100)
+    server.start()
+    assert server.phase == "search", "what joins later is a choice"
+    assert not any(server.space.has_choice(one.allowed, late=False) for one in members)

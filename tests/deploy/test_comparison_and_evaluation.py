@@ -286,6 +286,13 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
         evaluate_artifact(path, kit.examples("single"), lambda gold, prediction: None, lm=kit.hash_lm())
 
 
+@pytest.mark.parametrize("score", [0.0, 1.0])
+def test_an_interval_of_rates_lies_within_0_and_1(score: float) -> None:
+    for count in range(1, 300):
+        low, high = mean_interval([score] * count)
+        assert 0.0 <= low <= score <= high <= 1.0
+
+
 def test_intervals() -> None:
     low, high = mean_interval([1.0] * 8 + [0.0] * 2)
     assert (low, high) == pytest.approx((0.4902, 0.9433), abs=1e-4)

@@ -152,6 +152,23 @@ CASES: dict[str, tuple[Callable[[], Any], list[str]]] = {
         lambda: compiled(kit.examples(40), student=kit.TwoSteps(), instructions={"label": ["Hm."]}),
         ["'label'", "['topic', 'sort']"],
     ),
+    "instructions without a predictor": (
+        lambda: compiled(kit.examples(40), instructions=["Sort."]),
+        ["Sort.", "instructions={'self': [texts]}"],
+    ),
+    "a set of texts": (
+        lambda: compiled(kit.examples(40), instructions={"self": {"Sort."}}),
+        ["a set", "{'self': [texts]}"],
+    ),
+    "a NUL in run_dir": (lambda: compiled(kit.examples(40), run_dir="a\0b"), ["run_dir='a\\x00b'", "NUL"]),
+    "too long a name for run_dir": (
+        lambda: compiled(kit.examples(40), run_dir="/tmp/" + "x" * 5000),
+        ["run_dir=", "cannot be written", "choose a folder"],
+    ),
+    "a failure_score beyond all scores": (
+        lambda: kit.optimizer(failure_score=-1e300),
+        ["failure_score=-1e+300", "±1e+100"],
+    ),
     "one text for a list of texts": (
         lambda: compiled(kit.examples(40), instructions={"self": "Hm."}),
         ["'self'", "list of texts"],

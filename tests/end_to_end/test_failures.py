@@ -15,6 +15,7 @@ import pytest
 
 from asyndbt_dspy import AsynDBT, Budget, ConfigurationError, NoLiveWorkersError, Worker
 from asyndbt_dspy.core.messages import Scored, StepReply
+from asyndbt_dspy.engines.simulated import SimulatedEngine
 
 TRAIN = kit.examples(60)
 UNREACHABLE = {
@@ -225,6 +226,14 @@ def test_when_all_workers_fail_the_best_program_so_far_is_handed_over(determinis
     assert kit.state_of(caught.value.best_program) == kit.state_of(student)
     assert optimizer.result is not None
     assert all(one.set_aside for one in optimizer.result.workers)
+
+
+def test_why_all_workers_were_set_aside_is_said_where_no_lm_failed() -> None:
+    engine = SimulatedEngine(lambda request: 5.0, answer_timeout_s=1.0)
+    optimizer, student = magic(workers=2, engine=engine)
+    with dspy.context(lm=kit.color_lm()), pytest.raises(NoLiveWorkersError) as caught:
+        optimizer.compile(student, trainset=TRAIN)
+    assert "set aside: worker-1, worker-2: no answer within 1 s;" in str(caught.value)
 
 
 def test_when_all_workers_fail_late_the_leader_of_the_race_is_handed_over() -> None:

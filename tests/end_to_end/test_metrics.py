@@ -61,6 +61,27 @@ def test_metrics_of_every_form_lead_to_the_better_program(metric: Callable[..., 
     assert best.score == (2.5 if metric is as_float else 1.0)
 
 
+@pytest.mark.parametrize("score", [1.1e100, -1e160, 1e300])
+def test_a_score_too_large_to_be_squared_ends_the_run_at_once(score: float) -> None:
+    lm = kit.color_lm()
+    optimizer = kit.optimizer(metric=lambda gold, prediction: score, workers=2)
+    with dspy.context(lm=lm), pytest.raises(MetricError, match=r"within ±1e\+100") as caught:
+        optimizer.compile(dspy.Predict(kit.Sort), trainset=kit.examples(48))
+    assert repr(score) in str(caught.value)
+    assert 1 <= kit.calls_of(lm) <= 2
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_the_largest_scores_are_compared_like_any() -> None:
+    optimizer = kit.optimizer(
+        metric=lambda gold, prediction: 1e100 * kit.metric(gold, prediction),
+        instructions={"self": [kit.MAGIC]},
+    )
+    with dspy.context(lm=kit.color_lm()):
+        optimized = optimizer.compile(dspy.Predict(kit.Sort), trainset=kit.examples(60))
+    assert optimized.signature.instructions == kit.MAGIC
+
+
 @pytest.mark.parametrize("mode", ["instructions", "both"])
 @pytest.mark.parametrize("kind", ["Predict", "TwoSteps"])  # the second one bootstraps traces first
 @pytest.mark.parametrize("returned", [None, math.nan, math.inf, "good", dspy.Prediction(score=None)])

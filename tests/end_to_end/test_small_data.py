@@ -103,6 +103,16 @@ def test_a_shard_below_the_minibatch_is_told_of_and_used(caplog: pytest.LogCaptu
     ]
 
 
+def test_many_shards_below_the_minibatch_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        shards_of([60, *[5] * 6, 4])
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        "7 of 8 workers have 3 to 4 examples left to estimate on, so their minibatches have no more, not 6: "
+        "'w1', 'w2', 'w3', 'w4', 'w5', …. With so few"
+    )
+
+
 def test_a_worker_whose_only_example_is_raced_on_is_refused() -> None:
     shared = kit.examples(4)
     raced = split_shards(

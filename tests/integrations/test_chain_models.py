@@ -5,6 +5,8 @@ from __future__ import annotations
 import dspy
 import pytest
 from langchain_asyndbt import langchain_lm, optimize_chain, to_program
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate
 from test_optimize_chain import DATA, Copycat, chain_of, dspy_metric, score
 
 from asyndbt_dspy import AsynDBT, Budget, Price, Worker
@@ -60,13 +62,33 @@ def test_a_cap_on_calls_holds_for_the_chains_own_model(is_surrounded: bool) -> N
         assert len(own.asked) > before
 
 
-def test_a_cap_that_cannot_be_kept_by_the_chains_own_model_is_refused_before_it_is_asked() -> None:
+@pytest.mark.parametrize("budget", [Budget(tokens=10_000), Budget(dollars=1.0)])
+def test_a_cap_that_cannot_be_kept_by_the_chains_own_model_is_refused_before_it_is_asked(
+    budget: Budget, caplog: pytest.LogCaptureFixture
+) -> None:
+    own, other = Copycat(asked=[]), Copycat(asked=[])
+    prompt = ChatPromptTemplate([("system", "Name the mood."), ("human", "Text: {text}")])
+    chain = prompt | own.with_fallbacks([other]) | StrOutputParser()
+    with pytest.raises(
+        ConfigurationError, match=r"has no max_tokens.*own model.*Worker\(…, lm=langchain_lm"
+    ) as caught:
+        optimize_chain(chain, metric=dspy_metric, trainset=DATA, budget=budget, progress=False)
+    assert "dspy.LM" not in str(caught.value)
+    assert own.asked == other.asked == []
+    assert "counts as failure" not in caplog.text and "count as failures" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "budget", [Budget(metric_calls=60, tokens=10**6), Budget(metric_calls=60, dollars=1.0)]
+)
+def test_what_is_advised_where_the_chains_own_model_has_no_bound_works(budget: Budget) -> None:
     own = Copycat(asked=[])
-    with pytest.raises(ConfigurationError, match=r"has no max_tokens.*own model.*Worker\(…, lm=langchain_lm"):
-        optimize_chain(
-            chain_of(own), metric=dspy_metric, trainset=DATA, budget=Budget(tokens=10_000), progress=False
-        )
-    assert own.asked == []
+    worker = Worker("w", lm=langchain_lm(own, max_tokens=50), price=Price(1.0, 1.0))
+    optimized = optimize_chain(
+        chain_of(own), metric=dspy_metric, trainset=DATA, workers=[worker], budget=budget, progress=False
+    )
+    assert len(own.asked) > 40
+    assert score(optimized) == 1.0
 
 
 def test_where_workers_ask_other_models_the_chains_own_one_may_have_no_bound() -> None:

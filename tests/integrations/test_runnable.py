@@ -14,6 +14,7 @@ import pytest
 from dspy.lm15 import StreamDeltaEvent, StreamStartEvent, TextDelta
 from langchain_asyndbt import langchain_lm, to_chat_model, to_runnable
 from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda
 from langgraph.graph import END, START, StateGraph
 from scripted_chat import AsyncChatEngine, ChatEngine, chat_lm
@@ -50,6 +51,20 @@ class AsyncOnly(dspy.Module):
 
     async def aforward(self, question: str) -> dspy.Prediction:
         return await self.step.acall(question=question)
+
+
+@pytest.mark.parametrize("program", [Plain, AsyncOnly])
+def test_nothing_comes_of_an_empty_stream_as_of_langchains_own(program: Any) -> None:
+    async def nothing() -> AsyncIterator[Any]:
+        for value in ():
+            yield value
+
+    async def collected(runnable: Any) -> list[Any]:
+        return [chunk async for chunk in runnable.atransform(nothing())]
+
+    for runnable in (ChatPromptTemplate([("human", "{question}")]), to_runnable(program())):
+        assert list(runnable.transform(iter([]))) == []
+        assert asyncio.run(collected(runnable)) == []
 
 
 PROGRAMS = {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import dspy
@@ -113,6 +115,26 @@ def test_what_cannot_be_used_is_replaced_by_guidance(plain: dspy.Module, caplog:
     message = record.getMessage()
     assert "4 of 5" in message and "1 x empty" in message and "2 x a repeat" in message
     assert "longer than 4000 characters" in message
+
+
+@pytest.mark.parametrize("nothing", [None, "", "  \n", "None", "null", '"None"', "N/A", "none."])
+@pytest.mark.parametrize("known", [None, [STUDENT_TEXT]])  # of the setup, and of the search
+def test_no_text_is_no_instruction(plain: dspy.Module, nothing: Any, known: Any) -> None:
+    answers = iter([nothing, "Sort by who must act."])
+
+    class Writer(dspy.BaseLM):
+        def forward(self, prompt: Any = None, messages: Any = None, **options: Any) -> Any:
+            text = json.dumps({"new_instructions": next(answers)})
+            message = SimpleNamespace(content=text)
+            return SimpleNamespace(choices=[SimpleNamespace(message=message)], usage={}, model="writer")
+
+    with dspy.context(adapter=dspy.JSONAdapter()):
+        found = asyncio.run(
+            propose_instructions(plain, "classify", lm=Writer("writer"), count=2, known=known)
+        )
+    assert [one for one in found if one not in guidance_instructions(STUDENT_TEXT)] == [
+        "Sort by who must act."
+    ]
 
 
 def test_fences_and_quotes_are_taken_off(plain: dspy.Module) -> None:

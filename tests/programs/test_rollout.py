@@ -285,6 +285,7 @@ def test_what_a_metric_may_return(plain: dspy.Module, returned: Any, score: floa
         None,
         float("nan"),
         float("inf"),
+        pytest.param(10**400, id="beyond all floats"),
         "1.0",
         np.array([0.5, 0.5]),
         [1.0],

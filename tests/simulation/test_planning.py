@@ -248,6 +248,9 @@ def test_arguments_that_mean_nothing_are_refused(arguments: str, capsys: pytest.
         ("--tokens=-600,40", "prompt_tokens=-600"),
         ("--price=nan,1", "price=(nan"),
         ("--straggler-factor 0.5", "straggler_factor=0.5"),
+        ("--hanging 99%", "hanging=0.99"),
+        ("--hanging 55% --metric-calls 30000", "after about 263 rollouts of the 10000"),
+        ("--hanging 20% --predictors 6", "calls_per_rollout=6"),
     ],
 )
 def test_a_plan_that_cannot_be_is_told_in_one_line(
@@ -255,6 +258,32 @@ def test_a_plan_that_cannot_be_is_told_in_one_line(
 ) -> None:
     assert main(["simulate", *arguments.split()]) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("--latency 0", "argument --latency: '0': latency with median 0.0 s"),
+        ("--latency 1.2.3s", "'1.2.3s' is no time; write 1.2s or 300ms"),
+        ("--latency lognormal:x", "'x' is no time"),
+        ("--timeout ...", "argument --timeout: '...' is no time; write 1.2s or 300ms"),
+    ],
+)
+def test_what_is_wrong_with_an_argument_is_said(
+    arguments: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["simulate", *arguments.split()])
+    assert told in capsys.readouterr().err
+
+
+def test_a_forecast_of_hanging_calls_is_given_where_workers_would_last() -> None:
+    few = simulate(dataclasses.replace(SMALL, hanging=0.2, timeout_s=30.0))
+    assert few.metric_calls > 600
+    with pytest.raises(ConfigurationError, match=r"8 missing rollouts in a row"):
+        simulate(dataclasses.replace(SMALL, hanging=0.999999999999))
+    with pytest.raises(ConfigurationError, match=r"8 missing rollouts in a row"):
+        simulate(dataclasses.replace(SMALL, hanging=1 - 1e-16, calls_per_rollout=40))
 
 
 def test_arguments_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
