@@ -135,7 +135,7 @@ def test_s_and_tau_may_be_automatic() -> None:
 
 def test_fewer_demos_per_class_and_none() -> None:
     for per_class in (0, 2):
-        optimizer, program = compiled("default", demos_per_class=per_class, mode="demos")
+        optimizer, program = compiled("default", demos_per_class=per_class)
         shown = [demo["label"] for demo in program.demos]
         assert all(shown.count(label) <= per_class for label in kit.LABELS)
         blocks = len(optimizer.result.candidates[0].arms)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import copy
 import gc
 import json
@@ -451,3 +452,35 @@ def test_the_weights_go_when_the_lm_goes() -> None:
     del thread
     gc.collect()
     assert decoder() is None
+
+
+def test_the_interpreter_waits_until_the_weights_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An LM that nobody holds any more as the process ends: its thread is the last one to hold the weights."""
+    begun, may_end, over = threading.Event(), threading.Event(), threading.Event()
+    at_exit: list[Any] = []
+
+    class Weights:
+        def __del__(self) -> None:
+            begun.set()
+            may_end.wait(60)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atexit, "register", lambda *call: at_exit.append(call))
+        lm = tiny_lm()
+        lm(request("hello", max_tokens=2))
+    scheduler_of(lm)._decoder.weights = Weights()
+    del lm
+    gc.collect()
+    assert begun.wait(60)
+
+    def end() -> None:
+        for function, *arguments in at_exit:
+            function(*arguments)
+        over.set()
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    assert not over.wait(0.2)
+    may_end.set()
+    thread.join(60)
+    assert over.is_set()

@@ -93,7 +93,7 @@ class Scheduler:
             self._thread = threading.Thread(target=self._serve, name="asyndbt-local-lm", daemon=True)
             self._thread.start()
             # A daemon thread inside torch when the interpreter ends aborts the process.
-            atexit.register(_close_at_exit, weakref.ref(self))
+            atexit.register(_close_at_exit, weakref.ref(self), self._thread)
         self._condition.notify()
 
     def cancel(self, job: Job) -> None:
@@ -409,7 +409,9 @@ def _computed_tokens(node: Node) -> int:
     return sum(len(each.tokens) for each in node.path() if each.kv is not None)
 
 
-def _close_at_exit(reference: weakref.ref[Scheduler]) -> None:
+def _close_at_exit(reference: weakref.ref[Scheduler], thread: threading.Thread) -> None:
     scheduler = reference()
     if scheduler is not None:
         scheduler.close()
+    del scheduler
+    thread.join()  # who was the last to hold the weights frees them, inside torch
