@@ -7,8 +7,8 @@ inside ``ServerState.receive`` is summed up; everything that the server does is 
 and duals, plane refreshes, requests, and the final race; also passes of the garbage collector, which go over
 the server's objects and what the simulated workers make meanwhile, and are shown apart; what the workers hold from the start is
 frozen, as on a cluster it would be elsewhere. Arms of a tenth of the messages are measured ``--repeats``
-times, in turn, and the median counts: such a run is short, and a machine's speed varies from minute to minute. Prints
-one JSON line, and each run on stderr as it is done.
+times, in turn, the long one in their middle, and the median counts: such a run is short, and a machine's speed varies from
+minute to minute. Prints one JSON line, and each run on stderr as it is done.
 """
 
 from __future__ import annotations
@@ -38,9 +38,13 @@ def main() -> None:
         *((workers, few, workers // 2, {"waits": False}) for workers in (100, 1_000, 10_000)),  # the default
     ]
     measure_server(100, 5_000, 50)  # warm
-    runs = [[measure(*arm) for arm in short] for _ in range(options.repeats)]
+    runs, middle, large = [], options.repeats // 2, {}
+    for number in range(options.repeats):
+        if number == middle:
+            large = measure(10_000, options.messages, 5_000, {})
+        runs.append([measure(*arm) for arm in short])
     small, wide, *others = [_median(list(arm)) for arm in zip(*runs, strict=True)]
-    rows = [small, wide, measure(10_000, options.messages, 5_000, {}), *others]
+    rows = [small, wide, large, *others]
     costs = [row["server_us_per_message"] for row in rows[:3]]
     own = [row["server_us_per_message"] - row["collector_us_per_message"] for row in rows[:3]]
     line = {

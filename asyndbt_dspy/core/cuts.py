@@ -191,8 +191,7 @@ class Pushes:
     def __init__(self, lower: Layout, uppers: Sequence[Layout], widths: Sequence[int]) -> None:
         self._shape = len(uppers), lower.length
         self._uppers = uppers
-        ends = np.cumsum(widths, dtype=np.int64).tolist()
-        self._parts = [slice(end - width, end) for end, width in zip(ends, widths, strict=True)]
+        self._ends = np.cumsum(widths, dtype=np.int64).tolist()
         self._planes: tuple[Plane, ...] | None = None
         self._lower_push: FloatArray = np.zeros(self._shape)
         self._upper_push: FloatArray = np.zeros(sum(widths))
@@ -208,7 +207,8 @@ class Pushes:
             )
         push = self._lower_push[number].copy()  # a request keeps its own row alive, not everybody's
         if len(self._upper_push):
-            return push, self._upper_push[self._parts[number]].copy()
+            first = self._ends[number - 1] if number else 0
+            return push, self._upper_push[first : self._ends[number]].copy()
         return push, _nothing(self._uppers[number].length)
 
 

@@ -31,7 +31,7 @@ FORMAT = 6
 """Version of the codec. A decoder reads its own and older formats; what an older one can say is still said in it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StepRequest:
     """Do one step of the main loop with these variables.
 
@@ -62,7 +62,7 @@ class StepRequest:
     open: tuple[int, ...] = field(default=(), metadata={"since": 4})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StepReply:
     """One step's result.
 
@@ -95,7 +95,7 @@ class StepReply:
     repeat: int = field(default=0, metadata={"since": 2})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RoundRequest:
     """One communication round of the lower-level estimate (barrier form): ``z`` and ``rho[v]``, shapes ``[D]``."""
 
@@ -107,7 +107,7 @@ class RoundRequest:
     rho: FloatArray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RoundReply:
     """The worker's p after round ``number``, shape ``[D]``."""
 
@@ -118,7 +118,7 @@ class RoundReply:
     calls: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RaceRequest:
     """Score ``candidates`` on the worker's held-out examples numbered ``examples``."""
 
@@ -128,7 +128,7 @@ class RaceRequest:
     examples: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RaceReply:
     """Held-out results.
 
@@ -145,14 +145,14 @@ class RaceReply:
     calls: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Nothing more to do for this worker."""
 
     worker: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class WorkerLost:
     """The engine set a worker aside: no answer in time, or an LM that fails again and again."""
 
@@ -160,7 +160,7 @@ class WorkerLost:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StopSearch:
     """The outside world ends the search (deadline, interrupt, spent dollars): go on to the race.
 
@@ -177,7 +177,7 @@ class StopSearch:
     is_dry: bool = field(default=False, metadata={"since": 6})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ArmsJoined:
     """Arms that were kept for later may be drawn from now on (``late_arms``).
 
@@ -188,7 +188,7 @@ class ArmsJoined:
     open: tuple[int, ...] = field(metadata={"since": 4})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """One rollout's result as the algorithm sees it; ``score`` is ``None`` where it is missing.
 
@@ -205,7 +205,7 @@ class Outcome:
     skipped: bool = field(default=False, metadata={"since": 5})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Scored:
     """What ``Evaluate`` number ``task`` came to.
 
@@ -220,7 +220,7 @@ class Scored:
     calls: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Evaluate:
     """Instruction of a worker: score ``candidates[i]`` on examples ``examples[i]``.
 
@@ -235,21 +235,21 @@ class Evaluate:
     held_out: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Send:
     """Instruction: carry ``message`` to the other side."""
 
     message: ToWorker | ToServer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Wait:
     """Instruction: nothing to do until the next event. ``reason`` is for people."""
 
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Finish:
     """Instruction: the run is over. ``reason`` says which stopping rule held."""
 

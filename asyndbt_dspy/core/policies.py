@@ -48,7 +48,7 @@ class WorkerSpace:
         return tuple(int(arm) for arm in lower_arms) + demos
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Batch:
     """What one step scores.
 
@@ -68,7 +68,7 @@ class Batch:
     upper_examples: frozenset[int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Estimate:
     """Gradient estimates at the present ``p [D]`` and ``q [Q]``, and the surrogate that the server may reuse."""
 
@@ -77,7 +77,7 @@ class Estimate:
     surrogate: Surrogate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Nomination:
     """A candidate that a worker proposes for the final race.
 

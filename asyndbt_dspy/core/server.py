@@ -57,7 +57,7 @@ from asyndbt_dspy.core.roster import Member as Member
 from asyndbt_dspy.core.roster import Roster
 from asyndbt_dspy.core.rounds import BarrierRounds, RefreshSchedule
 from asyndbt_dspy.core.shared_effects import SharedEffects
-from asyndbt_dspy.core.simplex import FloatArray, Layout, rows_of
+from asyndbt_dspy.core.simplex import FloatArray, Layout, rows_of, shared
 from asyndbt_dspy.core.snapshots import snapshot
 from asyndbt_dspy.core.space import Candidate, Space
 from asyndbt_dspy.core.validation import check_config, check_round_reply, check_step_reply
@@ -103,7 +103,7 @@ class ServerState:
         self.z: FloatArray = self.layout.uniform()
         self.duals: FloatArray = np.zeros((count, length))
         self.live: FloatArray = np.ones(count)
-        uppers = self.q_layouts = [WorkerSpace(space, member.allowed).upper for member in members]
+        uppers = self.q_layouts = shared([WorkerSpace(space, member.allowed).upper for member in members])
         widths = [layout.length if config.hypergradient else 0 for layout in uppers]
         self.q_owner: FloatArray = np.repeat(np.arange(count, dtype=np.float64), widths)
         self.q: FloatArray = np.concatenate(

@@ -7,11 +7,15 @@ are allowed everywhere.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+_FEW = 16
+"""Numbers up to which Python is quicker than a handful of calls of numpy."""
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -94,6 +98,12 @@ class Layout:
         return all(abs(sum(values[part]) - 1.0) <= tolerance for part in self.slices)
 
 
+def shared(layouts: Sequence[Layout]) -> list[Layout]:
+    """The same, with one object for all that are equal: thousands of workers mostly have as many arms as the others."""
+    known: dict[Layout, Layout] = {}
+    return [known.setdefault(layout, layout) for layout in layouts]
+
+
 def project(points: FloatArray) -> FloatArray:
     """Euclidean projection onto the probability simplex along the last axis (``algorithm.md`` 3).
 
@@ -104,6 +114,8 @@ def project(points: FloatArray) -> FloatArray:
     Args:
         points: Finite values, shape ``[..., N]``, N >= 1.
     """
+    if points.shape[-1] == points.size <= _FEW:
+        return _project_few(points)
     rising = np.array(points, dtype=np.float64)
     rising.sort(axis=-1)
     means = np.add.accumulate(rising[..., ::-1], axis=-1)
@@ -114,6 +126,15 @@ def project(points: FloatArray) -> FloatArray:
     largest = np.maximum.reduce(means.transpose(last, *range(last)).copy(), axis=0)
     result = points - largest[..., None]
     return np.asarray(np.maximum(result, 0.0, out=result))
+
+
+def _project_few(points: FloatArray) -> FloatArray:
+    """The same with the same rounding, as plain numbers: numpy's calls alone would take longer."""
+    values, total, largest = points.ravel().tolist(), 0.0, -math.inf
+    for count, value in enumerate(sorted(values, reverse=True), start=1):
+        total += value
+        largest = max(largest, (total - 1.0) / count)
+    return np.array([max(value - largest, 0.0) for value in values]).reshape(points.shape)
 
 
 @functools.cache

@@ -30,7 +30,7 @@ SERVER = "server"
 """Name of the server in recorded events; no worker may have it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Recorded:
     """One event as a machine took it. The sequence of these rebuilds every state.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import math
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,14 +27,26 @@ Delays = Callable[[Evaluate], float]
 
 
 def lognormal_delays(
-    median_s: float, sigma: float, seed: int, factors: dict[str, float] | None = None
+    median_s: float,
+    sigma: float,
+    seed: int,
+    factors: dict[str, float] | None = None,
+    workers: Iterable[str] = (),
 ) -> Delays:
-    """One independent log-normal delay per evaluation; ``factors`` slow single workers down (``algorithm.md`` 9)."""
-    generators: dict[str, np.random.Generator] = {}
+    """One independent log-normal delay per evaluation; ``factors`` slow single workers down (``algorithm.md`` 9).
+
+    Args:
+        workers: Those whose random numbers are prepared at once, so that nothing of it falls into the run.
+    """
+
+    def generator(worker: str) -> np.random.Generator:
+        return np.random.default_rng([seed, *worker.encode()])
+
+    generators = {worker: generator(worker) for worker in workers}
 
     def delay(request: Evaluate) -> float:
         if request.worker not in generators:
-            generators[request.worker] = np.random.default_rng([seed, *request.worker.encode()])
+            generators[request.worker] = generator(request.worker)
         drawn = float(generators[request.worker].lognormal(math.log(median_s), sigma)) if sigma else median_s
         return drawn * (factors or {}).get(request.worker, 1.0)
 
@@ -159,15 +171,14 @@ class SimulatedEngine:
             await schedule.discard(work)
             return []
         try:
-            scored = await self._unless_halted(work)
+            scored = await self._unless_halted(work or asyncio.ensure_future(schedule.evaluate(request)))
         except WorkerFailedError as error:
             return driver.lose(request.worker, str(error))
         return [] if scored is None else driver.complete(scored)
 
-    async def _unless_halted(self, work: Any) -> Scored | None:
+    async def _unless_halted(self, task: asyncio.Task[Scored]) -> Scored | None:
         """The result of an evaluation, ``None`` where the run is to end at once."""
         assert self._halted is not None  # only while a run is under way
-        task = asyncio.ensure_future(work)
         try:
             waiting: set[asyncio.Future[Any]] = {task, self._halted}
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -187,23 +198,21 @@ class _Schedule:
     """Evaluations in the order of their virtual ends."""
 
     def __init__(self, evaluator: Evaluator, indices: dict[str, int], eager: bool) -> None:
-        self._evaluator = evaluator
+        self.evaluate = evaluator.evaluate
         self._indices = indices
         self._eager = eager
-        self._heap: list[tuple[float, int, int, Evaluate, bool, Any]] = []
+        self._heap: list[tuple[float, int, int, Evaluate, bool, asyncio.Task[Scored] | None]] = []
         self._count = 0
 
     def push(self, time_s: float, request: Evaluate, answers: bool) -> None:
-        work: Coroutine[Any, Any, Scored] | asyncio.Task[Scored] | None = None
-        if answers:
-            work = self._evaluator.evaluate(request)
-            if self._eager:
-                work = asyncio.ensure_future(work)
+        # Not eager: an evaluation does not exist before its turn. With thousands under way the collector would visit each.
+        work = asyncio.ensure_future(self.evaluate(request)) if answers and self._eager else None
         self._count += 1
         entry = (time_s, self._indices[request.worker], self._count, request, answers, work)
         heapq.heappush(self._heap, entry)
 
-    def pop(self) -> tuple[float, Evaluate, bool, Any]:
+    def pop(self) -> tuple[float, Evaluate, bool, asyncio.Task[Scored] | None]:
+        """The next one, with its task where it was begun already."""
         if not self._heap:
             raise ProtocolError("no evaluation is under way and the run is not over; please report this")
         time_s, _, _, request, answers, work = heapq.heappop(self._heap)
@@ -212,9 +221,9 @@ class _Schedule:
     def pop_done(self) -> list[tuple[float, Evaluate, asyncio.Task[Scored]]]:
         """Evaluations that were started and are over in real time, in the order of their virtual ends."""
         done: list[tuple[float, Evaluate, asyncio.Task[Scored]]] = []
-        left: list[tuple[float, int, int, Evaluate, bool, Any]] = []
+        left: list[tuple[float, int, int, Evaluate, bool, asyncio.Task[Scored] | None]] = []
         for entry in sorted(self._heap):
-            if isinstance(entry[-1], asyncio.Task) and entry[-1].done():
+            if entry[-1] is not None and entry[-1].done():
                 done.append((entry[0], entry[3], entry[-1]))
             else:
                 left.append(entry)
@@ -228,16 +237,14 @@ class _Schedule:
     async def close(self) -> None:
         """Cancel what is left, so that no evaluation outlives the run."""
         for entry in self._heap:
-            if isinstance(entry[-1], asyncio.Task):
+            if entry[-1] is not None:
                 entry[-1].cancel()
         for entry in self._heap:
             await self.discard(entry[-1])
         self._heap.clear()
 
-    async def discard(self, work: Coroutine[Any, Any, Scored] | asyncio.Task[Scored] | None) -> None:
+    async def discard(self, work: asyncio.Task[Scored] | None) -> None:
         """End an evaluation whose result nobody wants."""
-        if isinstance(work, asyncio.Task):
+        if work is not None:
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
-        elif work is not None:
-            work.close()

@@ -95,6 +95,8 @@ def measure_server(
     calls = messages * config.draws * config.minibatch + race
     before = resident_mib()
     space, members, machines = light_workers(workers, config, held_out=_HELD_OUT)
+    names = [member.name for member in members]
+    engine = SimulatedEngine(lognormal_delays(0.03, 1.0, seed=workers, workers=names))
     gc.collect()  # what an earlier run left behind
     gc.freeze()  # on a cluster they live elsewhere
     server = TimedServer(space, members, config, calls)
@@ -104,7 +106,6 @@ def measure_server(
         if recorded.machine == SERVER and server.messages % max(1, messages // 10) == 0:
             memory.append(resident_mib())
 
-    engine = SimulatedEngine(lognormal_delays(0.03, 1.0, seed=workers))
     begun = time.perf_counter()
     try:
         with server.collector.running():

@@ -17,6 +17,8 @@ from asyndbt_dspy.core.simplex import FloatArray
 from asyndbt_dspy.core.space import Arm, Block, Candidate, Space
 from asyndbt_dspy.core.worker import WorkerState
 
+_NONE: frozenset[int] = frozenset()
+
 
 def made_up_space(instructions: int = 6, demos: int = 24, slots: int = 4) -> Space:
     """One predictor with an instruction block and demo slots over one shared pool."""
@@ -48,7 +50,7 @@ class LightPolicy:
         row = tuple((first + step) % self.examples for step in range(size))
         none = np.zeros((0, 0), dtype=np.int64)
         self._last = candidates[0]
-        return Batch(candidates, (row,) * config.draws, none, none, frozenset(), frozenset())
+        return Batch(candidates, (row,) * config.draws, none, none, _NONE, _NONE)
 
     def update(self, p: FloatArray, q: FloatArray, batch: Batch, losses: Sequence[FloatArray]) -> Estimate:
         lower = np.zeros_like(p)

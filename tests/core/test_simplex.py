@@ -14,6 +14,7 @@ from asyndbt_dspy.core.simplex import (
     project,
     project_blocks,
     project_columns,
+    shared,
 )
 
 points = hnp.arrays(np.float64, st.integers(1, 12), elements=st.floats(-20, 20, allow_subnormal=False))
@@ -39,6 +40,14 @@ def test_projection_lands_on_the_simplex_and_is_idempotent(point: np.ndarray) ->
     assert np.all(projected >= 0)
     assert projected.sum() == pytest.approx(1.0, abs=1e-12)
     np.testing.assert_allclose(project(projected), projected, atol=1e-14)
+
+
+@given(points)
+def test_a_single_short_point_is_projected_as_it_is_among_others(point: np.ndarray) -> None:
+    """Bit by bit: one is added up in Python, the other by numpy."""
+    among = project(np.tile(point, (3, 1)))
+    for alone in (project(point), project(point[None])[0]):
+        assert alone.tobytes() == among[1].tobytes()
 
 
 @given(points, st.floats(-100, 100))
@@ -145,3 +154,10 @@ def test_mirror_descent_multiplies_by_the_exponential() -> None:
 def test_an_absent_arm_cannot_starve_the_others() -> None:
     moved = exponentiated_step(Layout((2,)), np.array([0.0, 1.0]), np.array([-1e6, 0.0]), 1.0, 0.0)
     assert moved.tolist() == [0.0, 1.0]
+
+
+def test_equal_layouts_become_one_object_in_their_places() -> None:
+    layouts = [Layout((2, 3)), Layout((4,)), Layout((2, 3))]
+    found = shared(layouts)
+    assert found == layouts
+    assert found[0] is found[2] and found[0] is not found[1]

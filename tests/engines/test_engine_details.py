@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import math
 import threading
+from collections.abc import Coroutine
 from typing import Any
 
 import numpy as np
@@ -187,10 +188,29 @@ def test_one_more_worker_ten_times_slower_costs_the_others_no_time(delays: str) 
         assert seconds(4, {"w3": 10.0}, rollouts) <= 1.05 * without
 
 
+@pytest.mark.parametrize(("eager", "expected"), [(False, 0), (True, 3)])
+def test_an_evaluation_does_not_exist_before_its_turn_unless_it_is_eager(eager: bool, expected: int) -> None:
+    """Three are handed out; at the end, which comes first, none is wanted any more."""
+    made: list[Evaluate] = []
+
+    class Counting(TableEvaluator):
+        def evaluate(self, request: Evaluate) -> Coroutine[Any, Any, Scored]:
+            made.append(request)
+            return super().evaluate(request)
+
+    server, workers = machines()
+    engine = SimulatedEngine(work_delays(), eager=eager)
+    engine.stop_search(StopSearch("enough", race=False))
+    asyncio.run(engine.run(server, workers, Counting(additive_score)))
+    assert len(workers) == 3 and len(made) == expected
+
+
 def test_delays_are_seeded_log_normal_and_scaled() -> None:
     delays, again = (lognormal_delays(0.03, 1.0, 5, {"w1": 4.0}) for _ in range(2))
+    prepared = lognormal_delays(0.03, 1.0, 5, {"w1": 4.0}, workers=["w1", "w0"])
     drawn = {name: [delays(evaluation(name)) for _ in range(2000)] for name in ("w0", "w1")}
     assert [again(evaluation("w0")) for _ in range(3)] == drawn["w0"][:3]  # whatever other workers drew
+    assert [prepared(evaluation("w1")) for _ in range(3)] == drawn["w1"][:3]
     assert np.median(drawn["w0"]) == pytest.approx(0.03, rel=0.1)
     assert np.log(drawn["w0"]).std() == pytest.approx(1.0, rel=0.1)
     assert np.median(drawn["w1"]) == pytest.approx(0.12, rel=0.1)

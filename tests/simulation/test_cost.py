@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 
+import numpy as np
 import pytest
 
 from asyndbt_dspy.core.messages import Instruction, ServerEvent
@@ -22,6 +23,8 @@ def test_a_run_says_what_a_message_costs_and_what_of_it_is_the_collectors(
     def noting(server: TimedServer, event: ServerEvent) -> list[Instruction]:
         if not seen:  # it counts all of the process's objects: once is enough
             seen.append(gc.get_freeze_count())
+        elif server.messages == 200:
+            seen.append(sum(isinstance(one, np.random.Generator) for one in gc.get_objects()))
         return receive(server, event)
 
     monkeypatch.setattr(TimedServer, "receive", noting)
@@ -31,6 +34,8 @@ def test_a_run_says_what_a_message_costs_and_what_of_it_is_the_collectors(
     finally:
         gc.set_threshold(*before)
     assert seen[0] > frozen + 20, "the workers are none of what the server's passes go over"
+    assert seen[1] == 0, "nor are the random numbers of the simulation"
+    assert len(seen) == 2
     assert gc.get_freeze_count() <= frozen, "and are let go of afterwards"
     assert row["messages"] >= 400 and row["iterations"] > 0 and row["race_units"] > 0
     assert 0.0 < row["collector_us_per_message"] < row["server_us_per_message"]
