@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
@@ -21,7 +22,7 @@ _GIVEN = (Space, WorkerSpace, AlgorithmConfig, EffectKeys, Layout)
 
 def snapshot(machine: object) -> dict[str, Any]:
     """Every attribute of ``machine`` that can change, as JSON data; not-a-number becomes ``"nan"``."""
-    return {name: plain(value) for name, value in vars(machine).items() if not isinstance(value, _GIVEN)}
+    return {name: plain(value) for name, value in _attributes(machine).items() if not isinstance(value, _GIVEN)}
 
 
 def plain(value: Any) -> Any:
@@ -38,6 +39,13 @@ def plain(value: Any) -> Any:
         return sorted((plain(item) for item in value), key=repr)
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if hasattr(value, "__dict__") and not isinstance(value, _GIVEN):
+    if _attributes(value) and not isinstance(value, _GIVEN):
         return [type(value).__name__, snapshot(value)]
     return type(value).__name__
+
+
+def _attributes(value: object) -> dict[str, Any]:
+    """Those of an object of ours; messages have slots."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {one.name: getattr(value, one.name) for one in dataclasses.fields(value)}
+    return getattr(value, "__dict__", {})

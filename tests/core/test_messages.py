@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from asyndbt_dspy.core import messages
+from asyndbt_dspy.core import messages, snapshots
 from asyndbt_dspy.core.messages import FORMAT, decode, encode
 from asyndbt_dspy.core.policies import Nomination
 from asyndbt_dspy.errors import ProtocolError
@@ -120,6 +120,19 @@ def test_every_message_survives_strict_json(kind: str, data: st.DataObject) -> N
     oldest = 6 if is_told else oldest
     assert json.loads(text)["format"] == oldest
     assert same(decode(json.loads(text)), message)
+
+
+@pytest.mark.parametrize("kind", sorted(MESSAGES))
+@given(data=st.data())
+def test_a_snapshot_shows_all_that_a_message_holds(kind: str, data: st.DataObject) -> None:
+    """Snapshots are how two states are found equal: of a machine that holds messages they show what these say."""
+    message = data.draw(MESSAGES[kind])
+    name, shown = snapshots.plain(message)
+    assert name == kind and set(shown) == {one.name for one in dataclasses.fields(message)}
+    for one in dataclasses.fields(message):
+        assert shown[one.name] == snapshots.plain(getattr(message, one.name))
+    if kind == "StepReply" and message.nominations:
+        assert shown["nominations"][0][1]["count"] == message.nominations[0].count
 
 
 def test_the_strategies_cover_every_message_there_is() -> None:
