@@ -384,7 +384,8 @@ class Run:
         if self.bar is not None:
             observers.append(self.bar)
         engine = self.optimizer.make_engine()
-        share = RaceShare(self.metering, self.server, self.evaluator.uses, self.optimizer.deterministic)
+        evaluator, is_repeatable = self.evaluator, self.optimizer.deterministic
+        share = RaceShare(self.metering, self.server, evaluator.uses, evaluator.gate, is_repeatable)
         observers += [share.observe, self.later.observe]
         if isinstance(engine, ListeningEngine):
             engine.between = self.later.between

@@ -14,6 +14,7 @@ from asyndbt_dspy.engines.protocols import Engine
 from asyndbt_dspy.errors import BudgetExceededError
 from asyndbt_dspy.metering import PROPOSER, WIRE_CAPS, Metering
 from asyndbt_dspy.programs.evaluator import WorkerUse
+from asyndbt_dspy.programs.paid_rollouts import RolloutGate
 from asyndbt_dspy.stopping import LONGEST_TIMER_S
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ class RaceShare:
 
     Args:
         uses: What the workers did so far, by name.
+        gate: That their rollouts pass. In the race those of the search that have not begun are not made any more: its steps
+            count for their cost alone by then. Of a repeatable run they are, unless timing has its say anyway.
         is_repeatable: Whether the run is meant to be; it is told where that does not hold.
     """
 
@@ -45,12 +48,15 @@ class RaceShare:
         metering: Metering,
         server: ServerState,
         uses: Mapping[str, WorkerUse],
+        gate: RolloutGate,
         is_repeatable: bool = False,
     ) -> None:
         self._metering = metering
         self._server = server
         self._uses = uses
+        self._gate = gate
         self._is_repeatable = is_repeatable
+        self._is_timed = not is_repeatable
         self._is_fitted = not metering.has_wire_caps
         self._is_over = False
         self._loop = asyncio.get_running_loop()
@@ -60,6 +66,8 @@ class RaceShare:
         """Something happened."""
         if self._server.phase == "race":
             self._metering.open_kept_back()
+            if self._is_timed:
+                self._gate.end_search()
         elif not self._is_fitted and self._metering.has_spent(_FITTED_AFTER * (1 - self._kept_back)):
             whole = self._payable(is_whole=True)
             if whole:
@@ -89,11 +97,15 @@ class RaceShare:
         def over() -> None:
             if self._server.phase in ("search", "rounds"):
                 self._tell("time budget")
-                engine.stop_search(StopSearch("the time budget is spent", calls=self._in_time(left_s)))
+                calls, is_early = self._in_time(left_s), not self._server.finalists()
+                self._gate.end_search()
+                # Where nothing is known to race yet, steps under way say first what they have.
+                engine.stop_search(StopSearch("the time budget is spent", calls=calls, is_dry=is_early))
 
         return self._loop.call_later(min(max(0.0, delay_s), LONGEST_TIMER_S), over)
 
     def _tell(self, what: str) -> None:
+        self._is_timed = True
         if self._is_repeatable:
             logger.warning(
                 "The %s ended the search of a run with deterministic=True. Where that happens depends on timing, so "
@@ -108,12 +120,13 @@ class RaceShare:
     def _in_time(self, left_s: float) -> int | None:
         """Rollouts that ``left_s`` are enough for at the search's pace; ``None`` where it has none yet.
 
-        Workers end the steps that they have begun first: half of each, as they are anywhere in it.
+        Workers end first what they have begun, which is half done: rollouts, or whole steps where they are elsewhere.
         """
         done, elapsed_s = self._rollouts - self._before, self._loop.time() - self._began_s
         if not done or elapsed_s <= 0:
             return None
-        begun = sum(self._server.step_calls(number) for number in self._server.roster.outstanding) / 2
+        steps = sum(self._server.step_calls(number) for number in self._server.roster.outstanding)
+        begun = (self._gate.working if self._gate.in_flight else steps) / 2
         return max(_SHORTEST_RACE, math.floor(left_s * done / elapsed_s - begun))
 
     @property

@@ -22,7 +22,9 @@ _GIVEN = (Space, WorkerSpace, AlgorithmConfig, EffectKeys, Layout)
 
 def snapshot(machine: object) -> dict[str, Any]:
     """Every attribute of ``machine`` that can change, as JSON data; not-a-number becomes ``"nan"``."""
-    return {name: plain(value) for name, value in _attributes(machine).items() if not isinstance(value, _GIVEN)}
+    return {
+        name: plain(value) for name, value in _attributes(machine).items() if not isinstance(value, _GIVEN)
+    }
 
 
 def plain(value: Any) -> Any:

@@ -259,7 +259,7 @@ class ProgramEvaluator:
         program = self.programs.build(candidate)
         name = self._name(worker, program, example)
         if name is None or not name.is_repeatable:
-            found = await self.rollout(worker, program, example, earlier=earlier)
+            found = await self.rollout(worker, program, example, earlier=earlier, is_search=not held_out)
             self._tell(key, found)
             return (
                 as_outcome(found) if self.repeats and found.score is not None else self.remember(key, found)
@@ -272,7 +272,7 @@ class ProgramEvaluator:
             outcome = twin if isinstance(twin, Outcome) else await shared(twin)
             return self._keep_outcome(key, outcome, is_answer=outcome.score is not None)
         with self._as_twin(worker, name) as waiting:
-            found = await self.rollout(worker, program, example, earlier=earlier)
+            found = await self.rollout(worker, program, example, earlier=earlier, is_search=not held_out)
             self._tell(key, found)
             outcome = self.remember(key, found)
             waiting.set_result(outcome)
@@ -322,6 +322,7 @@ class ProgramEvaluator:
         *,
         trace: bool = False,
         earlier: Outcome | None = None,
+        is_search: bool = False,
     ) -> Rollout:
         """One rollout with this worker's LM, within its concurrency, counted, recorded and watched.
 
@@ -329,6 +330,7 @@ class ProgramEvaluator:
 
         Args:
             earlier: What it came to in an earlier process, should the worker's journal not know.
+            is_search: It is not made once the search is over.
 
         Raises:
             WorkerFailedError: the LM of this worker failed ``max_failures`` times in a row.
@@ -341,13 +343,13 @@ class ProgramEvaluator:
             return recalled
         gate = self._gates.setdefault(worker, asyncio.Semaphore(part.max_concurrency))
         async with gate, self.gate as may_begin:
-            if not may_begin:
+            if not may_begin or (is_search and self.gate.is_search_over):
                 return Rollout(None)  # as where the budget refuses the call
             self._check_health(worker)
             self.stragglers.begin()
             try:
                 with calling_as(worker), tracking_usage() as tracker:
-                    rollout = await self._timed(part, program, example, trace)
+                    rollout = await self._timed(part, program, example, trace, is_search)
             except BudgetExceededError as error:
                 if self.on_refused is None:
                     raise
@@ -359,7 +361,7 @@ class ProgramEvaluator:
                 was_withdrawn = False
                 self._book(part, name, program, example, rollout, usage_of(tracker))
         if was_withdrawn:  # to the gate, where those wait that have not begun
-            return await self.rollout(worker, program, example, trace=trace)
+            return await self.rollout(worker, program, example, trace=trace, is_search=is_search)
         self._note_twin(worker, name, rollout)
         if self.on_rollout is not None:
             self.on_rollout(worker, rollout)
@@ -438,13 +440,15 @@ class ProgramEvaluator:
             self._twins[worker, name.digest] = as_outcome(rollout)
 
     async def _timed(
-        self, part: WorkerPart, program: dspy.Module, example: dspy.Example, trace: bool
+        self, part: WorkerPart, program: dspy.Module, example: dspy.Example, trace: bool, is_search: bool
     ) -> Rollout:
         """One rollout within its time limit; what goes wrong on a private worker is told without its text."""
         run = self.runner.run(program, example, lm=part.lm, adapter=self.adapter, trace=trace)
         try:
             with watching_calls(asyncio.get_running_loop().time, hand_on=True) as calls:
-                found = await self._patience.within(self.rollout_timeout_s, run, calls, part.name)
+                found = await self._patience.within(
+                    self.rollout_timeout_s, run, calls, part.name, is_search=is_search
+                )
                 if self.on_calls is not None:
                     self.on_calls(calls, found)
                 return found

@@ -86,19 +86,21 @@ class RolloutGate:
         in_flight: Rollouts that have begun and are not over.
         admits: Asked of each that comes to begin whether it may.
         over_since_s: When the run's time was over, by the loop's clock; ``None`` before.
+        is_search_over: Whether rollouts of the search are turned away: what they would show is no use any more.
     """
 
     def __init__(self) -> None:
         self.in_flight = 0
         self.admits: Callable[[], bool] = lambda: True
         self.over_since_s: float | None = None
+        self.is_search_over = False
         self._holders: set[str] = set()
         self._is_closed = False
         self._opened = asyncio.Event()
         self._drained = asyncio.Event()
         self._opened.set()
         self._drained.set()
-        self._under_way: dict[asyncio.Task[Any], Callable[[float | None], bool]] = {}
+        self._under_way: dict[asyncio.Task[Any], tuple[Callable[[float | None], bool], bool]] = {}
         self._withdrawn: set[asyncio.Task[Any]] = set()
 
     def hold(self, holder: str) -> None:
@@ -116,6 +118,17 @@ class RolloutGate:
         self._holders.discard(holder)
         if not self._holders:
             self._opened.set()
+
+    def end_search(self) -> None:
+        """Takes back rollouts of the search that only wait for their turn, or come to wait for it."""
+        if not self.is_search_over:
+            self.is_search_over = True
+            self._withdraw()
+
+    @property
+    def working(self) -> int:
+        """Rollouts in flight that do more than wait for their turn."""
+        return self.in_flight - sum(only_waits(None) for only_waits, _ in self._under_way.values())
 
     @property
     def is_stopping(self) -> bool:
@@ -146,14 +159,19 @@ class RolloutGate:
 
     @contextlib.contextmanager
     def withdrawable(
-        self, rollout: asyncio.Task[Any], may_withdraw: Callable[[float | None], bool]
+        self,
+        rollout: asyncio.Task[Any],
+        may_withdraw: Callable[[float | None], bool],
+        *,
+        is_search: bool = False,
     ) -> Iterator[None]:
         """While the context lasts, ``rollout`` is cancelled where it only waits once the run is to stop; see ``has_withdrawn``.
 
         Args:
             may_withdraw: Whether it only waits, asked from time to time, with the seconds since the run's time was over.
+            is_search: Whether it is one of the search, which may be over before the run is.
         """
-        self._under_way[rollout] = may_withdraw
+        self._under_way[rollout] = may_withdraw, is_search
         try:
             yield
         finally:
@@ -165,13 +183,14 @@ class RolloutGate:
         return rollout in self._withdrawn
 
     def _withdraw(self) -> None:
-        if STOP not in self._holders:
+        is_stopping = STOP in self._holders
+        if not (is_stopping or self.is_search_over):
             return
         loop = asyncio.get_running_loop()
         over_for_s = None if self.over_since_s is None else loop.time() - self.over_since_s
-        for task, may_withdraw in self._under_way.items():
-            if task not in self._withdrawn and may_withdraw(over_for_s):
+        for task, (may_withdraw, is_search) in self._under_way.items():
+            if (is_stopping or is_search) and task not in self._withdrawn and may_withdraw(over_for_s):
                 self._withdrawn.add(task)
                 task.cancel()
-        if self.in_flight:
+        if self.in_flight if is_stopping else any(is_search for _, is_search in self._under_way.values()):
             loop.call_later(_LOOK_S, self._withdraw)

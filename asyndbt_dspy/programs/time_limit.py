@@ -95,9 +95,15 @@ class Patience:
         self._ended_s: float | None = None
 
     async def within(
-        self, seconds: float, call: Coroutine[Any, Any, Found], calls: CallWatch, worker: str = ""
+        self,
+        seconds: float,
+        call: Coroutine[Any, Any, Found],
+        calls: CallWatch,
+        worker: str = "",
+        *,
+        is_search: bool = False,
     ) -> Found:
-        """``within`` the limit of one rollout of this worker, whose LM calls are watched.
+        """``within`` the limit of one rollout of this worker (of the search?), whose LM calls are watched.
 
         Raises:
             WithdrawnError: it was taken back.
@@ -119,7 +125,7 @@ class Patience:
             return is_late or calls.is_waiting(even_if_begun=True)
 
         task = asyncio.ensure_future(call)
-        with self._gate.withdrawable(task, may_withdraw):
+        with self._gate.withdrawable(task, may_withdraw, is_search=is_search):
             try:
                 found = await within(seconds, task, left_out)
             except CutError:

@@ -101,15 +101,34 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return found
 
 
-def share(budget: Budget, use: WorkerUse, race_calls: int = 100) -> tuple[RaceShare, Ledger, Any]:
+class Gate:
+    """That of a run, to be looked at."""
+
+    in_flight = 0
+    is_search_over = False
+
+    @property
+    def working(self) -> int:
+        return self.in_flight
+
+    def end_search(self) -> None:
+        self.is_search_over = True
+
+
+def share(
+    budget: Budget, use: WorkerUse, race_calls: int = 100, is_repeatable: bool = False
+) -> tuple[RaceShare, Ledger, Any]:
     server = SimpleNamespace(
         phase="search",
+        finalists=lambda: ("a candidate",),
         race_calls=race_calls,
         step_calls=lambda number: 10 * (number + 1),
         roster=SimpleNamespace(outstanding={0: 5, 1: 6}),
     )
     metering = Metering(budget, 0.4, {})
-    return RaceShare(metering, server, {"w": use}), metering.ledger, server  # type: ignore[arg-type]
+    server.gate = Gate()
+    race = RaceShare(metering, server, {"w": use}, server.gate, is_repeatable)  # type: ignore[arg-type]
+    return race, metering.ledger, server
 
 
 def attempt(ledger: Ledger, fate: Fate | None = None, worker: str = "w") -> None:
@@ -222,6 +241,63 @@ def test_time_that_is_over_already_is_told_at_once(clock: Clock) -> None:
     assert engine.stops == [StopSearch("the time budget is spent")], (
         "and nobody knows how fast it would have been"
     )
+
+
+@pytest.mark.parametrize(("in_flight", "calls"), [(0, 3 * 20 - 15), (8, 3 * 20 - 4)])
+def test_what_is_begun_are_rollouts_where_they_are_made_here(
+    clock: Clock, in_flight: int, calls: int
+) -> None:
+    """What its steps have not begun is not made any more; of workers elsewhere half of their steps is."""
+    engine, use = Told(), WorkerUse()
+    race, _, server = share(Budget(seconds=20), use)
+    server.gate.in_flight = in_flight
+    race.end_search_in(engine, 10.0, 20.0)  # type: ignore[arg-type]
+    use.calls += 30
+    clock.now_s += 10.0
+    clock.timers[0][1]()
+    assert engine.stops == [StopSearch("the time budget is spent", calls=calls)]
+    assert server.gate.is_search_over
+
+
+def test_a_search_without_a_candidate_is_not_over_before_its_steps_say_what_they_have(clock: Clock) -> None:
+    engine = Told()
+    race, _, server = share(Budget(seconds=20), WorkerUse())
+    server.finalists = tuple
+    race.end_search_in(engine, 1.0, 8.0)  # type: ignore[arg-type]
+    clock.timers[0][1]()
+    assert engine.stops == [StopSearch("the time budget is spent", is_dry=True)]
+
+
+@pytest.mark.parametrize("is_repeatable", [False, True])
+def test_in_the_race_nothing_of_the_search_begins(clock: Clock, is_repeatable: bool) -> None:
+    """How much of it has begun depends on timing, which has no say in a repeatable run unless a cap gave it one."""
+    race, _, server = share(Budget(seconds=20), WorkerUse(), is_repeatable=is_repeatable)
+    race.observe(None)
+    assert not server.gate.is_search_over
+    server.phase = "race"
+    race.observe(None)
+    assert server.gate.is_search_over is not is_repeatable
+    server.phase = "search"
+    race.end_search_in(Told(), 1.0, 8.0)  # type: ignore[arg-type]
+    clock.timers[0][1]()
+    assert server.gate.is_search_over
+
+
+def test_what_the_search_has_queued_at_a_rate_limit_takes_no_time_of_the_race() -> None:
+    """Three workers, ten requests a second, six seconds: what 36 rollouts of the search stand in line for was the race's."""
+    with Provider(answer=kit.stairs(1), latency_s=0.2) as provider:
+        lm = dspy.LM("openai/m", api_base=provider.url, api_key="k", cache=False)
+        workers = [
+            Worker(
+                f"w{number}", kit.examples(180)[number::3], lm=lm, max_concurrency=16, requests_per_minute=600
+            )
+            for number in range(3)
+        ]
+        optimizer = AsynDBT(kit.metric, workers=workers, budget=Budget(seconds=6.0), progress=False)
+        with dspy.context(adapter=dspy.JSONAdapter()):
+            optimizer.compile(dspy.Predict(kit.Sort))
+    student, *challengers = optimizer.result.candidates
+    assert challengers and student.examples >= 4, "none, before"
 
 
 def test_what_little_time_is_left_is_spent_on_few_candidates() -> None:

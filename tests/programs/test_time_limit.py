@@ -241,6 +241,64 @@ def test_what_is_in_flight_ends_soon_after_the_time_is_over_where_nothing_tells_
     assert virtually(go())[1] == pytest.approx(15.0, abs=0.2)
 
 
+@pytest.mark.parametrize(
+    ("call", "is_search", "expected"),
+    [
+        ((300.0,), True, ("withdrawn", 5.0)),
+        ((300.0,), False, ("answer", 300.0)),  # of the race, which goes on
+        ((1.0, 20.0), True, ("answer", 21.0)),  # on the wire: paid for anyway
+        ((1.0, 2.0, 30.0), True, ("answer", 33.0)),
+    ],
+)
+def test_what_of_the_search_only_waits_is_taken_back_once_the_search_is_over(
+    call: tuple[float, ...], is_search: bool, expected: tuple[str, float]
+) -> None:
+    async def go() -> tuple[str, int]:
+        gate = RolloutGate()
+        asyncio.get_running_loop().call_later(5.0, gate.end_search)
+        with watching_calls(asyncio.get_running_loop().time) as calls:
+            async with gate:
+                own = patience(gate).within(600.0, asked(*call), calls, is_search=is_search)
+                rollout = asyncio.ensure_future(own)
+                await asyncio.sleep(4.0)
+                working = gate.working
+                try:
+                    return await rollout, working
+                except WithdrawnError:
+                    return "withdrawn", working
+
+    (found, working), seconds = virtually(go())
+    assert (found, round(seconds)) == expected
+    assert working == (len(call) > 1), "what only waits and is to be taken back does nothing"
+
+
+def test_no_rollout_of_the_search_begins_once_it_is_over() -> None:
+    async def go() -> None:
+        made, runner = evaluator([])
+        begun: list[bool] = []
+
+        async def waiting(*_: Any, **__: Any) -> Rollout:
+            begun.append(made.gate.is_search_over)
+            await asked(30.0)
+            return Rollout(1.0)
+
+        runner.run = waiting  # type: ignore[method-assign]
+        asks = dspy.Predict("question -> answer"), dspy.Example()
+        early = asyncio.ensure_future(made.rollout("w", *asks, is_search=True))
+        await asyncio.sleep(1.0)
+        made.gate.end_search()
+        late = asyncio.ensure_future(made.rollout("w", *asks, is_search=True))
+        race = asyncio.ensure_future(made.rollout("w", *asks))
+        for rollout in await asyncio.gather(early, late):
+            assert rollout == Rollout(None), "as if the budget had refused it"
+        assert made.use("w").missing == 0
+        assert asyncio.get_running_loop().time() == pytest.approx(1.0)
+        assert (await race).score == 1.0
+        assert begun == [False, True]
+
+    virtually(go())
+
+
 def test_a_rollout_that_is_cancelled_as_it_is_taken_back_is_cancelled() -> None:
     async def go() -> None:
         gate = RolloutGate()
