@@ -35,7 +35,8 @@ class Paces:
         noted: Whether anything is noted.
         fewest: Examples per draw of the shortest steps.
         tapers: Whether the last steps of a search are as short.
-        slowest: Answers of all during one of the slowest worker, its own included; 0 before anything is known.
+        slowest: Answers of all during one of the slowest worker, its own included, or since it was asked if that is more
+            already; 0 before anything is known.
     """
 
     def __init__(self, count: int, config: AlgorithmConfig) -> None:
@@ -84,7 +85,9 @@ class Paces:
                 pace for pace, count in zip(self._log_pace, self._answers, strict=True) if count >= _FEWEST
             ]
             self._median = statistics.median(known) if known else 0.0
-            self.slowest = math.exp(max(known)) if known else 0.0
+            # Whoever is slow has not answered thrice while fast ones have: what it has in hand tells.
+            waited = (self._work - min(self._begun.values(), default=self._work)) / self._unit
+            self.slowest = max(math.exp(max(known)), waited) if known else 0.0
 
     def speed(self, number: int) -> float:
         """Rollouts per second in units of the median worker's, in (0, 1/2]; 1 for who is not slow or not known."""

@@ -229,7 +229,8 @@ class ServerState:
 
     def _advance(self) -> list[Instruction]:
         if not self._may_iterate():
-            if not self.arrived and self._is_over_but_for_slow_ones():
+            if self._is_over_but_for_slow_ones():  # one of whom may hold up the next update
+                self._store_arrived()
                 return self._end_search()
             return [Wait(f"{len(self.arrived)} of {self.synchrony.active} active workers have answered")]
         active = sorted(self.arrived)
@@ -271,12 +272,11 @@ class ServerState:
     def _iterate(self, active: list[int]) -> float:
         """Store p, q -> z -> lambda -> drop -> theta; returns the squared norm of the scaled step."""
         moved = 0.0
-        for number in active:
-            reply = self.arrived[number]
-            if self.config.stationarity:
-                step = (reply.lower - self.p[number]) / max(self.config.lower_step, 1e-12)
+        if self.config.stationarity:
+            for number in active:
+                step = (self.arrived[number].lower - self.p[number]) / max(self.config.lower_step, 1e-12)
                 moved += float(step @ step)
-            self._store(number, reply)
+        self._store_arrived()
         rows, before = np.flatnonzero(self.live), self.z
         push = cuts.consensus_push(self.planes, self.layout)
         points = self.distances.points(self.p, self.z, rows, self.roster.answers)
@@ -286,13 +286,14 @@ class ServerState:
         self.duals[active] = update_duals(self.config, self.duals[active], self.p[active], self.z)
         return moved
 
-    def _store(self, number: int, reply: StepReply) -> None:
-        self.p[number] = reply.lower
-        self.distances.take_in(number)
-        if reply.upper is not None:
-            self.q[self.q_owner == number] = reply.upper
-        self.surrogates[number] = Surrogate(reply.gradient, reply.lower, reply.curvature, reply.cross)
-        self.effects.store(number, reply.effects)
+    def _store_arrived(self) -> None:
+        for number, reply in sorted(self.arrived.items()):
+            self.p[number] = reply.lower
+            self.distances.take_in(number)
+            if reply.upper is not None:
+                self.q[self.q_owner == number] = reply.upper
+            self.surrogates[number] = Surrogate(reply.gradient, reply.lower, reply.curvature, reply.cross)
+            self.effects.store(number, reply.effects)
 
     def _is_stationary(self, moved: float) -> bool:
         self._calm = self._calm + 1 if moved <= self.config.stationarity else 0
@@ -492,8 +493,7 @@ class ServerState:
         if self.race is not None:
             self.winner = self.race.winner()
         self.phase = "finished"
-        stops: list[Instruction] = [Send(Stop(self.members[number].name)) for number in self._alive()]
-        return [*stops, Finish(reason)]
+        return [*(Send(Stop(self.members[number].name)) for number in self._alive()), Finish(reason)]
 
     def snapshot(self) -> Mapping[str, Any]:
         """Plain data by which two states can be compared: equal states have equal snapshots."""

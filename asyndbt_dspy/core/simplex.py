@@ -134,7 +134,7 @@ def _project_few(points: FloatArray) -> FloatArray:
     for count, value in enumerate(sorted(values, reverse=True), start=1):
         total += value
         largest = max(largest, (total - 1.0) / count)
-    return np.array([max(value - largest, 0.0) for value in values]).reshape(points.shape)
+    return np.array([max(0.0, value - largest) for value in values]).reshape(points.shape)
 
 
 @functools.cache

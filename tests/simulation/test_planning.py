@@ -424,3 +424,13 @@ def test_the_newest_run_that_asked_an_lm_counts(tmp_path: Path) -> None:
             journal.append(entry | {"usage": [1, 7, 5], "shared": False})
         journal.close()
     assert read_run(tmp_path).prompt_tokens == 7.0, "run 3, not 2; and 10000 was answered from the cache"
+
+
+@pytest.mark.parametrize(
+    ("workers", "changes"), [(60, {}), (100, {}), (100, {"active_workers": "auto", "max_staleness": "auto"})]
+)
+def test_stragglers_among_many_workers_hold_nobody_up(workers: int, changes: dict[str, Any]) -> None:
+    """One in twenty is ten times slower: the whole search is over before these have answered three times."""
+    slow = Plan(workers, Latency(1.2, 0.8), 30 * workers, stragglers=0.05, slowdown=10.0, **changes)
+    even = dataclasses.replace(slow, stragglers=0.0, slowdown=1.0)
+    assert simulate(slow).seconds < 1.25 * simulate(even).seconds
