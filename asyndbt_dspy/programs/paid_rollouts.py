@@ -102,6 +102,7 @@ class RolloutGate:
         self._drained.set()
         self._under_way: dict[asyncio.Task[Any], tuple[Callable[[float | None], bool], bool]] = {}
         self._withdrawn: set[asyncio.Task[Any]] = set()
+        self._next_look: asyncio.TimerHandle | None = None
 
     def hold(self, holder: str) -> None:
         """No rollout begins until ``holder``, and every other one, has released the gate.
@@ -186,6 +187,8 @@ class RolloutGate:
         is_stopping = STOP in self._holders
         if not (is_stopping or self.is_search_over):
             return
+        if self._next_look is not None:  # that of the search's end, say, as the run is to stop too
+            self._next_look.cancel()
         loop = asyncio.get_running_loop()
         over_for_s = None if self.over_since_s is None else loop.time() - self.over_since_s
         for task, (may_withdraw, is_search) in self._under_way.items():
@@ -193,4 +196,4 @@ class RolloutGate:
                 self._withdrawn.add(task)
                 task.cancel()
         if self.in_flight if is_stopping else any(is_search for _, is_search in self._under_way.values()):
-            loop.call_later(_LOOK_S, self._withdraw)
+            self._next_look = loop.call_later(_LOOK_S, self._withdraw)

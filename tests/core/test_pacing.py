@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 
 from asyndbt_dspy.core.config import DEFAULT, AlgorithmConfig
@@ -123,6 +124,17 @@ def simulated(config: AlgorithmConfig, delays: Delays, workers: int = 5, calls: 
     replay(events, again, fresh)
     assert again.snapshot() == server.snapshot()
     return server, meter, events
+
+
+def test_answers_that_the_bound_keeps_from_an_update_are_known_at_the_end() -> None:
+    """One worker holds up every update, and all calls are made: neither it nor an update is waited for."""
+    config = dataclasses.replace(DEFAULT, active_workers=1, max_staleness=3, keep_busy=True)
+    server, meter, _ = simulated(config, work_delays({"w4": 1e6}), calls=150)
+    assert meter.search_end_s < 1e6
+    assert server.arrived, "no update took these in"
+    for number, reply in server.arrived.items():
+        np.testing.assert_array_equal(server.p[number], reply.lower)
+        np.testing.assert_array_equal(server.effects.factors[number], reply.effects)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -272,6 +272,25 @@ def test_what_of_the_search_only_waits_is_taken_back_once_the_search_is_over(
     assert working == (len(call) > 1), "what only waits and is to be taken back does nothing"
 
 
+def test_a_stop_after_the_searchs_end_looks_no_more_often() -> None:
+    async def go() -> int:
+        gate, looks = RolloutGate(), 0
+
+        def only_waits(_: float | None) -> bool:
+            nonlocal looks
+            looks += 1
+            return False
+
+        async with gate:
+            with gate.withdrawable(asyncio.ensure_future(asyncio.sleep(0)), only_waits, is_search=True):
+                gate.end_search()
+                gate.hold(STOP)
+                await asyncio.sleep(1.0)
+        return looks
+
+    assert virtually(go())[0] < 25
+
+
 def test_no_rollout_of_the_search_begins_once_it_is_over() -> None:
     async def go() -> None:
         made, runner = evaluator([])
